@@ -1,0 +1,31 @@
+// Dense update: every variable of one dtype in one launch.
+//
+// Launch   any grid, any block of at most 256 threads in x; blocks stride over chunks, threads over a chunk's elements.
+// Memory   theta, m, v (and vhat with AMSGrad) of one tensor lie at one offset from a 16-byte boundary; no two tensors
+//          of a launch overlap. A gradient may equal, but not partly overlap, an array of its own tensor; it must not
+//          overlap another tensor's.
+// Order    no sums: the bits of an element depend on its own inputs only, not on the launch.
+// chunks=0 nothing happens. NaN and infinity follow IEEE rules; see adam_math.cuh for vhat.
+// Traffic  per element: reads theta, m, v, g, writes theta, m, v (vhat: one more of each): 28 bytes in float32.
+#include "memory.cuh"
+#include "tensor_table.cuh"
+
+extern "C" __global__ void __launch_bounds__(256)
+dense(const TensorTable table, const ClipFactor* factors, const long long factor_stride, const Step step) {
+    for (long long index = blockIdx.x; index < table.chunks; index += gridDim.x) {
+        const Chunk chunk = chunk_at(table, index);
+        const Tensor tensor = table.tensors[chunk.tensor];
+        const Range range = {
+            tensor.theta + chunk.begin,
+            tensor.m + chunk.begin,
+            tensor.v + chunk.begin,
+            tensor.vhat ? tensor.vhat + chunk.begin : nullptr,
+            chunk.size,
+        };
+        const Stored* const g = table.gradients[chunk.tensor] + chunk.begin;
+        const bool packed = aligned(g + head_size(range.theta, chunk.size));
+        // One factor per tensor (stride 1), or one for all (stride 0, the global norm).
+        const ClipFactor factor = factors ? factors[chunk.tensor * factor_stride] : ClipFactor{1.0, 1.0};
+        update_range(range, GlobalGradient{g, packed, factor}, step);
+    }
+}

@@ -1,0 +1,74 @@
+// What both modes of the shim share: qualifiers, bit casts, atomics, the denormal mode and the call of a kernel.
+#pragma once
+#include <math.h>
+#include <stddef.h>
+#include <string.h>
+
+#include <utility>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#define __global__
+#define __device__
+#define __launch_bounds__(...)
+
+static inline long long __double_as_longlong(double x) {
+    long long bits;
+    memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+static inline double __longlong_as_double(long long bits) {
+    double x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+static inline unsigned long long atomicAdd(unsigned long long* place, unsigned long long x) {
+    return __atomic_fetch_add(place, x, __ATOMIC_RELAXED);
+}
+static inline unsigned long long atomicMin(unsigned long long* place, unsigned long long x) {
+    unsigned long long old = __atomic_load_n(place, __ATOMIC_RELAXED);
+    while (x < old && !__atomic_compare_exchange_n(place, &old, x, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+    }
+    return old;
+}
+
+// float32 denormals are zero while a kernel runs, as with NVRTC's -ftz=true; the caller's mode comes back afterwards.
+// float64 flushes in software on every device (numbers.cuh), so its kernels leave the mode alone.
+struct FlushDenormals {
+#if defined(GPU_ADAM_HARDWARE_FLUSH) && GPU_ADAM_HARDWARE_FLUSH && defined(__x86_64__)
+    unsigned before = _mm_getcsr();
+    FlushDenormals() { _mm_setcsr(before | 0x8040); }  // flush to zero, denormals are zero
+    ~FlushDenormals() { _mm_setcsr(before); }
+#elif defined(GPU_ADAM_HARDWARE_FLUSH) && GPU_ADAM_HARDWARE_FLUSH && defined(__aarch64__)
+    unsigned long long before;
+    FlushDenormals() {
+        asm volatile("mrs %0, fpcr" : "=r"(before));
+        asm volatile("msr fpcr, %0" : : "r"(before | 1ULL << 24));
+    }
+    ~FlushDenormals() { asm volatile("msr fpcr, %0" : : "r"(before)); }
+#elif defined(GPU_ADAM_HARDWARE_FLUSH) && GPU_ADAM_HARDWARE_FLUSH
+#error "gpu_adam's host device knows the denormal mode of x86-64 and 64-bit Arm processors only"
+#else
+    FlushDenormals() {}
+#endif
+};
+
+// Call a kernel with arguments packed as for cuLaunchKernel: an array of pointers to them.
+template <typename... Parameters, size_t... Index>
+static inline void call(void (*kernel)(Parameters...), void** arguments, std::index_sequence<Index...>) {
+    kernel(*static_cast<Parameters*>(arguments[Index])...);
+}
+template <typename... Parameters>
+static inline void call(void (*kernel)(Parameters...), void** arguments) {
+    call(kernel, arguments, std::index_sequence_for<Parameters...>{});
+}
+
+// The entry point of a kernel, appended to its source text by gpu_adam/devices/host.py.
+#define GPU_ADAM_ENTRY(kernel)                                                                                       \
+    extern "C" void kernel##_entry(void** arguments, long long first, long long last, long long blocks,              \
+                                   int block_size) {                                                                 \
+        run_blocks(kernel, arguments, first, last, blocks, block_size);                                              \
+    }

@@ -1,0 +1,195 @@
+// CUDA words in plain C++, faithful mode: every CUDA thread is a fiber, at the launch shape that a GPU would be given.
+//
+// Barriers and warp shuffles are real: a fiber that reaches one waits for the others. Shared memory is one per block and
+// full of garbage when a block starts. Fibers run one at a time, each as far as it gets, in ascending and descending
+// order by turns, so that a missing barrier shows as a wrong result. Where a barrier cannot be passed (a thread has left,
+// or waits at another one) the process ends with a sentence. Slow, and for tests: blocks run one after the other.
+#pragma once
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <ucontext.h>
+
+#include <vector>
+
+#include "common.h"
+
+#if defined(__SANITIZE_ADDRESS__)
+#define GPU_ADAM_ASAN 1
+#elif defined(__has_feature)
+#if __has_feature(address_sanitizer)
+#define GPU_ADAM_ASAN 1
+#endif
+#endif
+#ifdef GPU_ADAM_ASAN
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+struct Dim {
+    unsigned x = 1, y = 1, z = 1;
+};
+static Dim threadIdx, blockIdx, blockDim, gridDim;
+
+// One section for all shared variables of this kernel, whose bounds the linker knows.
+#define __shared__ static __attribute__((section("gpu_adam_shared")))
+extern "C" char __start_gpu_adam_shared[] __attribute__((weak));
+extern "C" char __stop_gpu_adam_shared[] __attribute__((weak));
+
+namespace faithful {
+
+enum class State { runnable, at_barrier, at_shuffle, finished };
+constexpr size_t STACK = 256 * 1024;
+
+struct Fiber {
+    ucontext_t context;
+    std::vector<char> stack;
+    State state;
+    int line;        // of the barrier it waits at
+    int shuffles;    // so far: picks one of two exchange buffers
+    unsigned mask;   // of the shuffle it waits at
+    void* asan_stack;
+};
+
+static std::vector<Fiber> fibers;
+static ucontext_t scheduler;
+static void* scheduler_asan_stack;
+static const void* scheduler_bottom;
+static size_t scheduler_size;
+static int running;
+static uint64_t exchanged[2][1024];
+static void (*invoke)(void*);
+static void* invoked;
+
+[[noreturn]] static void fail(const char* what) {
+    fprintf(stderr, "gpu_adam: block %u: %s\n", blockIdx.x, what);
+    abort();
+}
+
+static void leave(State state) {
+    Fiber& fiber = fibers[running];
+    fiber.state = state;
+#ifdef GPU_ADAM_ASAN
+    __sanitizer_start_switch_fiber(state == State::finished ? nullptr : &fiber.asan_stack, scheduler_bottom, scheduler_size);
+#endif
+    swapcontext(&fiber.context, &scheduler);
+#ifdef GPU_ADAM_ASAN
+    __sanitizer_finish_switch_fiber(fiber.asan_stack, &scheduler_bottom, &scheduler_size);
+#endif
+}
+
+static void body() {
+#ifdef GPU_ADAM_ASAN
+    __sanitizer_finish_switch_fiber(nullptr, &scheduler_bottom, &scheduler_size);
+#endif
+    invoke(invoked);
+    leave(State::finished);
+}
+
+static void enter(int thread) {
+    running = thread;
+    threadIdx.x = static_cast<unsigned>(thread);
+#ifdef GPU_ADAM_ASAN
+    __sanitizer_start_switch_fiber(&scheduler_asan_stack, fibers[thread].stack.data(), STACK);
+#endif
+    swapcontext(&scheduler, &fibers[thread].context);
+#ifdef GPU_ADAM_ASAN
+    __sanitizer_finish_switch_fiber(scheduler_asan_stack, nullptr, nullptr);
+#endif
+}
+
+// Wake every warp whose lanes have all reached their shuffle.
+static bool release_warps() {
+    bool released = false;
+    const int threads = static_cast<int>(fibers.size());
+    for (int first = 0; first < threads; first += 32) {
+        bool complete = false;
+        for (int t = first; t < first + 32 && t < threads; ++t) complete |= fibers[t].state == State::at_shuffle;
+        for (int t = first; complete && t < first + 32 && t < threads; ++t) {
+            if (fibers[t].state != State::at_shuffle) complete = false;
+            if (!(fibers[t].mask >> (t - first) & 1)) fail("a lane takes part in a shuffle that its mask leaves out");
+        }
+        for (int t = first; complete && t < first + 32 && t < threads; ++t) fibers[t].state = State::runnable;
+        released |= complete;
+    }
+    return released;
+}
+
+// Wake the block when all its threads wait at one barrier.
+static bool release_barrier() {
+    for (const Fiber& fiber : fibers) {
+        if (fiber.state != State::at_barrier) return false;
+        if (fiber.line != fibers[0].line) fail("its threads wait at different barriers");
+    }
+    for (Fiber& fiber : fibers) fiber.state = State::runnable;
+    return true;
+}
+
+static void run_block(int block_size) {
+    if (__start_gpu_adam_shared) {
+        memset(__start_gpu_adam_shared, 0xff, static_cast<size_t>(__stop_gpu_adam_shared - __start_gpu_adam_shared));
+    }
+    fibers.resize(static_cast<size_t>(block_size));
+    for (Fiber& fiber : fibers) {
+        fiber.stack.resize(STACK);
+        fiber.state = State::runnable;
+        fiber.shuffles = 0;
+        getcontext(&fiber.context);
+        fiber.context.uc_stack.ss_sp = fiber.stack.data();
+        fiber.context.uc_stack.ss_size = STACK;
+        fiber.context.uc_link = nullptr;
+        makecontext(&fiber.context, body, 0);
+    }
+    for (int turn = 0;; ++turn) {
+        int finished = 0;
+        for (int i = 0; i < block_size; ++i) {
+            const int thread = turn % 2 ? block_size - 1 - i : i;
+            if (fibers[thread].state == State::runnable) enter(thread);
+            finished += fibers[thread].state == State::finished;
+        }
+        if (finished == block_size) return;
+        const bool warps = release_warps();
+        if (!warps && !release_barrier()) fail("a barrier or shuffle is not reached by all of its threads");
+    }
+}
+
+static void wait_at_barrier(int line) {
+    fibers[running].line = line;
+    leave(State::at_barrier);
+}
+
+template <typename T>
+static T shuffle_up(unsigned mask, T x, unsigned delta) {
+    static_assert(sizeof(T) <= sizeof(uint64_t), "a shuffle moves 8 bytes at most");
+    const int self = running;
+    uint64_t* const slots = exchanged[fibers[self].shuffles++ % 2];
+    memcpy(&slots[self], &x, sizeof x);
+    fibers[self].mask = mask;
+    leave(State::at_shuffle);
+    if (static_cast<unsigned>(self % 32) >= delta) memcpy(&x, &slots[self - static_cast<int>(delta)], sizeof x);
+    return x;
+}
+
+}  // namespace faithful
+
+#define __syncthreads() faithful::wait_at_barrier(__LINE__)
+template <typename T>
+static T __shfl_up_sync(unsigned mask, T x, unsigned delta) { return faithful::shuffle_up(mask, x, delta); }
+
+// Blocks [first, last) of a grid of `blocks`, each of `block_size` threads.
+template <typename... Parameters>
+static void run_blocks(void (*kernel)(Parameters...), void** arguments, long long first, long long last,
+                       long long blocks, int block_size) {
+    const FlushDenormals flush;  // fibers are created with the mode of this moment
+    struct Call {
+        void (*kernel)(Parameters...);
+        void** arguments;
+    } call_of = {kernel, arguments};
+    faithful::invoke = [](void* x) { call(static_cast<Call*>(x)->kernel, static_cast<Call*>(x)->arguments); };
+    faithful::invoked = &call_of;
+    gridDim.x = static_cast<unsigned>(blocks);
+    blockDim.x = static_cast<unsigned>(block_size);
+    for (long long block = first; block < last; ++block) {
+        blockIdx.x = static_cast<unsigned>(block);
+        faithful::run_block(block_size);
+    }
+}

@@ -1,0 +1,28 @@
+// CUDA words in plain C++, fast mode: one thread per block, so a block is a loop that the compiler vectorises, and the
+// blocks of a launch are spread over a pool of processor threads (pool.cpp). Written before the kernel's source text.
+#pragma once
+#include "common.h"
+
+constexpr struct { unsigned x = 0, y = 0, z = 0; } threadIdx;
+constexpr struct { unsigned x = 1, y = 1, z = 1; } blockDim;
+static thread_local struct { unsigned x = 0, y = 0, z = 0; } blockIdx;
+static thread_local struct { unsigned x = 1, y = 1, z = 1; } gridDim;
+
+#define __shared__  // the block's only thread keeps it on its stack
+
+static inline void __syncthreads() {}
+// A lane outside the warp gives the caller's own value, as on a GPU.
+template <typename T> static inline T __shfl_up_sync(unsigned, T x, unsigned) { return x; }
+
+// Blocks [first, last) of a grid of `blocks`; `block_size` is the faithful mode's business.
+template <typename... Parameters>
+static void run_blocks(void (*kernel)(Parameters...), void** arguments, long long first, long long last,
+                       long long blocks, int block_size) {
+    (void)block_size;
+    const FlushDenormals flush;
+    gridDim.x = static_cast<unsigned>(blocks);
+    for (long long block = first; block < last; ++block) {
+        blockIdx.x = static_cast<unsigned>(block);
+        call(kernel, arguments);
+    }
+}

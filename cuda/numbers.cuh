@@ -1,0 +1,70 @@
+// Numbers: what is stored, what is computed with, and the operations on which devices would otherwise differ.
+//
+// A row of the dtype table (gpu_adam/kernels.py) names four types:
+//   GPU_ADAM_STORED        an element of a variable and of its gradient in memory
+//   GPU_ADAM_STORED_REAL   an element of v and vhat in memory
+//   GPU_ADAM_VALUE         the same element while it is computed with
+//   GPU_ADAM_REAL          v, and every scalar of a step, while computed with
+//
+// Rounding is IEEE nearest-even for + - * / sqrt, and no multiply-add is contracted (-fmad=false, -ffp-contract=off).
+// Denormal numbers are zero, sign kept, as operands and as results:
+//   float    by hardware: NVRTC is given -ftz=true, the host sets the processor's flush mode around a launch;
+//   Double   in software on every device, because CUDA has no such mode for 64 bits.
+#pragma once
+
+// A float64 whose every operation flushes denormals. An integer test, not a comparison: GPUs made for graphics run
+// float64 instructions at 1/64 of the rate of integer ones.
+struct Double {
+    double x;
+};
+
+__device__ inline Double flush(double x) {
+    const long long bits = __double_as_longlong(x);
+    const bool normal = (bits & 0x7ff0000000000000LL) != 0;
+    return {normal ? x : __longlong_as_double(bits & static_cast<long long>(0x8000000000000000ULL))};
+}
+
+__device__ inline Double operator+(Double a, Double b) { return flush(a.x + b.x); }
+__device__ inline Double operator-(Double a, Double b) { return flush(a.x - b.x); }
+__device__ inline Double operator*(Double a, Double b) { return flush(a.x * b.x); }
+__device__ inline Double operator/(Double a, Double b) { return flush(a.x / b.x); }
+__device__ inline Double operator-(Double a) { return {-a.x}; }
+__device__ inline bool operator<(Double a, Double b) { return a.x < b.x; }
+__device__ inline Double square_root(Double a) { return flush(sqrt(a.x)); }
+__device__ inline float square_root(float a) { return sqrtf(a); }
+
+// |x|^2 of one element: the term of v's moving average.
+template <typename Real>
+__device__ inline Real squared(Real x) { return x * x; }
+
+// |x|^2 as the terms of a norm, in float64 whatever the dtype, so that float32 cannot overflow.
+__device__ inline double norm_term(float x) { return static_cast<double>(x) * static_cast<double>(x); }
+__device__ inline double norm_term(Double x) { return (x * x).x; }
+
+// The larger, and `a` where `b` is NaN: what the reference does to vhat. (fmax would drop a NaN in `a` as well.)
+template <typename Real>
+__device__ inline Real maximum(Real a, Real b) { return a < b ? b : a; }
+
+// Into [-bound, bound]; NaN stays NaN.
+template <typename Real>
+__device__ inline Real clamped(Real x, Real bound) { return bound < x ? bound : (x < -bound ? -bound : x); }
+
+// Memory <-> registers.
+template <typename To> struct Converted;
+template <> struct Converted<float> {
+    __device__ static float from(float x) { return x; }
+    __device__ static float from(double x) { return static_cast<float>(x); }
+};
+template <> struct Converted<Double> {
+    __device__ static Double from(double x) { return flush(x); }
+};
+__device__ inline void store(float& place, float x) { place = x; }
+__device__ inline void store(double& place, Double x) { place = x.x; }
+
+using Stored = GPU_ADAM_STORED;
+using StoredReal = GPU_ADAM_STORED_REAL;
+using Value = GPU_ADAM_VALUE;
+using Real = GPU_ADAM_REAL;
+
+__device__ inline Value value(Stored x) { return Converted<Value>::from(x); }
+__device__ inline Real real(StoredReal x) { return Converted<Real>::from(x); }

@@ -1,0 +1,468 @@
+"""Adam: what a user constructs, steps, configures and saves. The surface of tf.keras.optimizers.Adam."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from gpu_adam import checkpoint, schedules
+from gpu_adam.controller import Controller
+from gpu_adam.devices import find_device
+from gpu_adam.errors import ArgumentTypeError, ArgumentValueError, CheckpointError
+from gpu_adam.gradients import Clip
+from gpu_adam.hyperparameters import DEFAULT_EPSILON, as_number, checked, evaluated
+from gpu_adam.schedules import LearningRateSchedule
+from gpu_adam.slots import Slots, initialized
+from gpu_adam.variables import Variable
+
+_KEYWORDS = ("clipnorm", "clipvalue", "global_clipnorm", "lr", "decay")
+
+
+class Adam:
+    r"""The Adam optimizer, and AMSGrad.
+
+    Step t, for every variable θ with gradient g (each operation rounded in the variable's dtype)::
+
+        m    = m + (g - m) (1 - beta_1)
+        v    = v + (g² - v) (1 - beta_2)             AMSGrad: vhat = max(vhat, v) takes the place of v below
+        θ    = θ - α_t m / (√v + epsilon)            α_t = learning_rate √(1 - beta_2^t) / (1 - beta_1^t)
+
+    Args:
+        learning_rate: finite; a number, a 0-d array or variable, a callable without arguments, or a schedule.
+        beta_1: in [0, 1); decay of the mean of gradients. A number, 0-d array, variable or callable.
+        beta_2: in [0, 1); decay of the mean of squared gradients. As beta_1.
+        epsilon: >= 0; added to the root, "epsilon hat" of the paper. As beta_1. None and 0 mean 1e-7.
+        amsgrad: whether to divide by the maximum of v over the past.
+        name: begins the names of the slots. Default "Adam".
+        **kwargs: ``clipvalue`` > 0 bounds every element of a gradient; ``clipnorm`` > 0 then bounds each gradient's L2
+            norm, or ``global_clipnorm`` > 0 the L2 norm over all of them; ``decay`` >= 0 divides the learning rate by
+            1 + decay (t - 1); ``lr`` >= 0 is an old name of learning_rate and wins over it.
+
+    Callables and schedules are evaluated once per step; a schedule gets t - 1.
+
+    Raises:
+        ArgumentTypeError: an argument of the wrong kind, or an unknown keyword.
+        ArgumentValueError: a value outside its range; ``clipnorm`` together with ``global_clipnorm``.
+
+    References:
+        Kingma & Ba, ICLR 2015, https://arxiv.org/abs/1412.6980; Reddi, Kale & Kumar, ICLR 2018,
+        https://arxiv.org/abs/1904.09237; https://www.tensorflow.org/versions/r2.0/api_docs/python/tf/keras/optimizers/Adam
+    """
+
+    def __init__(
+        self,
+        learning_rate: Any = 0.001,
+        beta_1: Any = 0.9,
+        beta_2: Any = 0.999,
+        epsilon: Any = DEFAULT_EPSILON,
+        amsgrad: Any = False,
+        name: str | None = "Adam",
+        **kwargs: Any,
+    ) -> None:
+        for keyword in kwargs:
+            if keyword not in _KEYWORDS:
+                known = ", ".join(_KEYWORDS)
+                raise ArgumentTypeError(f"keyword {keyword!r}", f"must be one of {known}", "another", "correct or drop it")
+        if name is not None and not isinstance(name, str):
+            raise ArgumentTypeError("name", "must be a str", type(name).__name__, "pass a str or None")
+        if kwargs.get("lr") is not None:
+            warnings.warn("lr is an old name: use learning_rate", DeprecationWarning, stacklevel=2)
+            learning_rate = kwargs["lr"]
+            if not callable(learning_rate) and as_number("learning_rate", learning_rate) < 0:
+                raise ArgumentValueError("lr", "must be >= 0", learning_rate, "use learning_rate for a negative rate")
+        decay = kwargs.get("decay", 0.0)
+        self._name = name or type(self).__name__
+        self._hyper: dict[str, Any] = {
+            "learning_rate": checked("learning_rate", learning_rate),
+            "beta_1": checked("beta_1", beta_1),
+            "beta_2": checked("beta_2", beta_2),
+            "epsilon": DEFAULT_EPSILON if epsilon is None or _is_zero(epsilon) else checked("epsilon", epsilon),
+            "decay": checked("decay", decay),
+        }
+        self.amsgrad = amsgrad
+        self._clip = Clip()
+        for keyword in ("clipvalue", "clipnorm", "global_clipnorm"):
+            setattr(self, keyword, kwargs.get(keyword))
+        self._slots = Slots()
+        self._controller = Controller(self._slots, self._name)
+
+    # Stepping.
+
+    def apply_gradients(self, grads_and_vars: Iterable[Any], name: str | None = None) -> int:
+        """Update variables by their gradients, in place.
+
+        Everything is enqueued on the current stream; the host does not wait for the device.
+
+        Args:
+            grads_and_vars: (gradient, variable) pairs. A variable is a Variable, or a writeable C-contiguous array of a
+                device (NumPy, CuPy, or anything with DLPack or an array interface), which is recognised again by its
+                memory. A gradient has its variable's shape, dtype and device, or is an IndexedSlices, or None: then its
+                variable stays as it is, with a UserWarning. A variable that comes twice is updated twice, in order,
+                with the same t.
+            name: ignored, for compatibility with Keras.
+
+        Returns:
+            The steps done, this one included.
+
+        Raises:
+            ArgumentTypeError: no pairs, or not of arrays.
+            ArgumentValueError: no gradients at all; a shape, dtype or device that does not fit; variables that overlap; a
+                hyperparameter's value outside its range.
+            SparseIndexError: on the host, an index outside its variable. (On CUDA see `check_errors`.)
+            Whatever it raises, nothing has changed.
+        """
+        return self._controller.step(grads_and_vars, self._hyper, amsgrad=bool(self.amsgrad), clip=self._clip)
+
+    def build(self, var_list: Iterable[Any]) -> None:
+        """Create the slots of variables ahead of their first step, so that `set_weights` and `load` fit.
+
+        Args:
+            var_list: variables as in `apply_gradients`, or one Variable.
+
+        Raises:
+            ArgumentTypeError, ArgumentValueError: what is no variable, or cannot be updated; nothing has changed then.
+        """
+        self._controller.build([var_list] if isinstance(var_list, Variable) else var_list, amsgrad=bool(self.amsgrad))
+
+    def synchronize(self) -> None:
+        """Wait until all steps are done."""
+        for device in {weight.device for weight in self._slots.weights}:
+            device.synchronize()
+
+    def check_errors(self) -> None:
+        """Wait for the device and raise what it could not say earlier.
+
+        Raises:
+            SparseIndexError: on CUDA, an index outside its variable since the last check; such rows were left out.
+        """
+        self._controller.check_errors()
+
+    # Hyperparameters: each reads as its present value and may be assigned at any time.
+
+    @property
+    def name(self) -> str:
+        """The optimizer's name."""
+        return self._name
+
+    @property
+    def learning_rate(self) -> Any:
+        """The learning rate: a float; the schedule; the 0-d array or variable; what a callable returns now."""
+        return self._current("learning_rate")
+
+    @learning_rate.setter
+    def learning_rate(self, value: Any) -> None:
+        self._assign("learning_rate", value)
+
+    @property
+    def lr(self) -> Any:
+        """Another name of learning_rate."""
+        return self._current("learning_rate")
+
+    @lr.setter
+    def lr(self, value: Any) -> None:
+        self._assign("learning_rate", value)
+
+    @property
+    def beta_1(self) -> Any:
+        """Decay of the mean of gradients, in [0, 1)."""
+        return self._current("beta_1")
+
+    @beta_1.setter
+    def beta_1(self, value: Any) -> None:
+        self._assign("beta_1", value)
+
+    @property
+    def beta_2(self) -> Any:
+        """Decay of the mean of squared gradients, in [0, 1)."""
+        return self._current("beta_2")
+
+    @beta_2.setter
+    def beta_2(self, value: Any) -> None:
+        self._assign("beta_2", value)
+
+    @property
+    def epsilon(self) -> Any:
+        """Added to the root of v, >= 0. Assigned here, 0 is 0."""
+        return self._current("epsilon")
+
+    @epsilon.setter
+    def epsilon(self, value: Any) -> None:
+        self._assign("epsilon", value)
+
+    @property
+    def decay(self) -> float:
+        """The learning rate is divided by 1 + decay (t - 1); >= 0."""
+        return float(self._hyper["decay"])
+
+    @decay.setter
+    def decay(self, value: Any) -> None:
+        self._assign("decay", value)
+
+    @property
+    def clipvalue(self) -> float | None:
+        """Bound of every gradient element's absolute value, > 0, or None."""
+        return self._clip.value
+
+    @clipvalue.setter
+    def clipvalue(self, value: Any) -> None:
+        self._clip = self._clip._replace(value=None if value is None else checked("clipvalue", value))
+
+    @property
+    def clipnorm(self) -> float | None:
+        """Bound of each gradient's L2 norm, > 0, or None. Applied after clipvalue."""
+        return self._clip.norm
+
+    @clipnorm.setter
+    def clipnorm(self, value: Any) -> None:
+        self._clip = _one_norm(self._clip._replace(norm=None if value is None else checked("clipnorm", value)))
+
+    @property
+    def global_clipnorm(self) -> float | None:
+        """Bound of the L2 norm over all gradients of a step, > 0, or None. Applied after clipvalue."""
+        return self._clip.global_norm
+
+    @global_clipnorm.setter
+    def global_clipnorm(self, value: Any) -> None:
+        number = None if value is None else checked("global_clipnorm", value)
+        self._clip = _one_norm(self._clip._replace(global_norm=number))
+
+    def _current(self, name: str) -> Any:
+        value = self._hyper[name]
+        if callable(value) and not isinstance(value, LearningRateSchedule):
+            return evaluated(name, value)
+        return value
+
+    def _assign(self, name: str, value: Any) -> None:
+        new, old = checked(name, value), self._hyper[name]
+        if isinstance(old, Variable) and type(new) is float:
+            old.assign(new)  # a variable given as hyperparameter is shared with whoever gave it
+        else:
+            self._hyper[name] = new
+
+    # State.
+
+    @property
+    def iterations(self) -> Variable:
+        """The counter of steps done, an int64 Variable on the host. Assigning an int sets it."""
+        return self._slots.iterations(self._name)
+
+    @iterations.setter
+    def iterations(self, value: Any) -> None:
+        if isinstance(value, Variable):
+            self._slots.adopt_iterations(value)
+            return
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+            raise ArgumentTypeError("iterations", "must be an int", type(value).__name__, "pass the number of steps done")
+        if value < 0:
+            raise ArgumentValueError("iterations", "must be >= 0", value, "pass the number of steps done")
+        self.iterations.assign(np.int64(value))
+
+    @property
+    def weights(self) -> list[Variable]:
+        """The live list of iterations and slots, in order of creation."""
+        return self._slots.weights
+
+    def variables(self) -> list[Variable]:
+        """The same list as `weights`."""
+        return self._slots.weights
+
+    def get_slot_names(self) -> list[str]:
+        """Names of the slots in order of first creation."""
+        return self._slots.names
+
+    def get_slot(self, var: Any, slot_name: str) -> Variable:
+        """The slot of a variable.
+
+        Raises:
+            SlotNotFoundError: the variable has no such slot.
+            ArgumentTypeError: `var` is no variable.
+        """
+        return self._slots.get(self._controller.registry.find(var, "var"), slot_name)
+
+    def add_slot(self, var: Any, slot_name: str, initializer: Any = "zeros") -> Variable:
+        """Create a slot of a variable, or return it where it exists.
+
+        Args:
+            var: the variable.
+            slot_name: "m", "v" and "vhat" are what steps use; others are the caller's.
+            initializer: "zeros", "ones", a callable(shape=, dtype=) or the value itself.
+
+        Raises:
+            ArgumentTypeError, ArgumentValueError: what is no variable, or no initializer.
+        """
+        variable = self._controller.registry.find(var, "var")
+        return self._slots.add(variable, slot_name, initializer, f"{self._name}/{variable.name}/{slot_name}")
+
+    def add_weight(
+        self,
+        name: str,
+        shape: Any,
+        dtype: Any = None,
+        initializer: Any = "zeros",
+        trainable: bool | None = None,
+        synchronization: str = "auto",
+        aggregation: str = "none",
+    ) -> Variable:
+        """Create a variable on the default device; it is not part of `weights`.
+
+        Args:
+            name: its name.
+            shape: an int or a tuple.
+            dtype: default float32.
+            initializer: as in `add_slot`; a value must have that shape.
+            trainable: default True, with synchronization "on_read" False.
+            synchronization: "auto", "none", "on_write" or "on_read": TensorFlow's, only "on_read" has a meaning here.
+            aggregation: ignored, for compatibility with Keras.
+
+        Raises:
+            ArgumentValueError: "on_read" for a trainable variable; another shape.
+        """
+        on_read = str(synchronization).lower().endswith("on_read")
+        if on_read and trainable:
+            rule = "must be 'auto', 'none' or 'on_write' for a trainable variable"
+            raise ArgumentValueError("synchronization", rule, synchronization, "pass trainable=False")
+        shape = (shape,) if isinstance(shape, int) else tuple(shape)
+        array = initialized(initializer, shape, np.dtype("float32" if dtype is None else dtype), find_device(None))
+        if tuple(array.shape) != shape:
+            raise ArgumentValueError("initializer", f"must give shape {shape}", tuple(array.shape), "reshape it")
+        return Variable.over(array, find_device(None), name, not on_read if trainable is None else bool(trainable))
+
+    def get_weights(self) -> list[Any]:
+        """NumPy copies of `weights`, the first a np.int64. Waits for the device; raises as `check_errors`."""
+        self.check_errors()
+        return [weight.numpy()[()] for weight in self.weights]
+
+    def set_weights(self, weights: Iterable[Any]) -> None:
+        """Overwrite `weights` by arrays of the same shapes, cast to their dtypes.
+
+        Args:
+            weights: as many arrays as there are weights, in their order: see `build`. The list of an AMSGrad optimizer
+                (3n + 1 arrays for n variables) also fits the same optimizer without AMSGrad.
+
+        Raises:
+            ArgumentValueError: another number of arrays or other shapes; nothing has changed then.
+        """
+        arrays, slots = list(weights), self.weights
+        variables = len(slots) // 2
+        if len(slots) == 2 * variables + 1 and len(arrays) == 3 * variables + 1 and not self.amsgrad:
+            arrays = arrays[: len(slots)]
+        if len(arrays) != len(slots):
+            rule = f"must hold {len(slots)} arrays for optimizer {self._name!r}"
+            raise ArgumentValueError("weights", rule, f"{len(arrays)}", "call build(variables) first, or pass the full list")
+        for number, (array, slot) in enumerate(zip(arrays, slots, strict=True)):
+            if not hasattr(array, "shape") and not np.isscalar(array):
+                what = type(array).__name__
+                raise ArgumentTypeError(f"weights[{number}]", "must be an array", what, "pass get_weights()'s arrays")
+            shape = tuple(getattr(array, "shape", ()))
+            if shape != slot.shape:
+                rule = f"must have shape {slot.shape} for {slot.name!r}"
+                raise ArgumentValueError(f"weights[{number}]", rule, shape, "pass the arrays in the order of get_weights()")
+        for array, slot in zip(arrays, slots, strict=True):
+            slot.assign(array)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write iterations, slots and configuration to one `.npz` file, replaced atomically.
+
+        Raises:
+            OSError: the file system refuses.
+            SparseIndexError: as `check_errors`.
+        """
+        names = [weight.name for weight in self.weights]
+        arrays = {f"weights/{n}": np.asarray(array) for n, array in enumerate(self.get_weights())}
+        checkpoint.write(path, arrays, {"kind": "Adam", "names": names, "config": self.get_config()})
+
+    def load(self, path: str | os.PathLike[str]) -> None:
+        """Read iterations and slots that `save` wrote; the slots must exist: see `build`.
+
+        Hyperparameters stay as they are. ``gpu_adam.checkpoint.read(path)[1]["config"]`` is the saved configuration.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            CheckpointError: no checkpoint of Adam, or of other variables; nothing has changed then.
+        """
+        arrays, meta = checkpoint.read(path)
+        if meta.get("kind") != "Adam":
+            raise CheckpointError(str(path), "must be written by Adam.save", meta.get("kind"), "pass another file")
+        names = [weight.name for weight in self.weights] or "none: no variable is known yet"
+        if meta["names"] != names:
+            rule = f"must hold this optimizer's weights {names}"
+            raise CheckpointError(str(path), rule, meta["names"], "call build(variables) with the same variables, in order")
+        try:
+            self.set_weights([arrays[f"weights/{n}"] for n in range(len(names))])
+        except (KeyError, ValueError) as error:
+            raise CheckpointError(str(path), "must fit this optimizer", error, "pass its own checkpoint") from error
+
+    # Configuration.
+
+    def get_config(self) -> dict[str, Any]:
+        """The constructor's arguments as JSON-serialisable values; a callable counts as what it returns now."""
+        clips = {"clipnorm": self.clipnorm, "clipvalue": self.clipvalue, "global_clipnorm": self.global_clipnorm}
+        return {
+            "name": self._name,
+            **{name: bound for name, bound in clips.items() if bound is not None},
+            **{name: _serialized(name, self._hyper[name]) for name in ("learning_rate", "decay", "beta_1", "beta_2", "epsilon")},
+            "amsgrad": bool(self.amsgrad),
+        }
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], custom_objects: Mapping[str, Any] | None = None) -> Adam:
+        """An optimizer with this configuration, without its state. The config is left as it is.
+
+        Args:
+            config: what `get_config` returns.
+            custom_objects: schedule classes of the caller's own, by name.
+
+        Raises:
+            ArgumentTypeError, ArgumentValueError: as the constructor; a schedule of unknown name.
+        """
+        arguments = dict(config)
+        if "lr" in arguments:
+            arguments["learning_rate"] = arguments.pop("lr")
+        if isinstance(arguments.get("learning_rate"), Mapping):
+            arguments["learning_rate"] = schedules.deserialize(arguments["learning_rate"], custom_objects)
+        return cls(**arguments)
+
+    # Copies.
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Adam:
+        """An optimizer with slots of its own, bound to the same variables."""
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        new.__dict__.update(self.__dict__)
+        new._hyper = dict(self._hyper)
+        new._slots = self._slots.copied(memo)
+        new._controller = Controller(new._slots, self._name)
+        new._controller.registry = self._controller.registry.copied()
+        return new
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = dict(self.__dict__)
+        controller = state.pop("_controller")
+        return {**state, "registry": controller.registry}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        registry = state.pop("registry")
+        self.__dict__.update(state)
+        self._controller = Controller(self._slots, self._name)
+        self._controller.registry = registry
+
+
+def _is_zero(value: Any) -> bool:
+    return isinstance(value, (int, float, np.number)) and value == 0
+
+
+def _one_norm(clip: Clip) -> Clip:
+    if clip.norm is not None and clip.global_norm is not None:
+        rule = "must not be set together with global_clipnorm"
+        raise ArgumentValueError("clipnorm", rule, f"{clip.norm} and {clip.global_norm}", "set one of them to None")
+    return clip
+
+
+def _serialized(name: str, value: Any) -> Any:
+    if isinstance(value, LearningRateSchedule):
+        return schedules.serialize(value)
+    return value if type(value) is float else evaluated(name, value)

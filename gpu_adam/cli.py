@@ -1,0 +1,200 @@
+"""`gpu-adam demo` and `gpu-adam info`: display only; what is shown is computed elsewhere."""
+
+import math
+import os
+import platform
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+import gpu_adam
+from gpu_adam import devices
+from gpu_adam.demos import Demo
+from gpu_adam.demos.digits import Digits
+from gpu_adam.demos.words import Words
+from gpu_adam.errors import ArgumentValueError, GpuAdamError
+
+app = typer.Typer(
+    help="Adam as CUDA kernels, on NVIDIA GPUs and on the CPU.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+DEMOS: dict[str, type[Demo]] = {demo.name: demo for demo in (Digits, Words)}
+
+
+class What(str, Enum):
+    """The demos, as typer wants a choice."""
+
+    digits = "digits"
+    words = "words"
+
+
+@app.command()
+def demo(
+    what: Annotated[What, typer.Argument(help="What to learn: handwritten digits, or word vectors.")] = What.digits,
+    *,
+    device: Annotated[str | None, typer.Option(help="auto, host, cuda or cuda:N; default: GPU_ADAM_DEVICE.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Train until this step; default: what it needs.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Another seed, another training; default: 0.")] = None,
+    save: Annotated[Path | None, typer.Option(help="File for the state, at the end or when interrupted.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="File of an earlier --save, to continue bit for bit.")] = None,
+) -> None:
+    """Train a small model on real data."""
+    kind = DEMOS[what.value]
+    last = steps or kind.default_steps
+    if save is not None:
+        _check_target(save)
+    try:
+        if device is not None:
+            gpu_adam.set_device(device)
+        training = kind(seed or 0) if resume is None else _resumed(kind, resume, seed)
+        if training.step >= last:
+            rule = f"must be above {training.step}, the step that {resume} has reached"
+            raise ArgumentValueError("--steps", rule, last, "pass a larger number")
+        figures = _train(training, last, save)
+        if save is not None:
+            training.save(save)
+            figures.append(("saved", f"{save}, continue with --resume"))
+    except KeyboardInterrupt as interrupt:
+        say(f"The demo {what.value} was interrupted {str(interrupt) or 'before its first step was done'}.", "yellow")
+        raise typer.Exit(130) from None
+    grid = Table.grid(padding=(0, 2))
+    for label, value in figures + training.result():
+        grid.add_row(Text(label, "bold"), Text(value))
+    Console().print(grid)
+
+
+@app.command()
+def info() -> None:
+    """Print what runs where, and what is missing."""
+    try:
+        chosen = gpu_adam.get_device().name
+    except GpuAdamError as error:
+        chosen = str(error)
+    software = [("gpu_adam", gpu_adam.__version__), ("Python", platform.python_version()), ("NumPy", np.__version__)]
+    sections = [("software", software), *devices.describe(), ("default", [("device", chosen)])]
+    table = Table(show_header=False)
+    for section, facts in sections:
+        if section != "missing":
+            for i, (label, value) in enumerate(facts):
+                table.add_row(Text("" if i else section, "bold"), label, Text(value))
+            table.add_section()
+    console = Console()
+    console.print(table)
+    missing = [fact for section, facts in sections if section == "missing" for fact in facts]
+    for label, sentence in missing:
+        console.print(Text(f"Missing for {label}: {sentence}", "yellow"), soft_wrap=True)
+    if not missing:
+        console.print("Nothing is missing.")
+
+
+def say(sentence: str, style: str) -> None:
+    """Print a sentence on stderr, in the colour `style` where that is a terminal."""
+    Console(stderr=True).print(Text(sentence, style), soft_wrap=True)
+
+
+def _check_target(save: Path) -> None:
+    """Refuse before the training what could not be written after it."""
+    parent = save.absolute().parent
+    if save.is_dir() or not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ArgumentValueError("--save", "must be a file in a writable directory", save, "choose another path")
+
+
+def _resumed(kind: type[Demo], resume: Path, seed: int | None) -> Demo:
+    if not resume.is_file():
+        raise ArgumentValueError("--resume", "must be a file", resume, "pass the FILE of an earlier --save")
+    training = kind.resume(resume)
+    if seed not in (None, training.seed):
+        raise ArgumentValueError("--seed", f"must be {training.seed}, as in {resume}", seed, "leave --seed out")
+    return training
+
+
+def _train(training: Demo, last: int, save: Path | None) -> list[tuple[str, str]]:
+    """Train until step `last` under a progress bar; return device, speed and loss as (label, value)."""
+    with _Bar(training, last) as bar:
+        begin = time.perf_counter()
+        training.train()
+        bar.show(now=True)
+        first, start = training.step, time.perf_counter()
+        with _between_steps() as interrupted:
+            while training.step < last and not interrupted():
+                training.train()
+                bar.show()
+        loss = bar.show(now=True)
+        seconds = time.perf_counter() - start
+    if interrupted():
+        raise KeyboardInterrupt(_keep(training, last, save))
+    speed = f"{(last - first) / seconds:.0f} in {seconds:.1f} s" if last > first else "only one step"
+    return [
+        ("device", f"{training.device.name}, {training.device.facts()[0][1]}"),
+        ("first step", f"{start - begin:.2f} s (compiles the kernels that are not cached)"),
+        ("steps/s", speed),
+        ("last loss", f"{loss:.4f}"),
+    ]
+
+
+def _keep(training: Demo, last: int, save: Path | None) -> str:
+    done = f"after step {training.step} of {last}"
+    if save is None:
+        return f"{done}; with --save it would have kept its state"
+    training.save(save)
+    return f"{done}; continue with: gpu-adam demo {training.name} --steps {last} --resume {save}"
+
+
+class _Bar:
+    """A progress bar of a training; reading the loss waits for the device, so it does that ten times a second."""
+
+    def __init__(self, training: Demo, last: int) -> None:
+        state = TextColumn("{task.fields[state]}")
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), state, TimeRemainingColumn())
+        self._progress = Progress(*columns, console=Console())
+        self._training, self._step, self._time = training, training.step, time.perf_counter()
+        self._task = self._progress.add_task(training.name, total=last, completed=training.step, state="first step")
+
+    def __enter__(self) -> "_Bar":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._progress.stop()
+
+    def show(self, now: bool = False) -> float:
+        """Show the present step and its numbers if it is time, or `now`; return the loss shown, else NaN."""
+        done = self._training.step - self._step
+        if not (now or time.perf_counter() - self._time > 0.1):
+            return math.nan
+        measure = self._training.measure()
+        elapsed = time.perf_counter() - self._time
+        state = f"loss {measure.loss:.3f}  accuracy {measure.accuracy:4.0%}  {elapsed / max(done, 1) * 1e3:.2f} ms/step"
+        self._progress.update(self._task, completed=self._training.step, state=state)
+        self._step, self._time = self._training.step, time.perf_counter()
+        return measure.loss
+
+
+@contextmanager
+def _between_steps() -> Iterator[Callable[[], bool]]:
+    """Yield whether Ctrl-C was pressed: the step is finished first, so that what is saved is whole."""
+    pressed = False
+
+    def press(*signal_and_frame: object) -> None:
+        nonlocal pressed
+        pressed = True
+        signal.signal(signal.SIGINT, before)  # a second one does not wait
+
+    before = signal.signal(signal.SIGINT, press)
+    try:
+        yield lambda: pressed
+    finally:
+        signal.signal(signal.SIGINT, before)

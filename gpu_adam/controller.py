@@ -1,0 +1,195 @@
+"""One step: read the hyperparameters, check the gradients, clip, update, count. Nothing changes before all is checked."""
+
+from __future__ import annotations
+
+import operator
+import warnings
+import weakref
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from itertools import chain
+from typing import Any
+
+from gpu_adam import kernels
+from gpu_adam.errors import ArgumentTypeError, ArgumentValueError
+from gpu_adam.gradients import Clip
+from gpu_adam.hyperparameters import Scalars
+from gpu_adam.plan import Mode, Plan, check_overlap
+from gpu_adam.slots import Slots, slot_names
+from gpu_adam.sparse import IndexErrors, is_sparse
+from gpu_adam.variables import Registry, Variable
+
+_PLANS_KEPT = 8  # sets of variables whose tables stay: a GAN steps two by turns
+
+
+class Controller:
+    """The steps of one optimizer over its variables.
+
+    Args:
+        slots: the optimizer's slots.
+        prefix: the optimizer's name, for slot names.
+    """
+
+    def __init__(self, slots: Slots, prefix: str) -> None:
+        self.registry = Registry()
+        self._slots, self._prefix = slots, prefix
+        self._index_errors: dict[Variable, IndexErrors] = {}
+        self._plans: OrderedDict[Any, Plan] = OrderedDict()
+        self._last: _Repetition | None = None
+
+    def step(
+        self,
+        grads_and_vars: Iterable[Any],
+        hyper: dict[str, Any],
+        *,
+        amsgrad: bool,
+        clip: Clip,
+    ) -> int:
+        """Update every variable by its gradient and count the step.
+
+        Args:
+            grads_and_vars: (gradient, variable) pairs.
+            hyper: stored hyperparameters by name.
+            amsgrad: whether to keep and use the maximum of v.
+            clip: how the gradients are clipped.
+
+        Returns:
+            The steps done.
+
+        Raises:
+            ArgumentTypeError, ArgumentValueError, SparseIndexError: nothing has changed then.
+        """
+        pairs = _listed(grads_and_vars)
+        mode = Mode(amsgrad, clip.value is not None, clip.norm is not None, clip.global_norm is not None)
+        last = self._last
+        if last is not None and last.mode == mode and last.is_repeated_by(pairs):
+            plan = last.plan
+            steps = plan.steps(Scalars(hyper, self._slots.steps_done), clip)
+        else:
+            plan, steps = self._prepared(pairs, hyper, mode, clip)
+        plan.enqueue(steps, clip)
+        done = self._slots.steps_done + 1
+        self._slots.iterations(self._prefix).value[...] = done
+        return done
+
+    def _prepared(
+        self, pairs: Sequence[Any], hyper: dict[str, Any], mode: Mode, clip: Clip
+    ) -> tuple[Plan, list[tuple[Any, ...]]]:
+        known = len(self.registry)
+        try:
+            gradients, variables, without = self._resolved(pairs)
+            sparse = tuple(map(is_sparse, gradients))
+            key = (tuple(map(id, variables)), sparse, mode)
+            plan = self._plans.get(key)
+            is_new = plan is None
+            if plan is None:
+                for variable in variables:
+                    kernels.dtype_row(variable.dtype, f"variable {variable.name!r}")
+                check_overlap(variables)
+                plan = Plan(variables, sparse, mode, self._errors_of)
+            checked = plan.check(gradients)
+            steps = plan.steps(Scalars(hyper, self._slots.steps_done), clip)
+        except BaseException:
+            self.registry.forget(known)
+            raise
+        if without:
+            warnings.warn(f"no gradient for the variables {without}; they are left as they are", UserWarning, stacklevel=4)
+        self._slots.iterations(self._prefix)
+        if is_new:
+            self._slots.ensure(variables, slot_names(mode.amsgrad), self._prefix)
+            plan.allocate(self._slots)
+        self._plans[key] = plan
+        self._plans.move_to_end(key)
+        while len(self._plans) > _PLANS_KEPT:
+            self._plans.popitem(last=False)
+        self._last = _Repetition.of(pairs, plan, mode) if plan.bind(checked) and not without else None
+        return plan, steps
+
+    def build(self, variables: Iterable[Any], *, amsgrad: bool) -> None:
+        """Create the slots of `variables` ahead of their first step."""
+        known = len(self.registry)
+        try:
+            found = [self.registry.find(obj, f"var_list[{number}]") for number, obj in enumerate(variables)]
+            for variable in found:
+                kernels.dtype_row(variable.dtype, f"variable {variable.name!r}")
+            check_overlap(found)
+        except BaseException:
+            self.registry.forget(known)
+            raise
+        self._slots.iterations(self._prefix)
+        self._slots.ensure(found, slot_names(amsgrad), self._prefix)
+
+    def check_errors(self) -> None:
+        """Raise what the kernels have noted. Waits for the device."""
+        for errors in self._index_errors.values():
+            errors.check()
+
+    def _resolved(self, pairs: Sequence[Any]) -> tuple[list[Any], list[Variable], list[str]]:
+        """Gradients and variables of the pairs that have a gradient, and the names of those that have none."""
+        gradients: list[Any] = []
+        variables: list[Variable] = []
+        without: list[str] = []
+        for number, pair in enumerate(pairs):
+            if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+                got = f"{type(pair).__name__} of length {len(pair)}" if hasattr(pair, "__len__") else type(pair).__name__
+                rule = "must be a (gradient, variable) pair"
+                raise ArgumentTypeError(f"grads_and_vars[{number}]", rule, got, "pass a list of pairs")
+            gradient, target = pair
+            if isinstance(gradient, Variable) and not isinstance(target, Variable):
+                rule = "must be (gradient, variable), in this order"
+                raise ArgumentTypeError(f"grads_and_vars[{number}]", rule, "a Variable as gradient", "swap the two")
+            variable = self.registry.find(target, f"the variable of grads_and_vars[{number}]")
+            if gradient is None:
+                without.append(variable.name)
+            else:
+                gradients.append(gradient)
+                variables.append(variable)
+        if not gradients:
+            rule = "must hold a gradient for at least one variable"
+            got = f"none for {without}" if without else "no pairs"
+            raise ArgumentValueError("grads_and_vars", rule, got, "check that the loss depends on the variables")
+        return gradients, variables, without
+
+    def _errors_of(self, variable: Variable) -> IndexErrors:
+        return self._index_errors.setdefault(variable, IndexErrors(variable))
+
+
+class _Repetition:
+    """The last step's pairs, so that a step with the very same arrays skips all checks.
+
+    Gradients are held weakly: the optimizer must not keep a model's gradients alive. (NumPy refuses to resize an array
+    that is weakly referenced, so its address stays.)
+    """
+
+    def __init__(self, gradients: list[Any], variables: list[Any], plan: Plan, mode: Mode) -> None:
+        self._gradients, self._variables, self.plan, self.mode = gradients, variables, plan, mode
+
+    @classmethod
+    def of(cls, pairs: Sequence[Any], plan: Plan, mode: Mode) -> _Repetition | None:
+        try:
+            return cls([weakref.ref(gradient) for gradient, _ in pairs], [v for _, v in pairs], plan, mode)
+        except TypeError:
+            return None
+
+    def is_repeated_by(self, pairs: Sequence[Any]) -> bool:
+        if len(pairs) != len(self._variables):
+            return False
+        try:
+            flat = list(chain.from_iterable(pairs))
+        except TypeError:
+            return False
+        if len(flat) != 2 * len(pairs) or not all(map(operator.is_, flat[1::2], self._variables)):
+            return False
+        return all(map(operator.is_, flat[::2], [gradient() for gradient in self._gradients]))
+
+
+def _listed(grads_and_vars: Iterable[Any]) -> Sequence[Any]:
+    """The pairs as a list; ArgumentTypeError where they are not iterable."""
+    if type(grads_and_vars) is list:
+        return grads_and_vars
+    try:
+        iterator = iter(grads_and_vars)
+    except TypeError as error:
+        rule = "must be an iterable of (gradient, variable) pairs"
+        raise ArgumentTypeError("grads_and_vars", rule, type(grads_and_vars).__name__, "pass a list of pairs") from error
+    return list(iterator)

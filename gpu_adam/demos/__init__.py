@@ -1,0 +1,130 @@
+"""Two small trainings on real data, without display: `gpu-adam demo` shows them.
+
+A demo trains on the current device. All randomness is drawn on the host from (seed, step), so the state of a training
+is its variables, its optimizer and a step number, and a resumed one continues bit for bit.
+"""
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+import gpu_adam
+from gpu_adam import checkpoint
+from gpu_adam.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from typing import Self
+
+
+@dataclass(frozen=True)
+class Measure:
+    """How well the last batch went: its mean loss in nats and the fraction answered correctly, 0 to 1."""
+
+    loss: float
+    accuracy: float
+
+
+class Demo(ABC):
+    """A model, its data and its optimizer on the current device.
+
+    Args:
+        seed: >= 0; the same seed gives the same training on the same device.
+    """
+
+    name: ClassVar[str]
+    default_steps: ClassVar[int]
+
+    def __init__(self, seed: int = 0) -> None:
+        self.seed, self.step = seed, 0
+        self.device = gpu_adam.get_device()
+        self.xp: Any = self.device.xp
+        self.variables, self.optimizer = self._model(self.generator(0))
+        self.optimizer.build(self.variables)
+        self._last: Any = None
+
+    @abstractmethod
+    def _model(self, generator: np.random.Generator) -> "tuple[Sequence[gpu_adam.Variable], gpu_adam.Adam]":
+        """Load the data, return the initial variables and their optimizer."""
+
+    @abstractmethod
+    def _train(self, generator: np.random.Generator) -> Any:
+        """Do one update, return the batch's loss and accuracy as one device array of two numbers."""
+
+    @abstractmethod
+    def result(self) -> list[tuple[str, str]]:
+        """Return what was learnt, as (label, value) lines."""
+
+    def generator(self, stream: int) -> np.random.Generator:
+        """Return the randomness of one stream: 0 for the initial values, t for step t."""
+        return np.random.default_rng((self.seed, stream))
+
+    def here(self) -> AbstractContextManager[Any]:
+        """Return a context in which array functions compute on this demo's device: CuPy's go to its current one."""
+        return nullcontext() if self.xp is np else self.xp.cuda.Device(self.device.index)
+
+    def train(self) -> None:
+        """Do one step; on a GPU it is only enqueued."""
+        with self.here():
+            self._last = self._train(self.generator(self.step + 1))
+        self.step += 1
+
+    def measure(self) -> Measure:
+        """Return the last step's numbers, waiting for the device; there must have been a step."""
+        loss, accuracy = self._last.tolist()
+        return Measure(loss, accuracy)
+
+    def data(self) -> Mapping[str, np.ndarray]:
+        """Return arrays that a saved training must have in common with this one, besides its seed."""
+        return {}
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Return host copies of the data's identity, the variables and the optimizer's weights."""
+        arrays = {f"data/{name}": array for name, array in self.data().items()}
+        arrays |= {f"variable/{variable.name}": variable.numpy() for variable in self.variables}
+        return arrays | {f"weight/{i}": np.asarray(weight) for i, weight in enumerate(self.optimizer.get_weights())}
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write variables, optimizer state, seed and step to one file."""
+        checkpoint.write(path, self.state(), {"demo": self.name, "seed": self.seed, "step": self.step})
+
+    @classmethod
+    def resume(cls, path: str | os.PathLike[str]) -> "Self":
+        """Return the training that `save` wrote, on the current device.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            CheckpointError: the file holds something else, or a training on other data.
+        """
+        arrays, meta = checkpoint.read(path)
+        if meta.get("demo") != cls.name:
+            remedy = f"pass a file that `gpu-adam demo {cls.name} --save FILE` wrote"
+            got = meta.get("demo", "another checkpoint")
+            raise CheckpointError(str(path), f"must hold a training of the demo {cls.name}", got, remedy)
+        demo = cls(meta["seed"])
+        own, data = demo.state(), demo.data()
+        fits = {name: array.shape for name, array in own.items()} == {
+            name: array.shape for name, array in arrays.items()
+        }
+        if not fits or any((arrays[f"data/{name}"] != array).any() for name, array in data.items()):
+            remedy = "resume with the versions of gpu_adam and Python that saved it"
+            raise CheckpointError(str(path), "must fit this demo's data and variables", "others", remedy)
+        for variable in demo.variables:
+            variable.assign(arrays[f"variable/{variable.name}"])
+        weights = len(own) - len(data) - len(demo.variables)
+        demo.optimizer.set_weights([arrays[f"weight/{i}"] for i in range(weights)])
+        demo.step = meta["step"]
+        return demo
+
+
+def product(a: Any, b: Any) -> Any:
+    """Return the matrix product of a [n, k] and b [k, m] on either device.
+
+    CuPy's `@` calls cuBLAS, which is not among the wheels that gpu_adam asks for; a demo's matrices are small enough to
+    multiply and add instead, at the price of n·k·m temporary numbers.
+    """
+    return a @ b if isinstance(a, np.ndarray) else (a[:, :, None] * b[None]).sum(1)

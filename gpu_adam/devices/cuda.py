@@ -1,0 +1,194 @@
+"""CUDA devices: CuPy arrays, and the CUDA sources compiled by NVRTC. The only module that imports CuPy."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import cupy
+import numpy as np
+
+from gpu_adam.devices.base import PACK_BYTES, Array, Device, Launch, PointerTable
+from gpu_adam.errors import KernelCompileError
+from gpu_adam.kernels import BLOCK_SIZE, Kernel
+
+# No contraction to multiply-add: the bits of the host device. Division and square root are IEEE by default, and CuPy
+# itself adds -ftz=true.
+_OPTIONS = ("--std=c++17", "-fmad=false")
+
+
+class CudaDevice(Device):
+    """One NVIDIA GPU. Everything is enqueued on CuPy's current stream of this device.
+
+    Args:
+        index: the device's number, as CuPy counts.
+    """
+
+    xp = cupy
+    max_blocks = 2**31 - 1
+    checks_indices = False
+
+    def __init__(self, index: int) -> None:
+        self.name = f"cuda:{index}"
+        self.index = index
+        self._current = cupy.cuda.Device(index)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return cuda_device, (self.index,)
+
+    def array(self, values: Any, dtype: np.dtype | None = None) -> Array:
+        """A new C-contiguous array with these values; host values are copied over."""
+        with self._current:
+            return cupy.array(values, dtype, order="C")
+
+    def empty(self, size: int, dtype: np.dtype) -> Array:
+        """A new one-dimensional array with undefined contents; CuPy's addresses are multiples of 512."""
+        with self._current:
+            return cupy.empty(size, dtype)
+
+    def numpy(self, array: Array) -> np.ndarray:
+        """A copy in host memory. Waits for the device."""
+        with self._current:
+            return np.asarray(cupy.asnumpy(array))
+
+    def view(self, obj: Any) -> Array | None:
+        """The memory of `obj` as a CuPy array; None where it does not lie on this device."""
+        array = None
+        if isinstance(obj, cupy.ndarray):
+            array = obj
+        elif hasattr(obj, "__cuda_array_interface__"):
+            array = cupy.asarray(obj)
+        elif hasattr(obj, "__dlpack_device__") and obj.__dlpack_device__()[0] == 2:
+            array = cupy.from_dlpack(obj)
+        return array if array is not None and array.device.id == self.index else None
+
+    def address(self, array: Array) -> int:
+        """Address of the first element."""
+        return int(array.data.ptr)
+
+    def dense_addresses(self, arrays: Sequence[Any], shapes: Sequence[tuple[int, ...]], dtype: np.dtype) -> list[int]:
+        """Addresses of `arrays`, each 0 unless it is this device's array, contiguous, with that shape and dtype."""
+        ndarray, index = cupy.ndarray, self.index
+        return [
+            array.data.ptr
+            if type(array) is ndarray
+            and array.dtype == dtype
+            and array.shape == shape
+            and array.flags.c_contiguous
+            and array.data.device_id == index
+            else 0
+            for array, shape in zip(arrays, shapes, strict=True)
+        ]
+
+    def pointer_table(self, size: int) -> PointerTable:
+        """A new table of `size` addresses."""
+        return _CudaPointers(self, size)
+
+    def prepare(self, kernel: Kernel, arguments: Sequence[np.ndarray]) -> Launch:
+        """Compile `kernel` if need be and bind `arguments`."""
+        return _CudaLaunch(self._current, _raw_kernel(kernel, self.index), tuple(arguments))
+
+    def synchronize(self) -> None:
+        """Wait for the current stream."""
+        with self._current:
+            cupy.cuda.get_current_stream().synchronize()
+
+    def facts(self) -> list[tuple[str, str]]:
+        """(label, value) pairs for ``gpu-adam info``."""
+        runtime = cupy.cuda.runtime
+        properties = runtime.getDeviceProperties(self.index)
+        name = properties["name"]
+        with self._current:
+            free, total = runtime.memGetInfo()
+        driver = runtime.driverGetVersion()
+        return [
+            ("GPU", name.decode() if isinstance(name, bytes) else str(name)),
+            ("compute capability", f"{properties['major']}.{properties['minor']}"),
+            ("memory", f"{total / 2**30:.1f} GiB, {free / 2**30:.1f} GiB free"),
+            ("driver", f"for CUDA {driver // 1000}.{driver % 1000 // 10}"),
+            ("CuPy", cupy.__version__),
+            ("NVRTC", "{}.{}".format(*cupy.cuda.nvrtc.getVersion())),
+        ]
+
+
+@functools.cache
+def cuda_device(index: int) -> CudaDevice:
+    """The one object for a device."""
+    return CudaDevice(index)
+
+
+def options(kernel_defines: Sequence[str]) -> tuple[str, ...]:
+    """NVRTC's options for a kernel with these definitions."""
+    return (*_OPTIONS, f"-DGPU_ADAM_PACK_BYTES={PACK_BYTES}", *(f"-D{define}" for define in kernel_defines))
+
+
+@functools.cache
+def _raw_kernel(kernel: Kernel, index: int) -> Any:
+    # Headers are part of the text: CuPy's cache on disk does not look into -I directories.
+    raw = cupy.RawKernel(kernel.source.text, kernel.name, options=options(kernel.source.defines))
+    with cupy.cuda.Device(index):
+        try:
+            raw.compile()
+        except cupy.cuda.compiler.CompileException as error:
+            raise KernelCompileError(
+                f"the kernels of {kernel.source.file}",
+                "must compile with NVRTC",
+                f"{error}\n",
+                "check the versions of CuPy and NVRTC with: gpu-adam info",
+            ) from error
+    return raw
+
+
+class _CudaLaunch:
+    def __init__(self, device: Any, kernel: Any, arguments: tuple[np.ndarray, ...]) -> None:
+        self._device, self._kernel, self._arguments = device, kernel, arguments
+
+    def __call__(self, blocks: int) -> None:
+        if cupy.cuda.runtime.getDevice() == self._device.id:
+            self._kernel((blocks,), (BLOCK_SIZE,), self._arguments)
+        else:
+            with self._device:
+                self._kernel((blocks,), (BLOCK_SIZE,), self._arguments)
+
+
+class _CudaPointers:
+    """Addresses in device memory, written through a ring of pinned buffers.
+
+    A pinned buffer must not be rewritten before its copy has run. Rather than wait for that, the ring grows. In a stream
+    capture the copy runs at every replay, so its buffer is never used again.
+    """
+
+    def __init__(self, device: CudaDevice, size: int) -> None:
+        self._device = device._current
+        with self._device:
+            self._table = cupy.zeros(size, np.uint64)
+        self.address = int(self._table.data.ptr)
+        self._ring: list[_Pinned] = []
+        self._captured: list[_Pinned] = []
+
+    def write(self, addresses: Sequence[int]) -> None:
+        with self._device:
+            stream = cupy.cuda.get_current_stream()
+            if stream.is_capturing():
+                pinned = _Pinned(self._table.size)
+                self._captured.append(pinned)
+            elif self._ring and self._ring[0].copied.done:
+                pinned = self._ring.pop(0)
+                self._ring.append(pinned)
+            else:
+                pinned = _Pinned(self._table.size)
+                self._ring.append(pinned)
+            pinned.array[:] = addresses
+            to_device = cupy.cuda.runtime.memcpyHostToDevice
+            cupy.cuda.runtime.memcpyAsync(self.address, pinned.address, self._table.nbytes, to_device, stream.ptr)
+            if pinned not in self._captured:
+                pinned.copied.record(stream)
+
+
+class _Pinned:
+    def __init__(self, size: int) -> None:
+        memory = cupy.cuda.alloc_pinned_memory(8 * size)
+        self.array = np.frombuffer(memory, np.uint64, size)
+        self.address = memory.ptr
+        self.copied = cupy.cuda.Event(disable_timing=True)

@@ -1,0 +1,170 @@
+"""A prepared step: which launches update a set of variables, in which order, with which memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from gpu_adam import kernels
+from gpu_adam.dense import DenseUpdate
+from gpu_adam.devices import Device
+from gpu_adam.errors import ArgumentValueError
+from gpu_adam.gradients import Clip, Clippable, NormClipping
+from gpu_adam.hyperparameters import Scalars
+from gpu_adam.memory import Interval, Intervals, memory_of
+from gpu_adam.slots import Slots
+from gpu_adam.sparse import IndexErrors, SparseUpdate
+from gpu_adam.variables import Variable
+
+
+class Mode(NamedTuple):
+    """What chooses kernels, as opposed to what they are given.
+
+    Attributes:
+        amsgrad: AMSGrad's update.
+        clip_value, clip_norm, clip_global_norm: which clipping is on.
+    """
+
+    amsgrad: bool
+    clip_value: bool
+    clip_norm: bool
+    clip_global_norm: bool
+
+    @property
+    def clips(self) -> bool:
+        """Whether gradients are clipped in any way."""
+        return self.clip_value or self.clip_norm or self.clip_global_norm
+
+
+class Update(Clippable, Protocol):
+    """One launch that updates variables: DenseUpdate or SparseUpdate."""
+
+    variables: list[Variable]
+
+    def check(self, gradients: Sequence[Any]) -> Any:
+        """The gradients, ready to bind, or an error; changes nothing."""
+
+    def allocate(self, slots: Slots) -> None:
+        """Prepare the launch, once the variables' slots exist."""
+
+    def written(self, slots: Slots) -> list[Interval]:
+        """The memory that the launch writes."""
+
+    def read(self, bound: Any) -> list[Interval]:
+        """The memory that the launch reads for these gradients."""
+
+    def copied(self, bound: Any, index: int) -> Any:
+        """The same gradients, entry `index` of `read` in a copy."""
+
+    def bind(self, bound: Any) -> bool:
+        """Use these gradients; whether the same objects may be taken for granted next time."""
+
+    def enqueue(self, step: tuple[Any, ...]) -> None:
+        """Enqueue the update."""
+
+
+class Plan:
+    """The launches of a step: one per dtype and device for all dense gradients, one per sparse gradient.
+
+    A variable that comes several times is updated that often, in order: its second gradient waits for a second round of
+    launches, so that no launch has two threads at one element.
+
+    Args:
+        variables: of each pair, in order.
+        sparse: whether each pair's gradient names rows.
+        mode: which kernels.
+        errors_of: the note of rows out of range of a variable.
+    """
+
+    def __init__(
+        self,
+        variables: Sequence[Variable],
+        sparse: Sequence[bool],
+        mode: Mode,
+        errors_of: Callable[[Variable], IndexErrors],
+    ) -> None:
+        self.variables, self._mode = list(variables), mode
+        rounds: dict[Variable, int] = {}
+        members: dict[Any, list[int]] = {}
+        for number, variable in enumerate(variables):
+            turn = rounds[variable] = rounds.get(variable, -1) + 1
+            key = (turn, number) if sparse[number] else (turn, variable.device.name, variable.dtype.name)
+            members.setdefault(key, []).append(number)
+        self._members = sorted(members.values(), key=lambda numbers: rounds_before(variables, numbers[0]))
+        switches = {"amsgrad": mode.amsgrad, "clip": mode.clips}
+        self._updates: list[Update] = [
+            SparseUpdate(variables[numbers[0]], errors_of(variables[numbers[0]]), **switches)
+            if sparse[numbers[0]]
+            else DenseUpdate([variables[n] for n in numbers], **switches)
+            for numbers in self._members
+        ]
+        self._norms: NormClipping | None = None
+
+    def check(self, gradients: Sequence[Any]) -> list[Any]:
+        """The gradients, ready to bind. Raises on the first that does not fit; nothing has changed then."""
+        return [
+            update.check([gradients[n] for n in numbers])
+            for update, numbers in zip(self._updates, self._members, strict=True)
+        ]
+
+    def allocate(self, slots: Slots) -> None:
+        """Prepare the launches, once the slots exist."""
+        written: dict[Device, list[Interval]] = {}
+        for update in self._updates:
+            update.allocate(slots)
+            written.setdefault(update.device, []).extend(update.written(slots))
+        self._written = {device: Intervals(intervals) for device, intervals in written.items()}
+        if self._mode.clip_norm or self._mode.clip_global_norm:
+            self._norms = NormClipping(self._updates, global_norm=self._mode.clip_global_norm)
+
+    def bind(self, checked: list[Any]) -> bool:
+        """Use these gradients. A gradient in memory that the step writes is copied first: it may be another's variable.
+
+        Returns:
+            Whether a step with the same objects may skip check and bind.
+        """
+        repeatable = []
+        for update, bound in zip(self._updates, checked, strict=True):
+            for index in self._written[update.device].overlapped(update.read(bound)):
+                bound = update.copied(bound, int(index))  # noqa: PLW2901
+            repeatable.append(update.bind(bound))
+        return all(repeatable)
+
+    def steps(self, scalars: Scalars, clip: Clip) -> list[tuple[Any, ...]]:
+        """The scalars that each launch gets, in its dtype. Raises where they break a rule in that dtype."""
+        bound = np.inf if clip.value is None else clip.value
+        by_dtype = {
+            dtype: (*scalars.for_real(dtype), bound)
+            for dtype in {kernels.DTYPES[update.dtype].real_dtype for update in self._updates}
+        }
+        return [by_dtype[kernels.DTYPES[update.dtype].real_dtype] for update in self._updates]
+
+    def enqueue(self, steps: list[tuple[Any, ...]], clip: Clip) -> None:
+        """Enqueue the whole step with the gradients bound last."""
+        if self._norms is not None:
+            self._norms.enqueue(clip)
+        for update, step in zip(self._updates, steps, strict=True):
+            update.enqueue(step)
+
+
+def rounds_before(variables: Sequence[Variable], number: int) -> int:
+    """How often the variable of pair `number` comes before it."""
+    return sum(variable is variables[number] for variable in variables[:number])
+
+
+def check_overlap(variables: Sequence[Variable]) -> None:
+    """ArgumentValueError if two different variables share memory."""
+    distinct = list(dict.fromkeys(variables))
+    for device in {variable.device for variable in distinct}:
+        placed = [(memory_of(device, v.value), v) for v in distinct if v.device is device and v.size]
+        placed.sort(key=lambda pair: pair[0])
+        for ((_, end), one), ((begin, _), other) in zip(placed, placed[1:], strict=False):
+            if begin < end:
+                raise ArgumentValueError(
+                    f"variables {one.name!r} and {other.name!r}",
+                    "must not overlap in memory",
+                    f"{end - begin} shared bytes",
+                    "pass arrays that own their memory, or one variable for both",
+                )

@@ -1,0 +1,341 @@
+"""Learning rates that depend on the step: pass one to Adam as `learning_rate`.
+
+A schedule is a frozen value, a function of the step and nothing else; it computes in float64. The step t counts the
+updates already done, so the first update uses the rate of t = 0. In the equations η₀ is `initial_learning_rate`.
+Steps and `decay_steps` are in updates, rates in the unit of the variables (an update of Adam is the rate times a number
+near 1). `name` is only kept in the configuration. A value outside its range raises `ArgumentValueError`, an object that
+is no real number `ArgumentTypeError`, both at construction.
+
+Reference: https://www.tensorflow.org/versions/r2.0/api_docs/python/tf/keras/optimizers/schedules
+"""
+
+import math
+from abc import ABC, abstractmethod
+from bisect import bisect_left
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, SupportsFloat
+
+from gpu_adam.errors import ArgumentTypeError, ArgumentValueError
+
+if TYPE_CHECKING:
+    from typing import Self
+
+
+class LearningRateSchedule(ABC):
+    """Base of all schedules; a subclass needs `__call__`, and `get_config` where it is to be saved.
+
+    Example:
+        >>> class Halving(LearningRateSchedule):
+        ...     def __call__(self, step):
+        ...         return 0.1 * 0.5 ** step
+        >>> Halving()(2)
+        0.025
+    """
+
+    @abstractmethod
+    def __call__(self, step: SupportsFloat) -> float:
+        """Return the learning rate of the update that follows `step` earlier ones; step >= 0."""
+
+    def get_config(self) -> dict[str, Any]:
+        """Return the constructor's arguments as JSON-serialisable values."""
+        raise NotImplementedError("Learning rate schedule must override get_config")
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "Self":
+        """Build a schedule from what `get_config` returned; `config` is not changed."""
+        return cls(**config)
+
+
+_FINITE = ("must be finite", math.isfinite)
+_POSITIVE = ("must be finite and > 0", lambda x: 0 < x < math.inf)
+_NOT_NEGATIVE = ("must be finite and >= 0", lambda x: 0 <= x < math.inf)
+_AT_LEAST_ONE = ("must be finite and >= 1", lambda x: 1 <= x < math.inf)
+
+
+@dataclass(frozen=True)
+class _Standard(LearningRateSchedule):
+    """A schedule whose dataclass fields are its configuration."""
+
+    def get_config(self) -> dict[str, Any]:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+    def _check(self, **rules: tuple[str, Callable[[float], bool]]) -> None:
+        """Replace every field named in `rules` by a Python number that obeys its rule."""
+        for name, rule in rules.items():
+            object.__setattr__(self, name, _number(f"{type(self).__name__}({name})", getattr(self, name), rule))
+
+
+def _number(argument: str, value: Any, rule: tuple[str, Callable[[float], bool]]) -> float:
+    if isinstance(value, (bool, str, bytes)) or not hasattr(value, "__float__") or getattr(value, "ndim", 0) != 0:
+        raise ArgumentTypeError(argument, "must be a real number", f"{type(value).__name__} {value!r}", "pass a float")
+    text, holds = rule
+    number = value if type(value) is int else float(value)
+    if not holds(number):
+        raise ArgumentValueError(argument, text, value, "choose a value in this range")
+    return number
+
+
+def _power(base: float, exponent: float) -> float:
+    try:
+        return float(base**exponent)
+    except OverflowError:  # Python raises where IEEE arithmetic says infinity
+        return math.inf
+
+
+@dataclass(frozen=True)
+class ExponentialDecay(_Standard):
+    """η = η₀ · decay_rate^(t / decay_steps).
+
+    Args:
+        initial_learning_rate: η₀, finite.
+        decay_steps: updates after which the rate has been multiplied by `decay_rate` once; > 0.
+        decay_rate: >= 0.
+        staircase: round t / decay_steps down, so that the rate falls in steps.
+        name: kept in the configuration.
+    """
+
+    initial_learning_rate: float
+    decay_steps: float
+    decay_rate: float
+    staircase: bool = False
+    name: str | None = None
+
+    def __post_init__(self) -> None:
+        self._check(initial_learning_rate=_FINITE, decay_steps=_POSITIVE, decay_rate=_NOT_NEGATIVE)
+
+    def __call__(self, step: SupportsFloat) -> float:
+        """Return η at `step`."""
+        p = float(step) / self.decay_steps
+        return self.initial_learning_rate * _power(self.decay_rate, math.floor(p) if self.staircase else p)
+
+
+@dataclass(frozen=True)
+class PiecewiseConstantDecay(_Standard):
+    """η = values[0] for t <= boundaries[0], values[i] for boundaries[i-1] < t <= boundaries[i], then values[-1].
+
+    Args:
+        boundaries: last steps of all intervals but the final one, increasing; at least one.
+        values: finite rates, one more than boundaries.
+        name: kept in the configuration.
+    """
+
+    boundaries: Sequence[float]
+    values: Sequence[float]
+    name: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("boundaries", "values"):
+            label, given = f"PiecewiseConstantDecay({name})", getattr(self, name)
+            if isinstance(given, str) or not hasattr(given, "__iter__"):
+                raise ArgumentTypeError(label, "must be a sequence of numbers", repr(given), "pass a list")
+            numbers = tuple(_number(f"{label}[{i}]", x, _FINITE) for i, x in enumerate(given))
+            object.__setattr__(self, name, numbers)
+        label = "PiecewiseConstantDecay(boundaries)"
+        if not self.boundaries:
+            raise ArgumentValueError(label, "must not be empty", "[]", "pass a plain number for a constant rate")
+        if list(self.boundaries) != sorted(self.boundaries):
+            raise ArgumentValueError(label, "must increase", list(self.boundaries), "sort it, and values with it")
+        if len(self.values) != len(self.boundaries) + 1:
+            got = f"{len(self.boundaries)} boundaries, {len(self.values)} values"
+            raise ArgumentValueError(label, "must be 1 shorter than values", got, "pass one value per interval")
+
+    def __call__(self, step: SupportsFloat) -> float:
+        """Return η at `step`."""
+        return float(self.values[bisect_left(self.boundaries, float(step))])
+
+
+@dataclass(frozen=True)
+class PolynomialDecay(_Standard):
+    """η = (η₀ - end) · (1 - s/d)^power + end, where d = decay_steps and s = min(t, d).
+
+    With `cycle` s = t, and d is decay_steps times the smallest whole number that makes d >= t: the rate rises again
+    whenever it has reached the end.
+
+    Args:
+        initial_learning_rate: η₀, finite.
+        decay_steps: updates until the end is reached; > 0.
+        end_learning_rate: end, finite.
+        power: >= 0; 1 is a straight line.
+        cycle: start again after decay_steps instead of staying at the end.
+        name: kept in the configuration.
+    """
+
+    initial_learning_rate: float
+    decay_steps: float
+    end_learning_rate: float = 0.0001
+    power: float = 1.0
+    cycle: bool = False
+    name: str | None = None
+
+    def __post_init__(self) -> None:
+        self._check(initial_learning_rate=_FINITE, decay_steps=_POSITIVE, end_learning_rate=_FINITE)
+        self._check(power=_NOT_NEGATIVE)
+
+    def __call__(self, step: SupportsFloat) -> float:
+        """Return η at `step`."""
+        s, d = float(step), float(self.decay_steps)
+        if self.cycle:
+            d *= max(1, math.ceil(s / d))
+        remaining = max(0.0, 1 - s / d)
+        end = self.end_learning_rate
+        return (self.initial_learning_rate - end) * _power(remaining, self.power) + end
+
+
+@dataclass(frozen=True)
+class InverseTimeDecay(_Standard):
+    """η = η₀ / (1 + decay_rate · t / decay_steps).
+
+    Args:
+        initial_learning_rate: η₀, finite.
+        decay_steps: > 0.
+        decay_rate: >= 0.
+        staircase: round t / decay_steps down, so that the rate falls in steps.
+        name: kept in the configuration.
+    """
+
+    initial_learning_rate: float
+    decay_steps: float
+    decay_rate: float
+    staircase: bool = False
+    name: str | None = None
+
+    def __post_init__(self) -> None:
+        self._check(initial_learning_rate=_FINITE, decay_steps=_POSITIVE, decay_rate=_NOT_NEGATIVE)
+
+    def __call__(self, step: SupportsFloat) -> float:
+        """Return η at `step`."""
+        p = float(step) / self.decay_steps
+        return self.initial_learning_rate / (1 + self.decay_rate * (math.floor(p) if self.staircase else p))
+
+
+@dataclass(frozen=True)
+class CosineDecay(_Standard):
+    """η = η₁ · ((1 - alpha) · ½(1 + cos(π s/decay_steps)) + alpha), where s = min(t - warmup, decay_steps).
+
+    Without `warmup_target` η₁ = η₀ and warmup = 0. With it the rate first goes in a straight line from η₀ to
+    η₁ = warmup_target, within warmup = warmup_steps updates.
+
+    Args:
+        initial_learning_rate: η₀, finite.
+        decay_steps: updates from η₁ to the end, the warm-up not counted; > 0.
+        alpha: the end as a fraction of η₁, finite.
+        name: kept in the configuration.
+        warmup_target: η₁, finite, or None for no warm-up.
+        warmup_steps: >= 0; without `warmup_target` it has no effect.
+
+    Reference: I. Loshchilov, F. Hutter, 2017, https://arxiv.org/abs/1608.03983; the warm-up is TensorFlow 2.15's.
+    """
+
+    initial_learning_rate: float
+    decay_steps: float
+    alpha: float = 0.0
+    name: str | None = None
+    warmup_target: float | None = None
+    warmup_steps: float = 0
+
+    def __post_init__(self) -> None:
+        self._check(initial_learning_rate=_FINITE, decay_steps=_POSITIVE, alpha=_FINITE, warmup_steps=_NOT_NEGATIVE)
+        if self.warmup_target is not None:
+            self._check(warmup_target=_FINITE)
+
+    def __call__(self, step: SupportsFloat) -> float:
+        """Return η at `step`."""
+        s, top = float(step), self.initial_learning_rate
+        if self.warmup_target is not None:
+            if s < self.warmup_steps:
+                return (self.warmup_target - top) * (s / self.warmup_steps) + top
+            s, top = s - self.warmup_steps, self.warmup_target
+        return top * _cosine(min(s / self.decay_steps, 1.0), self.alpha)
+
+
+@dataclass(frozen=True)
+class CosineDecayRestarts(_Standard):
+    """η = η₀ · ((1 - alpha) · ½ m_mulⁱ (1 + cos(π f)) + alpha) in period i, at its fraction f, from 0 to 1.
+
+    Period i takes first_decay_steps · t_mulⁱ updates.
+
+    Args:
+        initial_learning_rate: η₀, finite.
+        first_decay_steps: length of period 0; > 0.
+        t_mul: each period is so many times as long as the one before; >= 1.
+        m_mul: each period starts at so many times the rate of the one before; >= 0.
+        alpha: the end of a period as a fraction of η₀, finite.
+        name: kept in the configuration.
+
+    Reference: I. Loshchilov, F. Hutter, 2017, https://arxiv.org/abs/1608.03983
+    """
+
+    initial_learning_rate: float
+    first_decay_steps: float
+    t_mul: float = 2.0
+    m_mul: float = 1.0
+    alpha: float = 0.0
+    name: str | None = None
+
+    def __post_init__(self) -> None:
+        self._check(initial_learning_rate=_FINITE, first_decay_steps=_POSITIVE, t_mul=_AT_LEAST_ONE)
+        self._check(m_mul=_NOT_NEGATIVE, alpha=_FINITE)
+
+    def __call__(self, step: SupportsFloat) -> float:
+        """Return η at `step`."""
+        f = float(step) / self.first_decay_steps
+        if self.t_mul == 1:
+            i = math.floor(f)
+            return self.initial_learning_rate * _cosine(f - i, self.alpha, _power(self.m_mul, i))
+        i = math.floor(math.log1p(f * (self.t_mul - 1)) / math.log(self.t_mul))
+        if f >= self._start(i + 1):  # at a restart the logarithm's last bit may put i on either side
+            i += 1
+        elif f < self._start(i):
+            i -= 1
+        fraction = (f - self._start(i)) / self.t_mul**i
+        return self.initial_learning_rate * _cosine(fraction, self.alpha, _power(self.m_mul, i))
+
+    def _start(self, i: int) -> float:
+        """First step of period i, in units of first_decay_steps."""
+        return float((self.t_mul**i - 1) / (self.t_mul - 1))
+
+
+def _cosine(fraction: float, alpha: float, scale: float = 1.0) -> float:
+    return (1 - alpha) * 0.5 * scale * (1 + math.cos(math.pi * fraction)) + alpha
+
+
+STANDARD: dict[str, type[LearningRateSchedule]] = {
+    schedule.__name__: schedule
+    for schedule in (
+        ExponentialDecay, PiecewiseConstantDecay, PolynomialDecay, InverseTimeDecay, CosineDecay, CosineDecayRestarts,
+    )
+}  # fmt: skip
+
+
+def serialize(schedule: LearningRateSchedule) -> dict[str, Any]:
+    """Return {"class_name": ..., "config": ...}, from which `deserialize` builds an equal schedule."""
+    return {"class_name": type(schedule).__name__, "config": schedule.get_config()}
+
+
+def deserialize(
+    config: Mapping[str, Any], custom_objects: Mapping[str, type[LearningRateSchedule]] | None = None
+) -> LearningRateSchedule:
+    """Build the schedule that `serialize` described.
+
+    Args:
+        config: {"class_name": ..., "config": ...}; further keys are ignored, and it is not changed.
+        custom_objects: classes of schedules by name; they go before the standard ones.
+
+    Raises:
+        ArgumentTypeError: config is no mapping.
+        ArgumentValueError: there is no class name in it, or an unknown one.
+    """
+    if not hasattr(config, "keys"):
+        remedy = "pass what serialize returned"
+        raise ArgumentTypeError("config", "must be a mapping of a schedule", repr(config), remedy)
+    if "class_name" not in config:
+        remedy = 'pass {"class_name": ..., "config": {...}}'
+        raise ArgumentValueError("config", 'must have the key "class_name"', dict(config), remedy)
+    known = {**STANDARD, **(custom_objects or {})}
+    name = config["class_name"]
+    if name not in known:
+        remedy = "add your own class through custom_objects={name: class}"
+        raise ArgumentValueError("config class_name", f"must be one of {', '.join(known)}", repr(name), remedy)
+    return known[name].from_config(config.get("config", {}))

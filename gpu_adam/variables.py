@@ -1,0 +1,376 @@
+"""Variables: arrays on a device that are updated in place, and gradients for some of a variable's rows."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+from numpy.lib.mixins import NDArrayOperatorsMixin
+
+from gpu_adam.devices import Array, Device, device_of, find_device
+from gpu_adam.errors import ArgumentTypeError, ArgumentValueError
+
+
+class Variable(NDArrayOperatorsMixin):
+    """An array on a device whose memory never moves: updates and assignments happen in place.
+
+    Behaves in expressions as its array does: ``2 * v``, ``v[1:]``, ``numpy.exp(v)`` give plain arrays.
+
+    Args:
+        initial_value: numbers, a (nested) list, a NumPy or CuPy array, or a callable without arguments that returns one
+            of these. It is copied.
+        trainable: a mark for the user's own code; optimizers update what they are given.
+        name: for messages, slot names and checkpoints; need not be unique. Default "Variable".
+        dtype: default: the array's own; float32 for Python floats, int32 for Python integers, as in TensorFlow.
+        device: "host", "cuda", "cuda:N" or a device; default: where `initial_value` lies if it is a CuPy array, else the
+            default device.
+
+    Raises:
+        ArgumentTypeError, ArgumentValueError: the value does not make an array, or the device is unknown.
+        DeviceError: the device is not there.
+    """
+
+    # Arrays leave mixed expressions to the variable.
+    __array_priority__ = 200
+
+    def __init__(
+        self,
+        initial_value: Any,
+        trainable: bool = True,
+        name: str | None = None,
+        dtype: Any = None,
+        device: str | Device | None = None,
+    ) -> None:
+        if callable(initial_value) and not hasattr(initial_value, "dtype"):
+            initial_value = initial_value()
+        if isinstance(initial_value, Variable):
+            initial_value = initial_value.value
+        if name is not None and not isinstance(name, str):
+            raise ArgumentTypeError("name", "must be a str", type(name).__name__, "pass a str or None")
+        if device is None and hasattr(initial_value, "__cuda_array_interface__"):
+            device = device_of(initial_value)
+        self._device = find_device(device)
+        try:
+            self._value = self._device.array(initial_value, _initial_dtype(initial_value, dtype))
+        except (TypeError, ValueError) as error:
+            raise ArgumentValueError(
+                "initial_value", "must be convertible to an array of numbers", error, "pass numbers or an array"
+            ) from error
+        if self._value.dtype.kind == "O":
+            raise ArgumentTypeError(
+                "initial_value", "must consist of numbers", type(initial_value).__name__, "pass numbers or an array"
+            )
+        self._name = "Variable" if name is None else name
+        self.trainable = bool(trainable)
+
+    @classmethod
+    def over(cls, array: Array, device: Device, name: str | None = None, trainable: bool = True) -> Variable:
+        """A variable over an array's own memory, without a copy. The array must be C-contiguous and writeable."""
+        self = cls.__new__(cls)
+        self._device, self._value = device, array
+        self._name = "Variable" if name is None else name
+        self.trainable = trainable
+        return self
+
+    @property
+    def value(self) -> Array:
+        """The live array: NumPy on the host, CuPy on a CUDA device. Shares memory with the variable."""
+        return self._value
+
+    @property
+    def name(self) -> str:
+        """The name given at construction."""
+        return self._name
+
+    @property
+    def device(self) -> Device:
+        """Where the memory lies."""
+        return self._device
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the array."""
+        return tuple(self._value.shape)
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Dtype of the array."""
+        return np.dtype(self._value.dtype)
+
+    @property
+    def ndim(self) -> int:
+        """Number of dimensions."""
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return int(self._value.size)
+
+    def numpy(self) -> np.ndarray:
+        """A copy in host memory. Waits for the device."""
+        return self._device.numpy(self._value)
+
+    def assign(self, value: Any) -> Variable:
+        """Overwrite the contents, cast to the variable's dtype.
+
+        Args:
+            value: what converts to an array of exactly the variable's shape; on a CUDA device also a host array.
+
+        Returns:
+            The variable.
+
+        Raises:
+            ArgumentValueError: another shape, or no numbers.
+        """
+        self._value[...] = self._converted(value, "assign's value")
+        return self
+
+    def assign_add(self, delta: Any) -> Variable:
+        """Add `delta`, of exactly the variable's shape, in place. Returns the variable."""
+        self._value[...] += self._converted(delta, "assign_add's delta")
+        return self
+
+    def assign_sub(self, delta: Any) -> Variable:
+        """Subtract `delta`, of exactly the variable's shape, in place. Returns the variable."""
+        self._value[...] -= self._converted(delta, "assign_sub's delta")
+        return self
+
+    def _converted(self, value: Any, argument: str) -> Array:
+        array = value.value if isinstance(value, Variable) else value
+        try:
+            if not isinstance(array, self._device.xp.ndarray):
+                array = self._device.array(np.asarray(array))
+            if tuple(array.shape) == self.shape:
+                return array.real.astype(self.dtype) if self.dtype.kind != "c" else array.astype(self.dtype)
+        except (TypeError, ValueError) as error:
+            raise ArgumentValueError(argument, f"must be numbers for variable {self._name!r}", error, "cast it") from error
+        raise ArgumentValueError(
+            f"{argument} for variable {self._name!r}",
+            f"must have the variable's shape {self.shape}",
+            tuple(array.shape),
+            "reshape it",
+        )
+
+    # The protocols of arrays.
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        if copy is False and self._device.xp is not np:
+            raise ValueError("a variable on a CUDA device cannot be viewed by NumPy; use .numpy() for a copy")
+        array = self.numpy() if copy or self._device.xp is not np else self._value
+        return np.asarray(array, dtype)
+
+    def __getattr__(self, name: str) -> Any:
+        # Interfaces that exist on one kind of device only, and must be absent on the other.
+        if name in ("__array_interface__", "__cuda_array_interface__") and "_value" in self.__dict__:
+            return getattr(self._value, name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def __dlpack__(self, **options: Any) -> Any:
+        return self._value.__dlpack__(**options)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        kind, index = self._value.__dlpack_device__()
+        return int(kind), int(index)
+
+    def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **options: Any) -> Any:
+        if "out" in options:
+            options["out"] = _plain(options["out"])
+        return getattr(ufunc, method)(*_plain(inputs), **options)
+
+    def __array_function__(self, function: Callable[..., Any], types: Any, args: Any, options: Any) -> Any:
+        return function(*_plain(args), **{key: _plain(option) for key, option in options.items()})
+
+    def __getitem__(self, index: Any) -> Array:
+        return self._value[_plain(index)]
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self._value[_plain(index)] = _plain(value)
+
+    def __len__(self) -> int:
+        return len(self._value)
+
+    def __iter__(self) -> Iterator[Array]:
+        return iter(self._value)
+
+    def __bool__(self) -> bool:
+        return bool(self._value)
+
+    def __float__(self) -> float:
+        return float(self._value)
+
+    def __int__(self) -> int:
+        return int(self._value)
+
+    def __complex__(self) -> complex:
+        return complex(self._value)
+
+    def __index__(self) -> int:
+        return operator.index(self.numpy())
+
+    def __repr__(self) -> str:
+        return f"<Variable {self._name!r} shape={self.shape} dtype={self.dtype} device={self._device.name}>"
+
+    # In-place operators change the memory, where the mixin's would replace the object by an array.
+
+    def __iadd__(self, other: Any) -> Variable:  # type: ignore[misc]
+        self._value[...] += _plain(other)
+        return self
+
+    def __isub__(self, other: Any) -> Variable:  # type: ignore[misc]
+        self._value[...] -= _plain(other)
+        return self
+
+    def __imul__(self, other: Any) -> Variable:  # type: ignore[misc]
+        self._value[...] *= _plain(other)
+        return self
+
+    def __itruediv__(self, other: Any) -> Variable:  # type: ignore[misc]
+        self._value[...] /= _plain(other)
+        return self
+
+    # Two variables are the same if they are one object; `==` compares elements, as arrays do.
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        value = self._value if self._device.xp is np else self.numpy()
+        return {"value": value, "device": self._device, "name": self._name, "trainable": self.trainable}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._device, self._name, self.trainable = state["device"], state["name"], state["trainable"]
+        value = state["value"]
+        self._value = value if self._device.xp is np else self._device.array(value)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Variable:
+        copied = Variable.over(self._device.array(self._value), self._device, self._name, self.trainable)
+        memo[id(self)] = copied
+        return copied
+
+
+class IndexedSlices:
+    """A gradient for some rows of a variable, as of an embedding look-up; rows not named have gradient 0.
+
+    Rows named several times add up, in order of occurrence.
+
+    Args:
+        values: array [n, ...row], the rows' gradients, with the variable's dtype, on its device.
+        indices: int32 or int64 array [n], the rows, 0 <= index < rows.
+        dense_shape: ignored, for compatibility with TensorFlow.
+    """
+
+    def __init__(self, values: Any, indices: Any, dense_shape: Any = None) -> None:
+        self.values, self.indices, self.dense_shape = values, indices, dense_shape
+
+    def __repr__(self) -> str:
+        return f"IndexedSlices(values={self.values!r}, indices={self.indices!r})"
+
+
+def _initial_dtype(value: Any, dtype: Any) -> np.dtype | None:
+    if dtype is not None:
+        try:
+            return np.dtype(dtype)
+        except TypeError as error:
+            raise ArgumentTypeError("dtype", "must be a NumPy dtype", repr(dtype), "pass 'float32', say") from error
+    if hasattr(value, "dtype"):
+        return np.dtype(value.dtype)
+    try:
+        kind = np.asarray(value).dtype
+    except (TypeError, ValueError):
+        return None
+    return {"f": np.dtype(np.float32), "i": np.dtype(np.int32)}.get(kind.kind, kind)
+
+
+def _plain(obj: Any) -> Any:
+    """`obj` with variables replaced by their arrays, inside tuples and lists too."""
+    if isinstance(obj, Variable):
+        return obj.value
+    if type(obj) in (tuple, list):
+        return type(obj)(_plain(item) for item in obj)
+    return obj
+
+
+class Registry:
+    """The variables an optimizer has met. Raw arrays are recognised again by their memory."""
+
+    def __init__(self) -> None:
+        self._by_memory: dict[Any, Variable] = {}
+        self._by_object: dict[int, tuple[Any, Variable]] = {}  # keeps the object alive, so that its id stays its own
+
+    def find(self, obj: Any, argument: str) -> Variable:
+        """The variable for `obj`: itself, or one over a raw array's memory.
+
+        Raises:
+            ArgumentTypeError: no variable, and no array of a device.
+            ArgumentValueError: an array that cannot be updated in place.
+        """
+        known = self._by_object.get(id(obj))
+        if known is not None:
+            return known[1]
+        if isinstance(obj, Variable):
+            variable = self._by_memory.setdefault(_memory_key(obj), obj)
+        else:
+            variable = over_raw_array(obj, argument)
+            variable = self._by_memory.setdefault(_memory_key(variable), variable)
+        self._by_object[id(obj)] = (obj, variable)
+        return variable
+
+    def forget(self, count: int) -> None:
+        """Keep only the first `count` objects: what a rejected call has brought is dropped again."""
+        for key in list(self._by_object)[count:]:
+            _, variable = self._by_object.pop(key)
+            if not any(kept is variable for _, kept in self._by_object.values()):
+                self._by_memory.pop(_memory_key(variable), None)
+
+    def __len__(self) -> int:
+        return len(self._by_object)
+
+    def copied(self) -> Registry:
+        """Another registry of the same variables."""
+        new = Registry()
+        new.__setstate__(self.__getstate__())
+        return new
+
+    def __getstate__(self) -> list[tuple[Any, Variable]]:
+        return list(self._by_object.values())
+
+    def __setstate__(self, state: list[tuple[Any, Variable]]) -> None:
+        self.__init__()  # type: ignore[misc]
+        for obj, variable in state:
+            self._by_object[id(obj)] = (obj, variable)
+            self._by_memory[_memory_key(variable)] = variable
+
+
+def _memory_key(variable: Variable) -> Any:
+    if variable.size == 0:
+        return id(variable)
+    return variable.device, variable.device.address(variable.value), variable.shape, variable.dtype
+
+
+def over_raw_array(obj: Any, argument: str) -> Variable:
+    """A variable over the memory of a raw array: NumPy, CuPy, or what speaks DLPack or an array interface."""
+    device = None if isinstance(obj, np.generic) else device_of(obj)
+    if device is None:
+        raise ArgumentTypeError(
+            argument,
+            "must be a Variable or a writeable device array",
+            type(obj).__name__,
+            "wrap the value in gpu_adam.Variable",
+        )
+    try:
+        array = device.view(obj)
+    except (BufferError, RuntimeError, TypeError, ValueError) as error:
+        raise ArgumentTypeError(
+            argument, "must share its memory", error, "detach it, or wrap a copy in gpu_adam.Variable"
+        ) from error
+    if array is None:
+        raise ArgumentTypeError(argument, f"must lie on {device.name}", type(obj).__name__, "wrap it in gpu_adam.Variable")
+    flags = array.flags
+    if not flags.c_contiguous:
+        raise ArgumentValueError(argument, "must be C-contiguous", f"strides {array.strides}", "pass a contiguous array")
+    if device.xp is np and not flags.writeable:
+        raise ArgumentValueError(argument, "must be writeable", "a read-only array", "pass a writeable array, or a Variable")
+    return Variable.over(array, device)

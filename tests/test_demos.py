@@ -1,0 +1,221 @@
+"""The demos without display: gradients, learning, and resuming bit for bit."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gpu_adam import checkpoint
+from gpu_adam.demos import Demo, product
+from gpu_adam.demos.digits import CLASSES, Digits
+from gpu_adam.demos.words import Words
+from gpu_adam.devices import Device
+from gpu_adam.errors import CheckpointError
+
+DEMOS = pytest.mark.parametrize("kind", [Digits, Words])
+
+
+class Recorder:
+    """Takes an optimizer's place and keeps the gradients."""
+
+    def apply_gradients(self, pairs: Any) -> None:
+        """Keep the pairs."""
+        self.pairs = list(pairs)
+
+
+def gradients(demo: Demo, monkeypatch: pytest.MonkeyPatch) -> list[np.ndarray]:
+    """The gradients of the demo's next step, dense, in the order of its variables."""
+    recorder = Recorder()
+    monkeypatch.setattr(demo, "optimizer", recorder)
+    demo.train()
+    dense = []
+    for gradient, variable in recorder.pairs:
+        if hasattr(gradient, "indices"):
+            sums = np.zeros(variable.shape)
+            np.add.at(sums, demo.device.numpy(gradient.indices), demo.device.numpy(gradient.values))
+            dense.append(sums)
+        else:
+            assert gradient.dtype == np.float32
+            dense.append(demo.device.numpy(gradient))
+    assert [variable for _, variable in recorder.pairs] == list(demo.variables)
+    return dense
+
+
+def check_slopes(loss: Callable[..., float], values: Sequence[np.ndarray], slopes: Sequence[np.ndarray]) -> None:
+    """Compare gradients with central differences of a float64 loss, at some places of every variable."""
+    generator = np.random.default_rng(0)
+    for value, slope in zip(values, slopes, strict=True):
+        steepest = np.abs(slope).argmax()
+        for place in (steepest, *generator.integers(value.size, size=5)):
+            at = np.unravel_index(place, value.shape)
+            kept, ends = value[at], []
+            for change in (1e-5, -1e-5):
+                value[at] = kept + change
+                ends.append(loss(*values))
+            value[at] = kept
+            assert slope[at] == pytest.approx((ends[0] - ends[1]) / 2e-5, rel=1e-3, abs=1e-7)
+
+
+def test_digits_gradients_are_the_slopes_of_the_loss(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    demo = Digits(seed=3)
+    x, labels = demo.batch(demo.generator(1))
+
+    def loss(w1: np.ndarray, b1: np.ndarray, w2: np.ndarray, b2: np.ndarray) -> float:
+        logits = np.maximum(x @ w1 + b1, 0) @ w2 + b2
+        of_label = logits[np.arange(len(labels)), labels]
+        return float((np.log(np.exp(logits).sum(1)) - of_label).mean())
+
+    values = [variable.numpy().astype(np.float64) for variable in demo.variables]
+    check_slopes(loss, values, gradients(demo, monkeypatch))
+    assert demo.measure().loss == pytest.approx(loss(*values), rel=1e-5)
+
+
+def test_words_gradients_are_the_slopes_of_the_loss(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    demo = Words(seed=3)
+    for variable in demo.variables:
+        variable.assign(np.random.default_rng(4).normal(0, 0.3, variable.shape).astype(np.float32))
+    words, others = demo.batch(demo.generator(1))
+
+    def loss(centre: np.ndarray, context: np.ndarray) -> float:
+        z = (centre[words][:, None] * context[others]).sum(2)
+        z[:, 0] *= -1
+        return float(np.log1p(np.exp(z)).sum(1).mean())
+
+    values = [variable.numpy().astype(np.float64) for variable in demo.variables]
+    check_slopes(loss, values, gradients(demo, monkeypatch))
+    assert demo.measure().loss == pytest.approx(loss(*values), rel=1e-5)
+
+
+@DEMOS
+def test_resuming_continues_bit_for_bit(device: Device, kind: type[Demo], tmp_path: Path) -> None:
+    whole, half = kind(seed=5), kind(seed=5)
+    for _ in range(2):
+        half.train()
+    half.save(tmp_path / "state")
+    half = kind.resume(tmp_path / "state")
+    assert (half.seed, half.step) == (5, 2)
+    while half.step < 4:
+        half.train()
+    for _ in range(4):
+        whole.train()
+    assert half.measure() == whole.measure()
+    states = [{name: array.tobytes() for name, array in demo.state().items()} for demo in (half, whole)]
+    assert states[0] == states[1]
+    assert half.result() == whole.result()
+
+
+@DEMOS
+def test_the_seed_makes_the_training(device: Device, kind: type[Demo]) -> None:
+    demos = [kind(seed) for seed in (1, 1, 2)]
+    for demo in demos:
+        demo.train()
+    first, again, other = (demo.variables[0].numpy().tobytes() for demo in demos)
+    assert first == again != other
+
+
+def test_digits_learns(device: Device) -> None:
+    demo = Digits()
+    before = demo.accuracy()
+    for _ in range(60):
+        demo.train()
+    assert before < 0.3
+    assert demo.accuracy() > 0.7
+    assert demo.measure().loss < 1.2  # log(10) = 2.3 at the start
+
+
+def test_words_learns(device: Device) -> None:
+    demo = Words()
+    demo.train()
+    # The context table starts with zeros: six decisions by the toss of a coin, and no score above another.
+    assert demo.measure().loss == pytest.approx(6 * np.log(2))
+    assert demo.measure().accuracy == 0
+    for _ in range(20):
+        demo.train()
+    assert demo.measure().loss < 4.1
+    assert demo.measure().accuracy > 0.1
+
+
+def test_digits_holds_out_a_fifth_of_every_class(device: Device) -> None:
+    demo = Digits()
+    assert len(demo.labels) + len(demo.test_labels) == 1797
+    assert len(demo.test_labels) == 357
+    assert np.bincount(demo.test_labels, minlength=CLASSES).min() >= 30
+    held_out = {image.tobytes() for image in demo.test_images}
+    assert not held_out & {image.tobytes() for image in demo.images}
+
+
+def test_digits_batches_are_moved_by_at_most_a_pixel(device: Device) -> None:
+    demo = Digits()
+    pixels, labels = demo.batch(demo.generator(1))
+    unmoved = {image[1:9, 1:9].tobytes() for image in demo.images}
+    share = np.mean([image.tobytes() in unmoved for image in pixels])
+    assert 0.4 < share < 0.9  # 0.8 * 0.8 on average
+    assert pixels.shape == (64, 64)
+    assert pixels.max() == 1
+    assert labels.shape == (64,)
+
+
+def test_words_pairs_are_neighbours(device: Device) -> None:
+    demo = Words()
+    words, others = demo.batch(demo.generator(1))
+    known = set(map(tuple, demo.pairs.tolist()))
+    assert all((word, other) in known for word, other in zip(words.tolist(), others[:, 0].tolist(), strict=True))
+    assert all((b, a) in known for a, b in known)
+    assert 0 <= others.min() <= others.max() < len(demo.words)
+
+
+def test_words_nearest_are_those_at_the_smallest_angle(device: Device) -> None:
+    demo = Words()
+    vectors = np.random.default_rng(0).normal(size=demo.variables[0].shape).astype(np.float32)
+    for i, word in enumerate(("list", "tuple", "dict")):
+        vectors[demo.words.index(word)] = 10.0**i * (np.arange(vectors.shape[1]) + i)
+    demo.variables[0].assign(vectors)
+    assert demo.nearest("list", 2) == ["tuple", "dict"]
+    assert ("near list", ", ".join(demo.nearest("list"))) in demo.result()
+
+
+def test_product_is_the_matrix_product(device: Device) -> None:
+    a, b = np.random.default_rng(0).normal(size=(2, 5, 5))
+    result = device.numpy(product(device.array(a[:3]), device.array(b[:, :4])))
+    np.testing.assert_allclose(result, a[:3] @ b[:, :4], rtol=1e-13)
+
+
+@DEMOS
+def test_files_of_another_kind_are_refused(device: Device, kind: type[Demo], tmp_path: Path) -> None:
+    other = Words if kind is Digits else Digits
+    other().save(tmp_path / "other")
+    checkpoint.write(tmp_path / "plain", {"a": np.zeros(3)}, {})
+    with pytest.raises(CheckpointError, match=rf"must hold a training of the demo {kind.name} \(got {other.name}\)"):
+        kind.resume(tmp_path / "other")
+    with pytest.raises(CheckpointError, match=rf"must hold a training of the demo {kind.name} \(got another"):
+        kind.resume(tmp_path / "plain")
+    with pytest.raises(FileNotFoundError):
+        kind.resume(tmp_path / "none")
+
+
+@DEMOS
+def test_files_that_do_not_fit_are_refused(device: Device, kind: type[Demo], tmp_path: Path) -> None:
+    kind().save(tmp_path / "good")
+    arrays, meta = checkpoint.read(tmp_path / "good")
+    first = next(name for name in arrays if name.startswith("variable/"))
+    unfit = [
+        arrays | {first: arrays[first][1:]},
+        {name: array for name, array in arrays.items() if name != first},
+        arrays
+        | {name: array[::-1] for name, array in arrays.items() if name.startswith("data/")}
+        | {"more": np.zeros(1)},
+    ]
+    for state in unfit:
+        checkpoint.write(tmp_path / "bad", state, meta)
+        with pytest.raises(CheckpointError, match="must fit this demo's data and variables"):
+            kind.resume(tmp_path / "bad")
+
+
+def test_words_of_another_python_are_refused(device: Device, tmp_path: Path) -> None:
+    Words().save(tmp_path / "good")
+    arrays, meta = checkpoint.read(tmp_path / "good")
+    checkpoint.write(tmp_path / "bad", arrays | {"data/words": arrays["data/words"][::-1]}, meta)
+    with pytest.raises(CheckpointError, match="must fit this demo's data and variables"):
+        Words.resume(tmp_path / "bad")
