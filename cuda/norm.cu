@@ -45,7 +45,7 @@ struct Squares {
     __device__ double at(long long i) const { return term(g[i]); }
     __device__ void add(double* sum, long long i) const {
         if (WIDTH == PACK && packed) {
-            const Pack<Stored> pack = load_pack(g + i);
+            const Pack<Stored> pack = load_pack<PACK>(g + i);
 #pragma unroll
             for (int k = 0; k < PACK; ++k) sum[k] += term(pack.x[k]);
         } else {

@@ -86,7 +86,7 @@ __device__ inline void sum_rows(const Tile& tile, const Keys keys, long long beg
 extern "C" __global__ void __launch_bounds__(256)
 sparse(const Table table, const Indices indices, const Keys keys, const Stored* values, const ClipFactor* factors,
        const Step step, IndexErrors* errors) {
-    __shared__ Value gradient[GPU_ADAM_TILE];
+    __shared__ alignas(16) Value gradient[GPU_ADAM_TILE];
     if (blockIdx.x == 0 && threadIdx.x == 0) record_first(errors, indices);
     const ClipFactor factor = factors ? *factors : ClipFactor{1.0, 1.0};
 
@@ -107,7 +107,7 @@ sparse(const Table table, const Indices indices, const Keys keys, const Stored* 
             table.vhat ? table.vhat + offset : nullptr,
             size,
         };
-        update_range(range, SharedGradient{gradient}, step);
+        update_range(range, SharedGradient{gradient, aligned(gradient + head_size(range.theta, size))}, step);
         __syncthreads();  // before the next tile's zeros
     }
 }

@@ -6,8 +6,7 @@ import operator
 import warnings
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
-from itertools import chain
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from gpu_adam import kernels
@@ -16,8 +15,8 @@ from gpu_adam.gradients import Clip
 from gpu_adam.hyperparameters import Scalars
 from gpu_adam.plan import Mode, Plan, check_overlap
 from gpu_adam.slots import Slots, slot_names
-from gpu_adam.sparse import IndexErrors, is_sparse
-from gpu_adam.variables import Registry, Variable
+from gpu_adam.sparse import IndexErrors
+from gpu_adam.variables import IndexedSlices, Registry, Variable
 
 _PLANS_KEPT = 8  # sets of variables whose tables stay: a GAN steps two by turns
 
@@ -35,7 +34,7 @@ class Controller:
         self._slots, self._prefix = slots, prefix
         self._index_errors: dict[Variable, IndexErrors] = {}
         self._plans: OrderedDict[Any, Plan] = OrderedDict()
-        self._last: _Repetition | None = None
+        self._last: _Last | None = None
 
     def step(
         self,
@@ -62,11 +61,13 @@ class Controller:
         pairs = _listed(grads_and_vars)
         mode = Mode(amsgrad, clip.value is not None, clip.norm is not None, clip.global_norm is not None)
         last = self._last
-        if last is not None and last.mode == mode and last.is_repeated_by(pairs):
+        gradients = None if last is None or last.plan.mode != mode else last.gradients_of(pairs)
+        if last is None or gradients is None:
+            plan, steps = self._prepared(pairs, hyper, mode, clip)
+        else:
             plan = last.plan
             steps = plan.steps(Scalars(hyper, self._slots.steps_done), clip)
-        else:
-            plan, steps = self._prepared(pairs, hyper, mode, clip)
+            last.bind(gradients)
         plan.enqueue(steps, clip)
         done = self._slots.steps_done + 1
         self._slots.iterations(self._prefix).value[...] = done
@@ -78,7 +79,7 @@ class Controller:
         known = len(self.registry)
         try:
             gradients, variables, without = self._resolved(pairs)
-            sparse = tuple(map(is_sparse, gradients))
+            sparse = tuple([isinstance(gradient, IndexedSlices) for gradient in gradients])
             key = (tuple(map(id, variables)), sparse, mode)
             plan = self._plans.get(key)
             is_new = plan is None
@@ -102,7 +103,10 @@ class Controller:
         self._plans.move_to_end(key)
         while len(self._plans) > _PLANS_KEPT:
             self._plans.popitem(last=False)
-        self._last = _Repetition.of(pairs, plan, mode) if plan.bind(checked) and not without else None
+        self._last = None if without else _Last(plan, [target for _, target in pairs])
+        repeatable = plan.bind(checked)
+        if self._last is not None and repeatable:
+            self._last.remember(gradients)
         return plan, steps
 
     def build(self, variables: Iterable[Any], *, amsgrad: bool) -> None:
@@ -154,33 +158,51 @@ class Controller:
         return self._index_errors.setdefault(variable, IndexErrors(variable))
 
 
-class _Repetition:
-    """The last step's pairs, so that a step with the very same arrays skips all checks.
+class _Last:
+    """The last step's variables and gradients, so that a step with the same ones need not be looked at again.
 
     Gradients are held weakly: the optimizer must not keep a model's gradients alive. (NumPy refuses to resize an array
     that is weakly referenced, so its address stays.)
+
+    Args:
+        plan: of the step.
+        targets: the second of each pair, as it was passed.
     """
 
-    def __init__(self, gradients: list[Any], variables: list[Any], plan: Plan, mode: Mode) -> None:
-        self._gradients, self._variables, self.plan, self.mode = gradients, variables, plan, mode
+    def __init__(self, plan: Plan, targets: list[Any]) -> None:
+        self.plan, self._targets = plan, targets
+        self._gradients: list[Callable[[], Any]] = []
 
-    @classmethod
-    def of(cls, pairs: Sequence[Any], plan: Plan, mode: Mode) -> _Repetition | None:
-        try:
-            return cls([weakref.ref(gradient) for gradient, _ in pairs], [v for _, v in pairs], plan, mode)
-        except TypeError:
+    def gradients_of(self, pairs: Sequence[Any]) -> list[Any] | None:
+        """The gradients of the pairs, if the plan is theirs too; else None."""
+        if len(pairs) != len(self._targets) or set(map(type, pairs)) != {tuple} or set(map(len, pairs)) != {2}:
             return None
+        gradients, targets = zip(*pairs, strict=True)
+        if not all(map(operator.is_, targets, self._targets)):
+            return None
+        types = set(map(type, gradients))
+        if types & {type(None), Variable}:
+            return None
+        if any(issubclass(kind, IndexedSlices) for kind in types) or True in self.plan.sparse:
+            if [isinstance(gradient, IndexedSlices) for gradient in gradients] != self.plan.sparse:
+                return None
+        return list(gradients)
 
-    def is_repeated_by(self, pairs: Sequence[Any]) -> bool:
-        if len(pairs) != len(self._variables):
-            return False
+    def bind(self, gradients: list[Any]) -> None:
+        """Use these gradients; checked, unless they are the very same arrays as last time."""
+        if self._gradients and all(map(operator.is_, gradients, [gradient() for gradient in self._gradients])):
+            return
+        checked = self.plan.check(gradients)
+        self._gradients = []
+        if self.plan.bind(checked):
+            self.remember(gradients)
+
+    def remember(self, gradients: list[Any]) -> None:
+        """These arrays need no check as long as they live."""
         try:
-            flat = list(chain.from_iterable(pairs))
+            self._gradients = list(map(weakref.ref, gradients))
         except TypeError:
-            return False
-        if len(flat) != 2 * len(pairs) or not all(map(operator.is_, flat[1::2], self._variables)):
-            return False
-        return all(map(operator.is_, flat[::2], [gradient() for gradient in self._gradients]))
+            self._gradients = []
 
 
 def _listed(grads_and_vars: Iterable[Any]) -> Sequence[Any]:

@@ -20,12 +20,12 @@ class Bound(NamedTuple):
 
     Attributes:
         gradients: what was passed.
-        addresses: where they lie, one per variable.
+        addresses: where they lie, one uint64 per variable.
         kept: arrays that were made from what was passed, and must live until they are used.
     """
 
     gradients: Sequence[Any]
-    addresses: list[int]
+    addresses: np.ndarray
     kept: list[Array]
 
 
@@ -42,30 +42,28 @@ class DenseUpdate:
         self.variables = list(variables)
         self.device, self.dtype = variables[0].device, variables[0].dtype.name
         self._amsgrad, self._clip = amsgrad, clip
-        self._shapes = [variable.shape for variable in variables]
-        self._filled = [index for index, variable in enumerate(variables) if variable.size]
-        self._all_filled = len(self._filled) == len(self.variables)
+        self._read = self.device.address_reader([variable.shape for variable in variables], variables[0].dtype)
+        self._filled = np.array([index for index, variable in enumerate(variables) if variable.size], np.intp)
         self.tensors = len(self._filled)
-        self._nbytes = [variable.size * variable.dtype.itemsize for variable in variables]
-        self._last: list[int] = []
+        self._nbytes = np.array([variable.size * variable.dtype.itemsize for variable in variables], np.uint64)
+        self._last = np.zeros(self.tensors, np.uint64)
 
-    def check(self, gradients: Sequence[Any]) -> Bound:
+    def check(self, gradients: list[Any]) -> Bound:
         """The gradients' addresses; what is not an array of the right kind is converted or refused.
 
         Raises:
             ArgumentTypeError, ArgumentValueError: a gradient that does not fit its variable.
         """
-        addresses = self.device.dense_addresses(gradients, self._shapes, self.variables[0].dtype)
-        kept = []
-        if not all(addresses):
-            for index, address in enumerate(addresses):
-                if not address:
-                    variable = self.variables[index]
-                    array = as_array(gradients[index], variable)
-                    check_shape(array, variable.shape, variable)
-                    addresses[index] = self.device.address(array)
-                    if array is not gradients[index]:
-                        kept.append(array)
+        addresses = self._read(gradients)
+        kept: list[Array] = []
+        if not addresses.all():
+            for index in np.flatnonzero(addresses == 0):
+                variable = self.variables[index]
+                array = as_array(gradients[index], variable)
+                check_shape(array, variable.shape, variable)
+                addresses[index] = self.device.address(array)
+                if array is not gradients[index]:
+                    kept.append(array)
         return Bound(gradients, addresses, kept)
 
     def allocate(self, slots: Slots) -> None:
@@ -111,9 +109,9 @@ class DenseUpdate:
         arrays = [(v, *(slots.get(v, name) for name in slot_names(self._amsgrad))) for v in self.variables]
         return [memory_of(self.device, variable.value) for group in arrays for variable in group]
 
-    def read(self, bound: Bound) -> list[Interval]:
-        """The memory that the launch reads for these gradients."""
-        return [(a, a + nbytes) for a, nbytes in zip(bound.addresses, self._nbytes, strict=True)]
+    def read(self, bound: Bound) -> tuple[np.ndarray, np.ndarray]:
+        """Addresses and sizes in bytes of the memory that the launch reads for these gradients."""
+        return bound.addresses, self._nbytes
 
     def copied(self, bound: Bound, index: int) -> Bound:
         """The same gradients, number `index` read from a copy."""
@@ -124,13 +122,10 @@ class DenseUpdate:
     def bind(self, bound: Bound) -> bool:
         """Use these gradients from now on. Returns whether the same objects would give the same addresses again."""
         self._kept = bound.kept
-        addresses = bound.addresses
-        if not self._all_filled:
-            addresses = [addresses[index] for index in self._filled]
-        if addresses != self._last:
+        addresses = bound.addresses[self._filled]
+        if (addresses != self._last).any():
             self._last = addresses
-            if addresses:
-                self._gradients.write(addresses)
+            self._gradients.write(addresses)
         return not bound.kept
 
     def enqueue(self, step: tuple[Any, ...]) -> None:

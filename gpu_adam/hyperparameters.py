@@ -16,6 +16,7 @@ from gpu_adam.schedules import LearningRateSchedule
 from gpu_adam.variables import Variable
 
 DEFAULT_EPSILON = 1e-7
+_ONE = np.float32(1)
 _SMALLEST = float(np.finfo(np.float32).tiny)
 
 # (holds, rule, remedy) of each hyperparameter.
@@ -120,20 +121,13 @@ class Scalars:
         """
         if dtype == "float64":
             return self._float64()
-        f, t = np.float32, np.float32(self.iterations + 1)
-        beta_1, beta_2, rate, one = f(self.beta_1), f(self.beta_2), f(self.learning_rate), f(1)
-        for name, rounded in (("beta_1", beta_1), ("beta_2", beta_2)):
-            if rounded == 1:
-                rule = "must be below 1 after rounding to float32"
-                raise ArgumentValueError(name, rule, getattr(self, name), "pass at most 0.9999999, or use float64 variables")
-        if 0 < self.epsilon < _SMALLEST:
-            rule = f"must be 0 or at least {_SMALLEST:.3g}, the smallest float32 that is not flushed to 0"
-            raise ArgumentValueError("epsilon", rule, self.epsilon, "pass 1e-7, say, or use float64 variables")
+        beta_1, beta_2, one_minus_beta_1, one_minus_beta_2, epsilon = _in_float32(self.beta_1, self.beta_2, self.epsilon)
+        f, t, power = np.float32, self.iterations + 1, _powf()
+        rate = f(self.learning_rate)
         if self.decay > 0:
-            rate = rate / (one + f(self.decay) * f(self.iterations))
-        power = _powf()
-        alpha = (rate * np.sqrt(one - f(power(beta_2, t)))) / (one - f(power(beta_1, t)))
-        return alpha, one - beta_1, one - beta_2, f(self.epsilon)
+            rate = rate / (_ONE + f(self.decay) * f(self.iterations))
+        alpha = (rate * np.sqrt(_ONE - f(power(beta_2, t)))) / (_ONE - f(power(beta_1, t)))
+        return alpha, one_minus_beta_1, one_minus_beta_2, epsilon
 
     def _float64(self) -> tuple[float, ...]:
         t, rate = float(self.iterations + 1), self.learning_rate
@@ -145,6 +139,20 @@ class Scalars:
 
 def _now(name: str, value: Any) -> float:
     return value if type(value) is float else evaluated(name, value)
+
+
+@functools.lru_cache(64)
+def _in_float32(beta_1: float, beta_2: float, epsilon: float) -> tuple[float, float, np.float32, np.float32, np.float32]:
+    """beta_1, beta_2, 1 - beta_1, 1 - beta_2 and epsilon rounded to float32; refused where the rounding breaks a rule."""
+    rounded = np.float32(beta_1), np.float32(beta_2)
+    for name, given, number in (("beta_1", beta_1, rounded[0]), ("beta_2", beta_2, rounded[1])):
+        if number == 1:
+            rule = "must be below 1 after rounding to float32"
+            raise ArgumentValueError(name, rule, given, "pass at most 0.9999999, or use float64 variables")
+    if 0 < epsilon < _SMALLEST:
+        rule = f"must be 0 or at least {_SMALLEST:.3g}, the smallest float32 that is not flushed to 0"
+        raise ArgumentValueError("epsilon", rule, epsilon, "pass 1e-7, say, or use float64 variables")
+    return float(rounded[0]), float(rounded[1]), _ONE - rounded[0], _ONE - rounded[1], np.float32(epsilon)
 
 
 @functools.cache

@@ -29,15 +29,13 @@ class Intervals:
     def __init__(self, intervals: Iterable[Interval]) -> None:
         table = np.array(sorted(i for i in intervals if i[0] < i[1]), np.uint64).reshape(-1, 2)
         self._begins = table[:, 0]
-        # The furthest end so far: an interval inside an earlier one must not hide it.
-        self._ends = np.maximum.accumulate(table[:, 1]) if len(table) else table[:, 1]
+        # The furthest end of the first k intervals: one inside an earlier one must not hide it.
+        self._furthest = np.concatenate([np.zeros(1, np.uint64), np.maximum.accumulate(table[:, 1])])
 
-    def overlapped(self, intervals: Iterable[Interval]) -> np.ndarray:
-        """Indices of those `intervals` that share a byte with one of these."""
-        table = np.array(list(intervals), np.uint64).reshape(-1, 2)
+    def overlapped(self, begins: np.ndarray, sizes: np.ndarray) -> np.ndarray | None:
+        """Indices of those intervals [begin, begin + size) that share a byte with one of these, or None; uint64 arrays."""
         # The last of these that begins before an interval ends: does any up to it reach into the interval?
-        last = np.searchsorted(self._begins, table[:, 1], side="left") - 1
-        reaches = np.zeros(len(table), bool)
-        inside = last >= 0
-        reaches[inside] = self._ends[last[inside]] > table[inside, 0]
-        return np.flatnonzero(reaches & (table[:, 0] < table[:, 1]))
+        last = self._begins.searchsorted(begins + sizes)
+        shared = self._furthest[last] > begins
+        # Empty intervals lie nowhere. Asked for last: hardly any step has an overlap at all.
+        return np.flatnonzero(shared & (sizes > 0)) if shared.any() else None

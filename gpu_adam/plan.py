@@ -52,8 +52,8 @@ class Update(Clippable, Protocol):
     def written(self, slots: Slots) -> list[Interval]:
         """The memory that the launch writes."""
 
-    def read(self, bound: Any) -> list[Interval]:
-        """The memory that the launch reads for these gradients."""
+    def read(self, bound: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Addresses and sizes in bytes of the memory that the launch reads for these gradients."""
 
     def copied(self, bound: Any, index: int) -> Any:
         """The same gradients, entry `index` of `read` in a copy."""
@@ -85,7 +85,7 @@ class Plan:
         mode: Mode,
         errors_of: Callable[[Variable], IndexErrors],
     ) -> None:
-        self.variables, self._mode = list(variables), mode
+        self.variables, self.sparse, self.mode = list(variables), list(sparse), mode
         rounds: dict[Variable, int] = {}
         members: dict[Any, list[int]] = {}
         for number, variable in enumerate(variables):
@@ -100,6 +100,7 @@ class Plan:
             else DenseUpdate([variables[n] for n in numbers], **switches)
             for numbers in self._members
         ]
+        self._real_dtypes = [kernels.DTYPES[update.dtype].real_dtype for update in self._updates]
         self._norms: NormClipping | None = None
 
     def check(self, gradients: Sequence[Any]) -> list[Any]:
@@ -116,8 +117,8 @@ class Plan:
             update.allocate(slots)
             written.setdefault(update.device, []).extend(update.written(slots))
         self._written = {device: Intervals(intervals) for device, intervals in written.items()}
-        if self._mode.clip_norm or self._mode.clip_global_norm:
-            self._norms = NormClipping(self._updates, global_norm=self._mode.clip_global_norm)
+        if self.mode.clip_norm or self.mode.clip_global_norm:
+            self._norms = NormClipping(self._updates, global_norm=self.mode.clip_global_norm)
 
     def bind(self, checked: list[Any]) -> bool:
         """Use these gradients. A gradient in memory that the step writes is copied first: it may be another's variable.
@@ -127,7 +128,8 @@ class Plan:
         """
         repeatable = []
         for update, bound in zip(self._updates, checked, strict=True):
-            for index in self._written[update.device].overlapped(update.read(bound)):
+            overlapped = self._written[update.device].overlapped(*update.read(bound))
+            for index in () if overlapped is None else overlapped:
                 bound = update.copied(bound, int(index))  # noqa: PLW2901
             repeatable.append(update.bind(bound))
         return all(repeatable)
@@ -136,10 +138,9 @@ class Plan:
         """The scalars that each launch gets, in its dtype. Raises where they break a rule in that dtype."""
         bound = np.inf if clip.value is None else clip.value
         by_dtype = {
-            dtype: (*scalars.for_real(dtype), bound)
-            for dtype in {kernels.DTYPES[update.dtype].real_dtype for update in self._updates}
+            dtype: (*scalars.for_real(dtype), bound) for dtype in set(self._real_dtypes)
         }
-        return [by_dtype[kernels.DTYPES[update.dtype].real_dtype] for update in self._updates]
+        return [by_dtype[dtype] for dtype in self._real_dtypes]
 
     def enqueue(self, steps: list[tuple[Any, ...]], clip: Clip) -> None:
         """Enqueue the whole step with the gradients bound last."""

@@ -100,9 +100,10 @@ class SparseUpdate:
         arrays = (variable, *(slots.get(variable, name) for name in slot_names(self._amsgrad)))
         return [memory_of(self.device, array.value) for array in arrays]
 
-    def read(self, bound: BoundSlices) -> list[Interval]:
-        """The memory that the launches read for this gradient."""
-        return [memory_of(self.device, array) for array in bound]
+    def read(self, bound: BoundSlices) -> tuple[np.ndarray, np.ndarray]:
+        """Addresses and sizes in bytes of the memory that the launches read for this gradient."""
+        addresses = [self.device.address(array) for array in bound]
+        return np.array(addresses, np.uint64), np.array([array.nbytes for array in bound], np.uint64)
 
     def copied(self, bound: BoundSlices, index: int) -> BoundSlices:
         """The same gradient, its values (index 0) or indices (1) read from a copy."""
@@ -273,10 +274,3 @@ def _as_indices(indices: Any, variable: Variable) -> Array:
     if array.ndim != 1:
         raise ArgumentValueError(argument, "must be one-dimensional", f"shape {tuple(array.shape)}", "ravel them")
     return device.xp.ascontiguousarray(array)
-
-
-def is_sparse(gradient: Any) -> bool:
-    """Whether a gradient names rows. Other libraries' slices (values, indices) count too."""
-    return isinstance(gradient, IndexedSlices) or (
-        hasattr(gradient, "values") and hasattr(gradient, "indices") and not hasattr(gradient, "dtype")
-    )

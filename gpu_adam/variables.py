@@ -233,8 +233,7 @@ class Variable(NDArrayOperatorsMixin):
 
     # Two variables are the same if they are one object; `==` compares elements, as arrays do.
 
-    def __hash__(self) -> int:
-        return id(self)
+    __hash__ = object.__hash__
 
     def __getstate__(self) -> dict[str, Any]:
         value = self._value if self._device.xp is np else self.numpy()
@@ -294,11 +293,16 @@ def _plain(obj: Any) -> Any:
 
 
 class Registry:
-    """The variables an optimizer has met. Raw arrays are recognised again by their memory."""
+    """The variables an optimizer has met. Raw arrays are recognised again by their memory.
+
+    Attributes:
+        known: the variable of each object met, by the object's id.
+    """
 
     def __init__(self) -> None:
+        self.known: dict[int, Variable] = {}
+        self._objects: list[Any] = []  # keeps them alive, so that their ids stay theirs
         self._by_memory: dict[Any, Variable] = {}
-        self._by_object: dict[int, tuple[Any, Variable]] = {}  # keeps the object alive, so that its id stays its own
 
     def find(self, obj: Any, argument: str) -> Variable:
         """The variable for `obj`: itself, or one over a raw array's memory.
@@ -307,26 +311,27 @@ class Registry:
             ArgumentTypeError: no variable, and no array of a device.
             ArgumentValueError: an array that cannot be updated in place.
         """
-        known = self._by_object.get(id(obj))
-        if known is not None:
-            return known[1]
-        if isinstance(obj, Variable):
-            variable = self._by_memory.setdefault(_memory_key(obj), obj)
-        else:
-            variable = over_raw_array(obj, argument)
+        variable = self.known.get(id(obj))
+        if variable is None:
+            variable = obj if isinstance(obj, Variable) else over_raw_array(obj, argument)
             variable = self._by_memory.setdefault(_memory_key(variable), variable)
-        self._by_object[id(obj)] = (obj, variable)
+            self._add(obj, variable)
         return variable
+
+    def _add(self, obj: Any, variable: Variable) -> None:
+        self._objects.append(obj)
+        self.known[id(obj)] = variable
 
     def forget(self, count: int) -> None:
         """Keep only the first `count` objects: what a rejected call has brought is dropped again."""
-        for key in list(self._by_object)[count:]:
-            _, variable = self._by_object.pop(key)
-            if not any(kept is variable for _, kept in self._by_object.values()):
+        for obj in self._objects[count:]:
+            variable = self.known.pop(id(obj))
+            if not any(kept is variable for kept in self.known.values()):
                 self._by_memory.pop(_memory_key(variable), None)
+        del self._objects[count:]
 
     def __len__(self) -> int:
-        return len(self._by_object)
+        return len(self._objects)
 
     def copied(self) -> Registry:
         """Another registry of the same variables."""
@@ -335,12 +340,12 @@ class Registry:
         return new
 
     def __getstate__(self) -> list[tuple[Any, Variable]]:
-        return list(self._by_object.values())
+        return [(obj, self.known[id(obj)]) for obj in self._objects]
 
     def __setstate__(self, state: list[tuple[Any, Variable]]) -> None:
         self.__init__()  # type: ignore[misc]
         for obj, variable in state:
-            self._by_object[id(obj)] = (obj, variable)
+            self._add(obj, variable)
             self._by_memory[_memory_key(variable)] = variable
 
 

@@ -8,6 +8,7 @@ import math
 import pickle
 from typing import Any
 
+import golden
 import numpy as np
 import pytest
 from hypothesis import given
@@ -25,7 +26,6 @@ from gpu_adam.schedules import (
     PiecewiseConstantDecay,
     PolynomialDecay,
 )
-from tests import golden
 
 EXAMPLES = [
     ExponentialDecay(0.1, 7, 0.9, True, "e"),
@@ -210,9 +210,17 @@ def test_piecewise_constant_arguments(boundaries: Any, values: Any, error: type[
         PiecewiseConstantDecay(boundaries, values)
 
 
-def test_a_schedule_is_frozen() -> None:
-    with pytest.raises(AttributeError):
-        EXAMPLES[0].decay_rate = 0.5  # type: ignore[attr-defined]
+@pytest.mark.parametrize("schedule", EXAMPLES, ids=IDS)
+def test_a_schedule_is_a_frozen_value(schedule: LearningRateSchedule) -> None:
+    again = type(schedule).from_config(schedule.get_config())
+    other = type(schedule).from_config(schedule.get_config() | {"name": "other"})
+    assert hash(schedule) == hash(again)
+    assert len({schedule, again, other}) == 2
+    assert eval(repr(schedule)) == schedule
+    for name in schedule.get_config():
+        with pytest.raises(AttributeError, match=f"cannot assign {name}: a {type(schedule).__name__} is frozen"):
+            setattr(schedule, name, 1)
+    assert schedule == again
 
 
 def test_a_custom_schedule_needs_only_a_call() -> None:

@@ -14,6 +14,19 @@ static inline void __syncthreads() {}
 // A lane outside the warp gives the caller's own value, as on a GPU.
 template <typename T> static inline T __shfl_up_sync(unsigned, T x, unsigned) { return x; }
 
+// The updates' loop goes in strips of 64 elements, and asks for the memory of the strip four further on.
+#define GPU_ADAM_STRIP 64
+#define GPU_ADAM_PREFETCH(pointer) prefetch_strip(pointer)
+#if defined(__clang__)
+#define GPU_ADAM_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
+#else
+#define GPU_ADAM_INDEPENDENT _Pragma("GCC ivdep")
+#endif
+template <typename T>
+static inline void prefetch_strip(const T* p) {
+    for (int i = 0; i < GPU_ADAM_STRIP; i += 64 / sizeof(T)) __builtin_prefetch(p + 4 * GPU_ADAM_STRIP + i, 1);
+}
+
 // Blocks [first, last) of a grid of `blocks`; `block_size` is the faithful mode's business.
 template <typename... Parameters>
 static void run_blocks(void (*kernel)(Parameters...), void** arguments, long long first, long long last,

@@ -23,7 +23,7 @@ from gpu_adam.schedules import PolynomialDecay
 
 BATCH, WIDTH, NEGATIVES = 1024, 32, 5
 WINDOW = 5  # neighbours on each side
-MIN_COUNT = 10  # rarer words are left out
+MIN_COUNT = 15  # rarer words are left out
 THINNING = 1e-3  # a word of a larger share f of the text is kept with probability sqrt(THINNING / f)
 QUERIES = ("list", "function", "class", "import", "string", "exception", "iterator", "true")
 

@@ -24,12 +24,19 @@ class Launch(Protocol):
         """Enqueue the kernel with a grid of `blocks` blocks and the arguments' present contents."""
 
 
+class AddressReader(Protocol):
+    """Finds the addresses of a fixed number of arrays with fixed shapes and dtype."""
+
+    def __call__(self, arrays: list[Any]) -> np.ndarray:
+        """uint64 addresses, each 0 unless the object is the device's contiguous array of the right shape and dtype."""
+
+
 class PointerTable(Protocol):
     """An array of addresses in device memory that is rewritten from step to step."""
 
     address: int
 
-    def write(self, addresses: Sequence[int]) -> None:
+    def write(self, addresses: np.ndarray) -> None:
         """Enqueue the new contents, without waiting for the device."""
 
 
@@ -70,8 +77,8 @@ class Device(ABC):
         """Address of the first element."""
 
     @abstractmethod
-    def dense_addresses(self, arrays: Sequence[Any], shapes: Sequence[tuple[int, ...]], dtype: np.dtype) -> list[int]:
-        """Addresses of `arrays`, each 0 unless it is this device's array, contiguous, with that shape and dtype."""
+    def address_reader(self, shapes: Sequence[tuple[int, ...]], dtype: np.dtype) -> AddressReader:
+        """A function that checks and finds the addresses of arrays of these shapes and this dtype."""
 
     @abstractmethod
     def pointer_table(self, size: int) -> PointerTable:

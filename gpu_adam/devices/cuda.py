@@ -9,7 +9,7 @@ from typing import Any
 import cupy
 import numpy as np
 
-from gpu_adam.devices.base import PACK_BYTES, Array, Device, Launch, PointerTable
+from gpu_adam.devices.base import PACK_BYTES, AddressReader, Array, Device, Launch, PointerTable
 from gpu_adam.errors import KernelCompileError
 from gpu_adam.kernels import BLOCK_SIZE, Kernel
 
@@ -67,19 +67,24 @@ class CudaDevice(Device):
         """Address of the first element."""
         return int(array.data.ptr)
 
-    def dense_addresses(self, arrays: Sequence[Any], shapes: Sequence[tuple[int, ...]], dtype: np.dtype) -> list[int]:
-        """Addresses of `arrays`, each 0 unless it is this device's array, contiguous, with that shape and dtype."""
+    def address_reader(self, shapes: Sequence[tuple[int, ...]], dtype: np.dtype) -> AddressReader:
+        """A function that checks and finds the addresses of arrays of these shapes and this dtype."""
         ndarray, index = cupy.ndarray, self.index
-        return [
-            array.data.ptr
-            if type(array) is ndarray
-            and array.dtype == dtype
-            and array.shape == shape
-            and array.flags.c_contiguous
-            and array.data.device_id == index
-            else 0
-            for array, shape in zip(arrays, shapes, strict=True)
-        ]
+
+        def addresses(arrays: list[Any]) -> np.ndarray:
+            found = [
+                array.data.ptr
+                if type(array) is ndarray
+                and array.shape == shape
+                and array.dtype == dtype
+                and array.flags.c_contiguous
+                and array.data.device_id == index
+                else 0
+                for array, shape in zip(arrays, shapes, strict=True)
+            ]
+            return np.array(found, np.uint64)
+
+        return addresses
 
     def pointer_table(self, size: int) -> PointerTable:
         """A new table of `size` addresses."""
@@ -167,7 +172,7 @@ class _CudaPointers:
         self._ring: list[_Pinned] = []
         self._captured: list[_Pinned] = []
 
-    def write(self, addresses: Sequence[int]) -> None:
+    def write(self, addresses: np.ndarray) -> None:
         with self._device:
             stream = cupy.cuda.get_current_stream()
             if stream.is_capturing():

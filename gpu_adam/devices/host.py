@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from gpu_adam import kernels
-from gpu_adam.devices.base import PACK_BYTES, Array, Device, Launch, PointerTable
+from gpu_adam.devices.base import PACK_BYTES, AddressReader, Array, Device, Launch, PointerTable
 from gpu_adam.errors import ArgumentValueError, DeviceError, KernelCompileError
 from gpu_adam.kernels import Kernel, Source
 
@@ -31,6 +31,9 @@ _FLAGS = (
     # 16-byte packs look at arrays of numbers, as they do in CUDA.
     "-fno-strict-aliasing"
 ).split()
+
+
+_LARGE = 2**20  # bytes
 
 
 class HostDevice(Device):
@@ -52,20 +55,30 @@ class HostDevice(Device):
         self.threads = _default_threads() if threads is None else threads
         self.block_size = block_size
         self.max_blocks = max_blocks
+        self._large_arrays = 0
 
     def __reduce__(self) -> tuple[Any, ...]:
         return HostDevice, (self.threads, self.block_size, self.max_blocks)
 
     def array(self, values: Any, dtype: np.dtype | None = None) -> Array:
         """A new C-contiguous array with these values."""
-        return np.array(values, dtype, order="C")
+        values = np.asarray(values, dtype)
+        array = self.empty(values.size, values.dtype).reshape(values.shape)
+        array[...] = values
+        return array
 
     def empty(self, size: int, dtype: np.dtype) -> Array:
-        """A new one-dimensional array with undefined contents, its address a multiple of 16."""
-        # 64: a cache line, and the widest vector register.
-        spare = np.empty(size * dtype.itemsize + 64, np.uint8)
-        start = -spare.ctypes.data % 64
-        return spare[start : start + size * dtype.itemsize].view(dtype)
+        """A new one-dimensional array with undefined contents, its address a multiple of 64, a cache line."""
+        # Large arrays begin at multiples of 4 KB, on huge pages of 2 MB. Streams that keep the same distance from one
+        # are served by the same banks of memory and sets of the cache: up to three times slower (profiling/README.md).
+        nbytes = size * dtype.itemsize
+        shift = 0
+        if nbytes >= _LARGE:
+            self._large_arrays += 1
+            shift = (4096 + 64) * (self._large_arrays % 16)
+        spare = np.empty(nbytes + 64 + shift, np.uint8)
+        start = -spare.ctypes.data % 64 + shift
+        return spare[start : start + nbytes].view(dtype)
 
     def numpy(self, array: Array) -> np.ndarray:
         """A copy."""
@@ -88,18 +101,9 @@ class HostDevice(Device):
         """Address of the first element."""
         return int(array.__array_interface__["data"][0])
 
-    def dense_addresses(self, arrays: Sequence[Any], shapes: Sequence[tuple[int, ...]], dtype: np.dtype) -> list[int]:
-        """Addresses of `arrays`, each 0 unless it is a contiguous NumPy array with that shape and dtype."""
-        typestr, addresses = dtype.str, []
-        for array, shape in zip(arrays, shapes, strict=True):
-            address = 0
-            if type(array) is np.ndarray:
-                # One look-up gives everything; `strides` is None for a C-contiguous array.
-                interface = array.__array_interface__
-                if interface["strides"] is None and interface["typestr"] == typestr and interface["shape"] == shape:
-                    address = interface["data"][0]
-            addresses.append(address)
-        return addresses
+    def address_reader(self, shapes: Sequence[tuple[int, ...]], dtype: np.dtype) -> AddressReader:
+        """A function that checks and finds the addresses of arrays of these shapes and this dtype."""
+        return _HostAddresses(shapes, dtype)
 
     def pointer_table(self, size: int) -> PointerTable:
         """A new table of `size` addresses."""
@@ -123,12 +127,27 @@ class HostDevice(Device):
         ]
 
 
+class _HostAddresses:
+    def __init__(self, shapes: Sequence[tuple[int, ...]], dtype: np.dtype) -> None:
+        self._count = len(shapes)
+        self._ndims = np.array([len(shape) for shape in shapes], np.intc)
+        self._shapes = np.array([size for shape in shapes for size in shape], np.intp)
+        kind = ctypes.c_char(dtype.kind.encode())
+        self._read = _address_function()
+        self._expected = (id(np.ndarray), kind, dtype.itemsize, self._ndims.ctypes.data, self._shapes.ctypes.data)
+
+    def __call__(self, arrays: list[Any]) -> np.ndarray:
+        addresses = np.empty(self._count, np.uint64)
+        self._read(arrays, self._count, *self._expected, addresses.ctypes.data)
+        return addresses
+
+
 class _HostPointers:
     def __init__(self, size: int) -> None:
         self._table = np.zeros(size, np.uint64)
         self.address = int(self._table.ctypes.data)
 
-    def write(self, addresses: Sequence[int]) -> None:
+    def write(self, addresses: np.ndarray) -> None:
         self._table[:] = addresses
 
 
@@ -208,13 +227,24 @@ def source_text(source: Source, *, faithful: bool) -> str:
 
 @functools.cache
 def _library(source: Source, faithful: bool) -> ctypes.CDLL:
-    return _built(source_text(source, faithful=faithful), f"the kernels of {source.file}")
+    return ctypes.CDLL(_built(source_text(source, faithful=faithful), f"the kernels of {source.file}"))
+
+
+@functools.cache
+def _address_function() -> Any:
+    text = (kernels.directory() / "host" / "addresses.cpp").read_text()
+    # PyDLL: the function works on Python objects, under the interpreter's lock.
+    read = ctypes.PyDLL(_built(text, "the address look-up"))["array_addresses"]
+    pointer = ctypes.c_void_p
+    read.argtypes = (ctypes.py_object, ctypes.c_ssize_t, pointer, ctypes.c_char, ctypes.c_int, pointer, pointer, pointer)
+    read.restype = None
+    return read
 
 
 @functools.cache
 def _pool() -> Any:
     text = (kernels.directory() / "host" / "pool.cpp").read_text()
-    launch = _built(text, "the thread pool")["launch_blocks"]
+    launch = ctypes.CDLL(_built(text, "the thread pool"))["launch_blocks"]
     launch.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_longlong, ctypes.c_int)
     launch.restype = None
     return launch
@@ -227,8 +257,8 @@ def _entry(library: ctypes.CDLL, name: str) -> Any:
     return entry
 
 
-def _built(text: str, what: str) -> ctypes.CDLL:
-    """The library of a source text, from the cache or compiled into it."""
+def _built(text: str, what: str) -> str:
+    """Path of the library of a source text, from the cache or compiled into it."""
     command = compiler()
     shims = "".join(path.read_text() for path in sorted((kernels.directory() / "host").glob("*.h")))
     identity = "\0".join((text, shims, *command, *_FLAGS, _compiler_version(tuple(command)), _processor_name(full=True)))
@@ -245,7 +275,7 @@ def _built(text: str, what: str) -> ctypes.CDLL:
             raise DeviceError(
                 "the kernel cache", "must be a writeable directory", error, "set GPU_ADAM_CACHE to one that is"
             ) from error
-    return ctypes.CDLL(str(path))
+    return str(path)
 
 
 def _compile(command: list[str], text: str, work: Path, what: str) -> None:
