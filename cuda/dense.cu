@@ -16,13 +16,13 @@ dense(const TensorTable table, const ClipFactor* factors, const long long factor
         const Chunk chunk = chunk_at(table, index);
         const Tensor tensor = table.tensors[chunk.tensor];
         const Range range = {
-            tensor.theta + chunk.begin,
-            tensor.m + chunk.begin,
-            tensor.v + chunk.begin,
-            tensor.vhat ? tensor.vhat + chunk.begin : nullptr,
+            in_global_memory(tensor.theta) + chunk.begin,
+            in_global_memory(tensor.m) + chunk.begin,
+            in_global_memory(tensor.v) + chunk.begin,
+            GPU_ADAM_AMSGRAD ? in_global_memory(tensor.vhat) + chunk.begin : nullptr,
             chunk.size,
         };
-        const Stored* const g = table.gradients[chunk.tensor] + chunk.begin;
+        const Stored* const g = in_global_memory(table.gradients[chunk.tensor]) + chunk.begin;
         const bool packed = aligned(g + head_size(range.theta, chunk.size));
         // One factor per tensor (stride 1), or one for all (stride 0, the global norm).
         const ClipFactor factor = factors ? factors[chunk.tensor * factor_stride] : ClipFactor{1.0, 1.0};

@@ -70,7 +70,7 @@ square_sums(const TensorTable table, const StoredReal clip_value, double* sums) 
     __shared__ double lanes[LANES];
     for (long long index = blockIdx.x; index < table.chunks; index += gridDim.x) {
         const Chunk chunk = chunk_at(table, index);
-        const Stored* const g = table.gradients[chunk.tensor] + chunk.begin;
+        const Stored* const g = in_global_memory(table.gradients[chunk.tensor]) + chunk.begin;
         const double sum = ordered_sum(chunk.size, Squares{g, clip_value, aligned(g)}, lanes);
         if (threadIdx.x == 0) sums[index] = sum;
     }

@@ -104,7 +104,7 @@ sparse(const Table table, const Indices indices, const Keys keys, const Stored* 
             table.theta + offset,
             table.m + offset,
             table.v + offset,
-            table.vhat ? table.vhat + offset : nullptr,
+            GPU_ADAM_AMSGRAD ? table.vhat + offset : nullptr,
             size,
         };
         update_range(range, SharedGradient{gradient, aligned(gradient + head_size(range.theta, size))}, step);

@@ -23,6 +23,14 @@ struct TensorTable {
     long long chunks;
 };
 
+// A pointer that comes out of a table: the compiler cannot see that it points to global memory, and would otherwise load
+// through the slower generic path.
+template <typename T>
+__device__ inline T* in_global_memory(T* p) {
+    __builtin_assume(__isGlobal(p));
+    return p;
+}
+
 struct Chunk {
     int tensor;
     long long begin;  // first element within the tensor

@@ -1,6 +1,5 @@
 """`gpu-adam demo` and `gpu-adam info`: display only; what is shown is computed elsewhere."""
 
-import math
 import os
 import platform
 import signal
@@ -31,6 +30,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+READ_SECONDS = 0.1  # reading the loss waits for the device
 DEMOS: dict[str, type[Demo]] = {demo.name: demo for demo in (Digits, Words)}
 
 
@@ -132,7 +132,7 @@ def _train(training: Demo, last: int, save: Path | None) -> list[tuple[str, str]
             while training.step < last and not interrupted():
                 training.train()
                 bar.show()
-        loss = bar.show(now=True)
+        bar.show(now=True)
         seconds = time.perf_counter() - start
     if interrupted():
         raise KeyboardInterrupt(_keep(training, last, save))
@@ -141,7 +141,7 @@ def _train(training: Demo, last: int, save: Path | None) -> list[tuple[str, str]
         ("device", f"{training.device.name}, {training.device.facts()[0][1]}"),
         ("first step", f"{start - begin:.2f} s (compiles the kernels that are not cached)"),
         ("steps/s", speed),
-        ("last loss", f"{loss:.4f}"),
+        ("last loss", f"{training.measure().loss:.4f}"),
     ]
 
 
@@ -154,7 +154,7 @@ def _keep(training: Demo, last: int, save: Path | None) -> str:
 
 
 class _Bar:
-    """A progress bar of a training; reading the loss waits for the device, so it does that ten times a second."""
+    """A progress bar of a training; it reads the loss only every READ_SECONDS."""
 
     def __init__(self, training: Demo, last: int) -> None:
         state = TextColumn("{task.fields[state]}")
@@ -170,17 +170,16 @@ class _Bar:
     def __exit__(self, *exception: object) -> None:
         self._progress.stop()
 
-    def show(self, now: bool = False) -> float:
-        """Show the present step and its numbers if it is time, or `now`; return the loss shown, else NaN."""
+    def show(self, now: bool = False) -> None:
+        """Show the present step and its numbers if it is time, or `now`."""
         done = self._training.step - self._step
-        if not (now or time.perf_counter() - self._time > 0.1):
-            return math.nan
+        if done == 0 or not (now or time.perf_counter() - self._time > READ_SECONDS):
+            return
         measure = self._training.measure()
-        elapsed = time.perf_counter() - self._time
-        state = f"loss {measure.loss:.3f}  accuracy {measure.accuracy:4.0%}  {elapsed / max(done, 1) * 1e3:.2f} ms/step"
+        pace = (time.perf_counter() - self._time) / done * 1e3
+        state = f"loss {measure.loss:.3f}  accuracy {measure.accuracy:4.0%}  {pace:.2f} ms/step"
         self._progress.update(self._task, completed=self._training.step, state=state)
         self._step, self._time = self._training.step, time.perf_counter()
-        return measure.loss
 
 
 @contextmanager

@@ -14,6 +14,11 @@
 #define __device__
 #define __launch_bounds__(...)
 
+static inline bool __isGlobal(const void*) { return true; }
+#ifndef __clang__
+#define __builtin_assume(condition)
+#endif
+
 static inline long long __double_as_longlong(double x) {
     long long bits;
     memcpy(&bits, &x, sizeof bits);
