@@ -33,13 +33,35 @@ __device__ inline bool operator<(Double a, Double b) { return a.x < b.x; }
 __device__ inline Double square_root(Double a) { return flush(sqrt(a.x)); }
 __device__ inline float square_root(float a) { return sqrtf(a); }
 
+__device__ inline float magnitude(float x) { return fabsf(x); }
+__device__ inline Double magnitude(Double x) { return {fabs(x.x)}; }
+
+// A complex number, which Adam only ever scales by real ones.
+template <typename Real>
+struct alignas(2 * sizeof(Real)) Complex {
+    Real re, im;
+};
+
+template <typename Real>
+__device__ inline Complex<Real> operator+(Complex<Real> a, Complex<Real> b) { return {a.re + b.re, a.im + b.im}; }
+template <typename Real>
+__device__ inline Complex<Real> operator-(Complex<Real> a, Complex<Real> b) { return {a.re - b.re, a.im - b.im}; }
+template <typename Real>
+__device__ inline Complex<Real> operator*(Complex<Real> a, Real b) { return {a.re * b, a.im * b}; }
+template <typename Real>
+__device__ inline Complex<Real> operator/(Complex<Real> a, Real b) { return {a.re / b, a.im / b}; }
+
 // |x|^2 of one element: the term of v's moving average.
 template <typename Real>
 __device__ inline Real squared(Real x) { return x * x; }
+template <typename Real>
+__device__ inline Real squared(Complex<Real> x) { return x.re * x.re + x.im * x.im; }
 
 // |x|^2 as the terms of a norm, in float64 whatever the dtype, so that float32 cannot overflow.
 __device__ inline double norm_term(float x) { return static_cast<double>(x) * static_cast<double>(x); }
 __device__ inline double norm_term(Double x) { return (x * x).x; }
+template <typename Real>
+__device__ inline double norm_term(Complex<Real> x) { return norm_term(x.re) + norm_term(x.im); }
 
 // The larger, and `a` where `b` is NaN: what the reference does to vhat. (fmax would drop a NaN in `a` as well.)
 template <typename Real>
@@ -48,6 +70,16 @@ __device__ inline Real maximum(Real a, Real b) { return a < b ? b : a; }
 // Into [-bound, bound]; NaN stays NaN.
 template <typename Real>
 __device__ inline Real clamped(Real x, Real bound) { return bound < x ? bound : (x < -bound ? -bound : x); }
+
+// Onto the disc of radius `bound`, keeping the direction; what is NaN or infinite stays. Scaled, so that no square
+// overflows.
+template <typename Real>
+__device__ inline Complex<Real> clamped(Complex<Real> x, Real bound) {
+    const Real largest = maximum(magnitude(x.re), magnitude(x.im));
+    if (!(bound < largest + largest)) return x;  // |x| <= sqrt(2) largest
+    const Real length = largest * square_root(squared(x / largest));
+    return bound < length ? x * (bound / length) : x;
+}
 
 // Memory <-> registers.
 template <typename To> struct Converted;
@@ -58,8 +90,24 @@ template <> struct Converted<float> {
 template <> struct Converted<Double> {
     __device__ static Double from(double x) { return flush(x); }
 };
+template <typename Real> struct Converted<Complex<Real>> {
+    template <typename From>
+    __device__ static Complex<Real> from(Complex<From> x) {
+        return {Converted<Real>::from(x.re), Converted<Real>::from(x.im)};
+    }
+};
 __device__ inline void store(float& place, float x) { place = x; }
 __device__ inline void store(double& place, Double x) { place = x.x; }
+template <typename To, typename From>
+__device__ inline void store(Complex<To>& place, Complex<From> x) {
+    store(place.re, x.re);
+    store(place.im, x.im);
+}
+
+// Names without brackets for the dtype table.
+using ComplexFloat = Complex<float>;
+using StoredComplexDouble = Complex<double>;
+using ComplexDouble = Complex<Double>;
 
 using Stored = GPU_ADAM_STORED;
 using StoredReal = GPU_ADAM_STORED_REAL;

@@ -73,7 +73,7 @@ __device__ inline void sum_rows(const Tile& tile, const Keys keys, long long beg
         Value* const target = gradient + (row - tile.first_row) * tile.columns;
         for (int c = lane; c < tile.columns; c += lanes) {
             const Stored* const column = values + tile.first_column + c;
-            Value sum = value(Stored(0));
+            Value sum = value(Stored{});
 #pragma unroll 8
             for (long long j = k; j < last; ++j) {
                 sum = sum + clipped(value(column[keys.position[j] * row_size]), step, factor);
@@ -93,7 +93,7 @@ sparse(const Table table, const Indices indices, const Keys keys, const Stored* 
     for (long long index = blockIdx.x; index < table.tiles; index += gridDim.x) {
         const Tile tile = tile_at(table, index);
         const int size = static_cast<int>(tile.last_row - tile.first_row) * tile.columns;
-        for (int i = threadIdx.x; i < size; i += blockDim.x) gradient[i] = value(Stored(0));
+        for (int i = threadIdx.x; i < size; i += blockDim.x) gradient[i] = value(Stored{});
         const long long begin = lower_bound(keys.row, 0, indices.count, tile.first_row);
         const long long end = lower_bound(keys.row, begin, indices.count, tile.last_row);
         __syncthreads();

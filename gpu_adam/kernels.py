@@ -62,6 +62,8 @@ class Dtype:
 DTYPES = {
     "float32": Dtype("float", "float", "float", "float", "float32", hardware_flush=True),
     "float64": Dtype("double", "double", "Double", "Double", "float64", hardware_flush=False),
+    "complex64": Dtype("ComplexFloat", "float", "ComplexFloat", "float", "float32", hardware_flush=True),
+    "complex128": Dtype("StoredComplexDouble", "double", "ComplexDouble", "Double", "float64", hardware_flush=False),
 }
 
 
@@ -149,7 +151,7 @@ def variants() -> list[Source]:
 
 def kernel_names(file: str) -> list[str]:
     """The ``__global__`` functions that a file of ``cuda/`` defines, in order."""
-    return re.findall(r'^extern "C" __global__[^{]*?(\w+)\(const', (directory() / file).read_text(), re.MULTILINE)
+    return re.findall(r'^extern "C" __global__ void __launch_bounds__\(\d+\)\s+(\w+)\(', (directory() / file).read_text(), re.M)
 
 
 @functools.cache

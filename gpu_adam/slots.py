@@ -81,7 +81,8 @@ class Slots:
                 "pass 'zeros', or an array of that shape",
             )
         array = device.zeros(tuple(initial.shape), dtype, like=variable.value)
-        array[...] = initial
+        with device.current():
+            array[...] = initial
         slot = Variable.over(array, device, name, trainable=False)
         self._slots.setdefault(variable, {})[slot_name] = slot
         self.weights.append(slot)
@@ -129,7 +130,8 @@ def initialized(initializer: Any, shape: tuple[int, ...], dtype: np.dtype, devic
                 "initializer", f"must be one of {list(_FILLS)}", f"unknown initializer {initializer!r}", "pass a callable"
             )
         array = device.zeros(shape, dtype)
-        array.fill(_FILLS[initializer])
+        with device.current():
+            array.fill(_FILLS[initializer])
         return array
     if initializer is None:
         raise ArgumentValueError("initializer", "must make an array", None, "pass 'zeros', 'ones', a callable or a value")

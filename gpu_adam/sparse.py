@@ -242,7 +242,8 @@ class IndexErrors:
         """Raise SparseIndexError if an index was out of range since the last check. Waits for the device."""
         found = self._device.numpy(self.array).view(kernels.INDEX_ERRORS)[0]
         if found["count"]:
-            self.array[...] = self._device.array(np.atleast_1d(kernels.NO_INDEX_ERRORS).view(np.uint8))
+            with self._device.current():
+                self.array[...] = self._device.array(np.atleast_1d(kernels.NO_INDEX_ERRORS).view(np.uint8))
             others = int(found["count"]) - 1
             raise index_error(self._variable, int(found["first_position"]), int(found["first_index"]), others)
 

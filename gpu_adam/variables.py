@@ -125,17 +125,23 @@ class Variable(NDArrayOperatorsMixin):
         Raises:
             ArgumentValueError: another shape, or no numbers.
         """
-        self._value[...] = self._converted(value, "assign's value")
+        converted = self._converted(value, "assign's value")
+        with self._device.current():
+            self._value[...] = converted
         return self
 
     def assign_add(self, delta: Any) -> Variable:
         """Add `delta`, of exactly the variable's shape, in place. Returns the variable."""
-        self._value[...] += self._converted(delta, "assign_add's delta")
+        converted = self._converted(delta, "assign_add's delta")
+        with self._device.current():
+            self._value[...] += converted
         return self
 
     def assign_sub(self, delta: Any) -> Variable:
         """Subtract `delta`, of exactly the variable's shape, in place. Returns the variable."""
-        self._value[...] -= self._converted(delta, "assign_sub's delta")
+        converted = self._converted(delta, "assign_sub's delta")
+        with self._device.current():
+            self._value[...] -= converted
         return self
 
     def _converted(self, value: Any, argument: str) -> Array:

@@ -27,8 +27,8 @@ struct ArrayInterface {
 
 enum { C_CONTIGUOUS = 0x1, ALIGNED = 0x100, NATIVE_BYTE_ORDER = 0x200 };
 
-// addresses[i] = data of list[i], or 0 unless it is exactly of type `ndarray`, C-contiguous, aligned, of this kind and
-// itemsize, and of the shape that stands next in `shapes`, ndims[i] numbers long.
+// addresses[i] = data of list[i], or 0 unless it is exactly of type `ndarray`, C-contiguous, at a multiple of its
+// itemsize, of this kind and itemsize, and of the shape that stands next in `shapes`, ndims[i] numbers long.
 void array_addresses(void* list, Size count, void* ndarray, char kind, int itemsize, const int* ndims,
                      const Size* shapes, unsigned long long* addresses) {
     for (Size i = 0; i < count; shapes += ndims[i], ++i) {
@@ -46,7 +46,8 @@ void array_addresses(void* list, Size count, void* ndarray, char kind, int items
         const int wanted = C_CONTIGUOUS | ALIGNED | NATIVE_BYTE_ORDER;
         bool fits = a->kind == kind && a->itemsize == itemsize && (a->flags & wanted) == wanted && a->ndim == ndims[i];
         for (int d = 0; fits && d < ndims[i]; ++d) fits = a->shape[d] == shapes[d];
-        if (fits) addresses[i] = reinterpret_cast<unsigned long long>(a->data);
+        const auto address = reinterpret_cast<unsigned long long>(a->data);
+        if (fits && address % static_cast<unsigned>(itemsize) == 0) addresses[i] = address;
         Py_DecRef(capsule);
     }
 }

@@ -65,7 +65,7 @@ class Demo(ABC):
 
     def here(self) -> AbstractContextManager[Any]:
         """Return a context in which array functions compute on this demo's device: CuPy's go to its current one."""
-        return nullcontext() if self.xp is np else self.xp.cuda.Device(self.device.index)
+        return nullcontext() if self.xp is np else self.xp.cuda.Device(int(self.device.name.removeprefix("cuda:")))
 
     def train(self) -> None:
         """Do one step; on a GPU it is only enqueued."""

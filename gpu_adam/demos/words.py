@@ -32,7 +32,7 @@ class Words(Demo):
     """Word vectors; accuracy is how often the true neighbour scores above all random words."""
 
     name = "words"
-    default_steps = 2500
+    default_steps = 2000
 
     def _model(self, generator: np.random.Generator) -> tuple[Sequence[gpu_adam.Variable], gpu_adam.Adam]:
         self.words, counts, texts = _read_topics()

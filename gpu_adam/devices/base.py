@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import numpy as np
@@ -55,6 +56,10 @@ class Device(ABC):
 
     def __repr__(self) -> str:
         return f"<gpu_adam device {self.name}>"
+
+    @abstractmethod
+    def current(self) -> AbstractContextManager[Any]:
+        """A context in which the array module works on this device."""
 
     @abstractmethod
     def array(self, values: Any, dtype: np.dtype | None = None) -> Array:
@@ -112,6 +117,7 @@ class Device(ABC):
         if like is not None and like.size:
             pack = max(1, PACK_BYTES // like.dtype.itemsize)
             skip = self.address(like) // like.dtype.itemsize % pack
-        array = self.empty(skip + size, dtype)
-        array.fill(0)
-        return array[skip:].reshape(shape)
+        with self.current():
+            array = self.empty(skip + size, dtype)
+            array.fill(0)
+            return array[skip:].reshape(shape)

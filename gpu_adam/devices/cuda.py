@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import cupy
@@ -32,24 +33,27 @@ class CudaDevice(Device):
     def __init__(self, index: int) -> None:
         self.name = f"cuda:{index}"
         self.index = index
-        self._current = cupy.cuda.Device(index)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return cuda_device, (self.index,)
 
+    def current(self) -> AbstractContextManager[Any]:
+        """A context in which CuPy works on this device."""
+        return cupy.cuda.Device(self.index)  # type: ignore[no-any-return]
+
     def array(self, values: Any, dtype: np.dtype | None = None) -> Array:
         """A new C-contiguous array with these values; host values are copied over."""
-        with self._current:
+        with self.current():
             return cupy.array(values, dtype, order="C")
 
     def empty(self, size: int, dtype: np.dtype) -> Array:
         """A new one-dimensional array with undefined contents; CuPy's addresses are multiples of 512."""
-        with self._current:
+        with self.current():
             return cupy.empty(size, dtype)
 
     def numpy(self, array: Array) -> np.ndarray:
         """A copy in host memory. Waits for the device."""
-        with self._current:
+        with self.current():
             return np.asarray(cupy.asnumpy(array))
 
     def view(self, obj: Any) -> Array | None:
@@ -92,11 +96,11 @@ class CudaDevice(Device):
 
     def prepare(self, kernel: Kernel, arguments: Sequence[np.ndarray]) -> Launch:
         """Compile `kernel` if need be and bind `arguments`."""
-        return _CudaLaunch(self._current, _raw_kernel(kernel, self.index), tuple(arguments))
+        return _CudaLaunch(self.index, _raw_kernel(kernel, self.index), tuple(arguments))
 
     def synchronize(self) -> None:
         """Wait for the current stream."""
-        with self._current:
+        with self.current():
             cupy.cuda.get_current_stream().synchronize()
 
     def facts(self) -> list[tuple[str, str]]:
@@ -104,7 +108,7 @@ class CudaDevice(Device):
         runtime = cupy.cuda.runtime
         properties = runtime.getDeviceProperties(self.index)
         name = properties["name"]
-        with self._current:
+        with self.current():
             free, total = runtime.memGetInfo()
         driver = runtime.driverGetVersion()
         return [
@@ -146,14 +150,14 @@ def _raw_kernel(kernel: Kernel, index: int) -> Any:
 
 
 class _CudaLaunch:
-    def __init__(self, device: Any, kernel: Any, arguments: tuple[np.ndarray, ...]) -> None:
-        self._device, self._kernel, self._arguments = device, kernel, arguments
+    def __init__(self, index: int, kernel: Any, arguments: tuple[np.ndarray, ...]) -> None:
+        self._index, self._kernel, self._arguments = index, kernel, arguments
 
     def __call__(self, blocks: int) -> None:
-        if cupy.cuda.runtime.getDevice() == self._device.id:
+        if cupy.cuda.runtime.getDevice() == self._index:
             self._kernel((blocks,), (BLOCK_SIZE,), self._arguments)
         else:
-            with self._device:
+            with cupy.cuda.Device(self._index):
                 self._kernel((blocks,), (BLOCK_SIZE,), self._arguments)
 
 
@@ -165,15 +169,15 @@ class _CudaPointers:
     """
 
     def __init__(self, device: CudaDevice, size: int) -> None:
-        self._device = device._current
-        with self._device:
+        self._device = device
+        with device.current():
             self._table = cupy.zeros(size, np.uint64)
         self.address = int(self._table.data.ptr)
         self._ring: list[_Pinned] = []
         self._captured: list[_Pinned] = []
 
     def write(self, addresses: np.ndarray) -> None:
-        with self._device:
+        with self._device.current():
             stream = cupy.cuda.get_current_stream()
             if stream.is_capturing():
                 pinned = _Pinned(self._table.size)

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,10 @@ class HostDevice(Device):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return HostDevice, (self.threads, self.block_size, self.max_blocks)
+
+    def current(self) -> AbstractContextManager[Any]:
+        """Nothing: there is one host."""
+        return nullcontext()
 
     def array(self, values: Any, dtype: np.dtype | None = None) -> Array:
         """A new C-contiguous array with these values."""

@@ -1,0 +1,126 @@
+"""The oracle: Adam and AMSGrad in plain NumPy, in the order of operations of Kingma & Ba, each rounded in one dtype.
+
+Shares no code with gpu_adam. float32 and float64, dense gradients; denormals are flushed, as the kernels do.
+"""
+
+import ctypes
+import ctypes.util
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+
+_powf = ctypes.CDLL(ctypes.util.find_library("m") or "libm.so.6").powf
+_powf.argtypes, _powf.restype = (ctypes.c_float, ctypes.c_float), ctypes.c_float
+
+
+class Adam:
+    """Variables with their m, v and vhat, and the steps they take.
+
+    Args:
+        initial: the variables' first values; copied.
+        learning_rate, beta_1, beta_2, epsilon, decay: Python numbers; may be changed between steps.
+        amsgrad: whether vhat takes the place of v.
+        iterations: steps done before.
+    """
+
+    def __init__(
+        self,
+        initial: Sequence[Any],
+        learning_rate: float = 0.001,
+        beta_1: float = 0.9,
+        beta_2: float = 0.999,
+        epsilon: float = 1e-7,
+        amsgrad: bool = False,
+        decay: float = 0.0,
+        iterations: int = 0,
+    ) -> None:
+        self.variables: list[Array] = [np.array(value) for value in initial]
+        self.m = [np.zeros_like(variable) for variable in self.variables]
+        self.v = [np.zeros_like(variable) for variable in self.variables]
+        self.vhat = [np.zeros_like(variable) for variable in self.variables]
+        self.learning_rate, self.beta_1, self.beta_2, self.epsilon = learning_rate, beta_1, beta_2, epsilon
+        self.amsgrad, self.decay, self.iterations = amsgrad, decay, iterations
+
+    def step(self, gradients: Iterable[Any]) -> None:
+        """One step with a gradient for each variable, or None."""
+        self.step_pairs((gradient, k) for k, gradient in enumerate(gradients) if gradient is not None)
+
+    def step_pairs(self, pairs: Iterable[tuple[Any, int]]) -> None:
+        """One step with (gradient, number of the variable) pairs, in order."""
+        with np.errstate(all="ignore"):
+            for gradient, k in pairs:
+                self._update(k, np.asarray(gradient))
+        self.iterations += 1
+
+    def _update(self, k: int, g: Array) -> None:
+        theta, m, v = self.variables[k], self.m[k], self.v[k]
+        real = theta.dtype.type
+        g, theta, m, v = flushed(g), flushed(theta), flushed(m), flushed(v)
+        one, beta_1, beta_2 = real(1), real(self.beta_1), real(self.beta_2)
+        m = flushed(m + flushed(flushed(g - m) * (one - beta_1)))
+        v = flushed(v + flushed(flushed(flushed(g * g) - v) * (one - beta_2)))
+        self.m[k], self.v[k] = m, v
+        if self.amsgrad:
+            self.vhat[k] = v = np.where(self.vhat[k] < v, v, self.vhat[k])
+        divisor = flushed(flushed(np.sqrt(v)) + flushed(real(self.epsilon)))
+        self.variables[k] = flushed(theta - flushed(flushed(m * flushed(self._alpha(real))) / divisor))
+
+    def _alpha(self, real: Any) -> Any:
+        """(lr sqrt(1 - beta_2^t)) / (1 - beta_1^t), by the C library's power functions."""
+        power = _powf if real is np.float32 else math.pow
+        one, t = real(1), float(self.iterations + 1)
+        rate = real(self.learning_rate)
+        if self.decay > 0:
+            rate = rate / (one + real(self.decay) * real(self.iterations))
+        root = np.sqrt(one - real(power(real(self.beta_2), t)))
+        return (rate * root) / (one - real(power(real(self.beta_1), t)))
+
+
+def flushed(x: Any) -> Array:
+    """Denormal numbers as zeros of their sign."""
+    x = np.asarray(x)
+    return np.where(np.abs(x) < np.finfo(x.dtype).tiny, np.copysign(x.dtype.type(0), x), x)
+
+
+def densified(values: Any, indices: Any, like: Array) -> Array:
+    """The gradient of some rows written out for the whole variable; duplicates are added in order of occurrence."""
+    dense = np.zeros_like(like)
+    np.add.at(dense, np.asarray(indices, np.int64), values)
+    return dense
+
+
+def clipped_by_norm(gradient: Any, clipnorm: float) -> Array:
+    """g c / max(|g|, c) in float64."""
+    g = np.asarray(gradient, np.float64)
+    return g * clipnorm / max(float(np.sqrt(np.sum(g * g))), clipnorm)
+
+
+def clipped_by_global_norm(gradients: Sequence[Any], clipnorm: float) -> list[Array]:
+    """g c / max(n, c) in float64, with one norm n over all gradients."""
+    doubles = [np.asarray(gradient, np.float64) for gradient in gradients]
+    norm = math.sqrt(sum(float(np.sum(g * g)) for g in doubles))
+    return [g * clipnorm / max(norm, clipnorm) for g in doubles]
+
+
+def assert_same_bits(actual: Any, expected: Any, what: str = "array") -> None:
+    """Same dtype, shape and bits, but that every NaN is as good as another; says where they differ first."""
+    actual, expected = np.asarray(actual), np.asarray(expected)
+    assert actual.dtype == expected.dtype, f"{what}: dtype {actual.dtype}, expected {expected.dtype}"
+    assert actual.shape == expected.shape, f"{what}: shape {actual.shape}, expected {expected.shape}"
+    bits = np.dtype(f"u{actual.dtype.itemsize}")
+    a, b = np.ravel(actual).view(bits), np.ravel(expected).view(bits)
+    unequal = (a != b) & ~(_is_nan(actual) & _is_nan(expected))
+    if unequal.any():
+        first = int(np.argmax(unequal))
+        index = tuple(map(int, np.unravel_index(first, actual.shape)))
+        pair = f"{actual.ravel()[first]!r} ({a[first]:#x}), expected {expected.ravel()[first]!r} ({b[first]:#x})"
+        raise AssertionError(f"{what}{list(index)}: {pair}; {int(unequal.sum())} of {unequal.size} differ")
+
+
+def _is_nan(x: Array) -> Array:
+    return np.isnan(np.ravel(x)) if x.dtype.kind == "f" else np.zeros(x.size, bool)
