@@ -10,7 +10,8 @@
 #pragma once
 #include "adam_math.cuh"
 
-#ifndef GPU_ADAM_STRIP  // defined by the host's fast mode only: a GPU hides latency behind other warps
+#ifndef GPU_ADAM_ONE_THREAD  // defined by the host's fast mode only: a GPU hides latency behind other warps
+#define GPU_ADAM_ONE_THREAD 0
 #define GPU_ADAM_STRIP (1 << 30)
 #define GPU_ADAM_PREFETCH(pointer)
 #define GPU_ADAM_INDEPENDENT

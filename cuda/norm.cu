@@ -14,7 +14,7 @@
 
 constexpr int LANES = 1024;
 // Lanes that a thread sums side by side in registers: a 16-byte load; all of them where a block is one thread.
-constexpr int WIDTH = PACK > 1 ? PACK : LANES;
+constexpr int WIDTH = GPU_ADAM_ONE_THREAD ? LANES : PACK;
 
 // Sum over [0, n) of the terms, in the order above; the result in lanes[0] until the block's next call.
 template <typename Terms>
@@ -44,7 +44,7 @@ struct Squares {
     __device__ double term(Stored x) const { return norm_term(clamped(value(x), real(clip_value))); }
     __device__ double at(long long i) const { return term(g[i]); }
     __device__ void add(double* sum, long long i) const {
-        if (WIDTH == PACK && packed) {
+        if (!GPU_ADAM_ONE_THREAD && packed) {
             const Pack<Stored> pack = load_pack<PACK>(g + i);
 #pragma unroll
             for (int k = 0; k < PACK; ++k) sum[k] += term(pack.x[k]);

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -15,11 +15,12 @@ from gpu_adam.devices import find_device
 from gpu_adam.errors import ArgumentTypeError, ArgumentValueError, CheckpointError
 from gpu_adam.gradients import Clip
 from gpu_adam.hyperparameters import DEFAULT_EPSILON, as_number, checked, evaluated
+from gpu_adam.kernels import COMPLEX_MODES
 from gpu_adam.schedules import LearningRateSchedule
 from gpu_adam.slots import Slots, initialized
 from gpu_adam.variables import Variable
 
-_KEYWORDS = ("clipnorm", "clipvalue", "global_clipnorm", "lr", "decay")
+_KEYWORDS = ("clipnorm", "clipvalue", "global_clipnorm", "lr", "decay", "complex_mode")
 
 
 class Adam:
@@ -40,7 +41,9 @@ class Adam:
         name: begins the names of the slots. Default "Adam".
         **kwargs: ``clipvalue`` > 0 bounds every element of a gradient; ``clipnorm`` > 0 then bounds each gradient's L2
             norm, or ``global_clipnorm`` > 0 the L2 norm over all of them; ``decay`` >= 0 divides the learning rate by
-            1 + decay (t - 1); ``lr`` >= 0 is an old name of learning_rate and wins over it.
+            1 + decay (t - 1); ``lr`` >= 0 is an old name of learning_rate and wins over it; ``complex_mode`` is how
+            complex variables are updated: "abs2" (default) with real v following |g|², so that rotating the phase of
+            all gradients rotates the steps, or "real_imag", the real and the imaginary part each as a real element.
 
     Callables and schedules are evaluated once per step; a schedule gets t - 1.
 
@@ -87,7 +90,11 @@ class Adam:
         self._clip = Clip()
         for keyword in ("clipvalue", "clipnorm", "global_clipnorm"):
             setattr(self, keyword, kwargs.get(keyword))
-        self._slots = Slots()
+        complex_mode = kwargs.get("complex_mode", COMPLEX_MODES[0])
+        if complex_mode not in COMPLEX_MODES:
+            rule = f"must be one of {', '.join(COMPLEX_MODES)}"
+            raise ArgumentValueError("complex_mode", rule, repr(complex_mode), "pass one of them")
+        self._slots = Slots(complex_mode)
         self._controller = Controller(self._slots, self._name)
 
     # Stepping.
@@ -201,6 +208,11 @@ class Adam:
     @decay.setter
     def decay(self, value: Any) -> None:
         self._assign("decay", value)
+
+    @property
+    def complex_mode(self) -> str:
+        """How complex variables are updated: "abs2" or "real_imag"."""
+        return self._slots.complex_mode
 
     @property
     def clipvalue(self) -> float | None:
@@ -406,6 +418,7 @@ class Adam:
             **{name: bound for name, bound in clips.items() if bound is not None},
             **{name: _serialized(name, self._hyper[name]) for name in ("learning_rate", "decay", "beta_1", "beta_2", "epsilon")},
             "amsgrad": bool(self.amsgrad),
+            **({} if self.complex_mode == COMPLEX_MODES[0] else {"complex_mode": self.complex_mode}),
         }
 
     @classmethod

@@ -59,7 +59,7 @@ class Controller:
             ArgumentTypeError, ArgumentValueError, SparseIndexError: nothing has changed then.
         """
         pairs = _listed(grads_and_vars)
-        mode = Mode(amsgrad, clip.value is not None, clip.norm is not None, clip.global_norm is not None)
+        mode = Mode(self._slots.complex_mode, amsgrad, clip.value is not None, clip.norm is not None, clip.global_norm is not None)
         last = self._last
         gradients = None if last is None or last.plan.mode != mode else last.gradients_of(pairs)
         if last is None or gradients is None:

@@ -34,13 +34,15 @@ class DenseUpdate:
 
     Args:
         variables: the variables, each once, none overlapping another.
+        complex_mode: one of kernels.COMPLEX_MODES.
         amsgrad: whether the update is AMSGrad's.
         clip: whether gradients are clipped.
     """
 
-    def __init__(self, variables: Sequence[Variable], *, amsgrad: bool, clip: bool) -> None:
+    def __init__(self, variables: Sequence[Variable], *, complex_mode: str, amsgrad: bool, clip: bool) -> None:
         self.variables = list(variables)
-        self.device, self.dtype = variables[0].device, variables[0].dtype.name
+        self.device = variables[0].device
+        self.dtype, self._parts = kernels.layout(variables[0].dtype, complex_mode)
         self._amsgrad, self._clip = amsgrad, clip
         self._read = self.device.address_reader([variable.shape for variable in variables], variables[0].dtype)
         self._filled = np.array([index for index, variable in enumerate(variables) if variable.size], np.intp)
@@ -76,8 +78,8 @@ class DenseUpdate:
             entry["theta"] = device.address(variable.value)
             for name in slot_names(self._amsgrad):
                 entry[name] = device.address(slots.get(variable, name).value)
-            entry["size"], entry["first_chunk"] = variable.size, first_chunk
-            first_chunk += -(-variable.size // kernels.CHUNK)
+            entry["size"], entry["first_chunk"] = variable.size * self._parts, first_chunk
+            first_chunk += -(-variable.size * self._parts // kernels.CHUNK)
         self.chunks = first_chunk
         per_tensor = np.diff(table["first_chunk"], append=first_chunk)
         self._ends = device.array(np.cumsum(per_tensor))

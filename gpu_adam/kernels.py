@@ -10,6 +10,7 @@ import functools
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -74,6 +75,29 @@ def dtype_row(dtype: np.dtype, argument: str) -> Dtype:
         known = ", ".join(DTYPES)
         raise ArgumentValueError(argument, f"must have one of the dtypes {known}", dtype.name, "cast it to one of them")
     return row
+
+
+COMPLEX_MODES = ("abs2", "real_imag")
+"""How a complex variable is updated: by |g|^2, or real and imaginary part as if they were two real elements."""
+
+
+class Layout(NamedTuple):
+    """How a variable's elements appear to the kernels.
+
+    Attributes:
+        dtype: the row of the dtype table.
+        parts: kernel elements per element of the variable: 2 for complex ones in the mode "real_imag".
+    """
+
+    dtype: str
+    parts: int
+
+
+def layout(dtype: np.dtype, complex_mode: str) -> Layout:
+    """The layout of a variable of that dtype."""
+    if dtype.kind == "c" and complex_mode == "real_imag":
+        return Layout(DTYPES[dtype.name].real_dtype, 2)
+    return Layout(dtype.name, 1)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -11,7 +11,7 @@ from gpu_adam import kernels
 from gpu_adam.dense import DenseUpdate
 from gpu_adam.devices import Device
 from gpu_adam.errors import ArgumentValueError
-from gpu_adam.gradients import Clip, Clippable, NormClipping
+from gpu_adam.gradients import Clip, NormClipping
 from gpu_adam.hyperparameters import Scalars
 from gpu_adam.memory import Interval, Intervals, memory_of
 from gpu_adam.slots import Slots
@@ -23,10 +23,12 @@ class Mode(NamedTuple):
     """What chooses kernels, as opposed to what they are given.
 
     Attributes:
+        complex_mode: one of kernels.COMPLEX_MODES.
         amsgrad: AMSGrad's update.
         clip_value, clip_norm, clip_global_norm: which clipping is on.
     """
 
+    complex_mode: str
     amsgrad: bool
     clip_value: bool
     clip_norm: bool
@@ -36,33 +38,6 @@ class Mode(NamedTuple):
     def clips(self) -> bool:
         """Whether gradients are clipped in any way."""
         return self.clip_value or self.clip_norm or self.clip_global_norm
-
-
-class Update(Clippable, Protocol):
-    """One launch that updates variables: DenseUpdate or SparseUpdate."""
-
-    variables: list[Variable]
-
-    def check(self, gradients: Sequence[Any]) -> Any:
-        """The gradients, ready to bind, or an error; changes nothing."""
-
-    def allocate(self, slots: Slots) -> None:
-        """Prepare the launch, once the variables' slots exist."""
-
-    def written(self, slots: Slots) -> list[Interval]:
-        """The memory that the launch writes."""
-
-    def read(self, bound: Any) -> tuple[np.ndarray, np.ndarray]:
-        """Addresses and sizes in bytes of the memory that the launch reads for these gradients."""
-
-    def copied(self, bound: Any, index: int) -> Any:
-        """The same gradients, entry `index` of `read` in a copy."""
-
-    def bind(self, bound: Any) -> bool:
-        """Use these gradients; whether the same objects may be taken for granted next time."""
-
-    def enqueue(self, step: tuple[Any, ...]) -> None:
-        """Enqueue the update."""
 
 
 class Plan:
@@ -93,15 +68,19 @@ class Plan:
             key = (turn, number) if sparse[number] else (turn, variable.device.name, variable.dtype.name)
             members.setdefault(key, []).append(number)
         self._members = sorted(members.values(), key=lambda numbers: rounds_before(variables, numbers[0]))
-        switches = {"amsgrad": mode.amsgrad, "clip": mode.clips}
-        self._updates: list[Update] = [
-            SparseUpdate(variables[numbers[0]], errors_of(variables[numbers[0]]), **switches)
-            if sparse[numbers[0]]
-            else DenseUpdate([variables[n] for n in numbers], **switches)
-            for numbers in self._members
-        ]
+        self._updates = [self._update([variables[n] for n in m], sparse[m[0]], errors_of) for m in self._members]
         self._real_dtypes = [kernels.DTYPES[update.dtype].real_dtype for update in self._updates]
         self._norms: NormClipping | None = None
+
+    def _update(
+        self, variables: list[Variable], sparse: bool, errors_of: Callable[[Variable], IndexErrors]
+    ) -> DenseUpdate | SparseUpdate:
+        complex_mode, amsgrad, clip = self.mode.complex_mode, self.mode.amsgrad, self.mode.clips
+        if sparse:
+            (variable,) = variables
+            errors = errors_of(variable)
+            return SparseUpdate(variable, errors, complex_mode=complex_mode, amsgrad=amsgrad, clip=clip)
+        return DenseUpdate(variables, complex_mode=complex_mode, amsgrad=amsgrad, clip=clip)
 
     def check(self, gradients: Sequence[Any]) -> list[Any]:
         """The gradients, ready to bind. Raises on the first that does not fit; nothing has changed then."""
@@ -137,9 +116,7 @@ class Plan:
     def steps(self, scalars: Scalars, clip: Clip) -> list[tuple[Any, ...]]:
         """The scalars that each launch gets, in its dtype. Raises where they break a rule in that dtype."""
         bound = np.inf if clip.value is None else clip.value
-        by_dtype = {
-            dtype: (*scalars.for_real(dtype), bound) for dtype in set(self._real_dtypes)
-        }
+        by_dtype = {dtype: (*scalars.for_real(dtype), bound) for dtype in set(self._real_dtypes)}
         return [by_dtype[dtype] for dtype in self._real_dtypes]
 
     def enqueue(self, steps: list[tuple[Any, ...]], clip: Clip) -> None:

@@ -23,13 +23,17 @@ def slot_names(amsgrad: bool) -> tuple[str, ...]:
 class Slots:
     """The slots of every variable, and the list of weights they form with the iteration counter.
 
+    Args:
+        complex_mode: one of kernels.COMPLEX_MODES.
+
     Attributes:
         weights: all slots and the counter in order of creation: for the first step iterations, every m, every v, and
             with AMSGrad every vhat; a variable that comes later appends its own.
         names: slot names in order of first creation.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, complex_mode: str = "abs2") -> None:
+        self.complex_mode = complex_mode
         self.weights: list[Variable] = []
         self.names: list[str] = []
         self._slots: dict[Variable, dict[str, Variable]] = {}
@@ -71,7 +75,7 @@ class Slots:
         existing = self._slots.get(variable, {}).get(slot_name)
         if existing is not None:
             return existing
-        device, dtype = variable.device, slot_dtype(variable.dtype, slot_name)
+        device, dtype = variable.device, self._dtype(variable.dtype, slot_name)
         initial = initialized(initializer, variable.shape, dtype, device)
         if slot_name in ("m", "v", "vhat") and initial.shape != variable.shape:
             raise ArgumentValueError(
@@ -90,6 +94,12 @@ class Slots:
             self.names.append(slot_name)
         return slot
 
+    def _dtype(self, dtype: np.dtype, slot_name: str) -> np.dtype:
+        """The variable's dtype, but real for the moving averages of |g|^2."""
+        if slot_name in ("v", "vhat") and self.complex_mode == "abs2" and dtype.name in DTYPES:
+            return np.dtype(DTYPES[dtype.name].real_dtype)
+        return dtype
+
     def get(self, variable: Variable, slot_name: str) -> Variable:
         """The slot; SlotNotFoundError names what there is instead."""
         slots = self._slots.get(variable, {})
@@ -104,7 +114,7 @@ class Slots:
 
     def copied(self, memo: dict[int, Any]) -> Slots:
         """Independent slots that stay bound to the same variables."""
-        new = Slots()
+        new = Slots(self.complex_mode)
         copies = {slot: slot.__deepcopy__(memo) for slot in self.weights}
         new.weights = [copies[slot] for slot in self.weights]
         new._iterations = None if self._iterations is None else copies[self._iterations]
@@ -113,12 +123,6 @@ class Slots:
             variable: {name: copies[slot] for name, slot in slots.items()} for variable, slots in self._slots.items()
         }
         return new
-
-
-def slot_dtype(dtype: np.dtype, slot_name: str) -> np.dtype:
-    """Dtype of a slot: the variable's, but real for the moving averages of |g|^2."""
-    row = DTYPES.get(dtype.name)
-    return np.dtype(row.real_dtype) if row is not None and slot_name in ("v", "vhat") else dtype
 
 
 def initialized(initializer: Any, shape: tuple[int, ...], dtype: np.dtype, device: Device | str | None) -> Any:

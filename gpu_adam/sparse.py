@@ -14,7 +14,7 @@ from gpu_adam.errors import ArgumentTypeError, ArgumentValueError, SparseIndexEr
 from gpu_adam.gradients import as_array, check_shape
 from gpu_adam.memory import Interval, memory_of
 from gpu_adam.slots import Slots, slot_names
-from gpu_adam.variables import IndexedSlices, Variable
+from gpu_adam.variables import Variable
 
 
 class BoundSlices(NamedTuple):
@@ -30,20 +30,24 @@ class SparseUpdate:
     Args:
         variable: at least one-dimensional.
         errors: device array of one kernels.INDEX_ERRORS, where rows out of range are noted.
+        complex_mode: one of kernels.COMPLEX_MODES.
         amsgrad: whether the update is AMSGrad's.
         clip: whether gradients are clipped.
     """
 
     tensors = 1
 
-    def __init__(self, variable: Variable, errors: IndexErrors, *, amsgrad: bool, clip: bool) -> None:
+    def __init__(
+        self, variable: Variable, errors: IndexErrors, *, complex_mode: str, amsgrad: bool, clip: bool
+    ) -> None:
         if variable.ndim == 0:
             raise ArgumentValueError(
                 f"gradient of variable {variable.name!r}", "must be dense for a variable without rows", "IndexedSlices",
                 "pass an array",
             )
         self.variables = [variable]
-        self.device, self.dtype = variable.device, variable.dtype.name
+        self.device = variable.device
+        self.dtype, self._parts = kernels.layout(variable.dtype, complex_mode)
         self._rows, self._row_shape = variable.shape[0], variable.shape[1:]
         self._errors = errors
         self._amsgrad, self._clip = amsgrad, clip
@@ -69,7 +73,7 @@ class SparseUpdate:
         (variable,), device = self.variables, self.device
         arrays = [variable, *(slots.get(variable, name) for name in slot_names(self._amsgrad))]
         addresses = [device.address(array.value) for array in arrays]
-        row_size = variable.size // self._rows if self._rows else 0
+        row_size = self._parts * variable.size // self._rows if self._rows else 0
         tile = kernels.tile_size(self.dtype)
         pieces = max(1, -(-row_size // tile))
         rows_per_tile = max(1, tile // max(1, row_size)) if pieces == 1 else 1
@@ -127,11 +131,12 @@ class SparseUpdate:
 
     def sum_count(self) -> int:
         """One partial sum per chunk of the values."""
-        return -(-int(self._bound.values.size) // kernels.CHUNK)
+        return -(-self._parts * int(self._bound.values.size) // kernels.CHUNK)
 
     def square_sums(self, address: int, clip_value: float) -> None:
         """Enqueue the partial sums of squares to the float64 array at `address`."""
-        self._sums[0], self._clip_value[0], self._size[0] = address, clip_value, self._bound.values.size
+        self._sums[0], self._clip_value[0] = address, clip_value
+        self._size[0] = self._parts * self._bound.values.size
         if self._size[0]:
             self._square_sums(self.sum_count())
 

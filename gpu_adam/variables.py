@@ -382,6 +382,9 @@ def over_raw_array(obj: Any, argument: str) -> Variable:
     flags = array.flags
     if not flags.c_contiguous:
         raise ArgumentValueError(argument, "must be C-contiguous", f"strides {array.strides}", "pass a contiguous array")
+    if array.size and device.address(array) % array.dtype.itemsize:
+        rule = f"must begin at a multiple of {array.dtype.itemsize} bytes"
+        raise ArgumentValueError(argument, rule, hex(device.address(array)), "wrap a copy in gpu_adam.Variable")
     if device.xp is np and not flags.writeable:
         raise ArgumentValueError(argument, "must be writeable", "a read-only array", "pass a writeable array, or a Variable")
     return Variable.over(array, device)

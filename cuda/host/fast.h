@@ -15,6 +15,7 @@ static inline void __syncthreads() {}
 template <typename T> static inline T __shfl_up_sync(unsigned, T x, unsigned) { return x; }
 
 // The updates' loop goes in strips of 64 elements, and asks for the memory of the strip four further on.
+#define GPU_ADAM_ONE_THREAD 1
 #define GPU_ADAM_STRIP 64
 #define GPU_ADAM_PREFETCH(pointer) prefetch_strip(pointer)
 #if defined(__clang__)

@@ -73,7 +73,7 @@ class CudaDevice(Device):
 
     def address_reader(self, shapes: Sequence[tuple[int, ...]], dtype: np.dtype) -> AddressReader:
         """A function that checks and finds the addresses of arrays of these shapes and this dtype."""
-        ndarray, index = cupy.ndarray, self.index
+        ndarray, index, itemsize = cupy.ndarray, self.index, dtype.itemsize
 
         def addresses(arrays: list[Any]) -> np.ndarray:
             found = [
@@ -83,6 +83,7 @@ class CudaDevice(Device):
                 and array.dtype == dtype
                 and array.flags.c_contiguous
                 and array.data.device_id == index
+                and array.data.ptr % itemsize == 0
                 else 0
                 for array, shape in zip(arrays, shapes, strict=True)
             ]
