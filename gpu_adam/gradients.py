@@ -40,16 +40,12 @@ def as_array(gradient: Any, variable: Variable, what: str = "gradient") -> Array
         array = _foreign(array, device, argument)
     if array.dtype != variable.dtype:
         raise ArgumentValueError(argument, f"must have dtype {variable.dtype}", array.dtype, "cast it with astype")
-    if device_of(array) is not device and device_of(array) != device and not _same_place(array, device):
-        raise ArgumentValueError(argument, f"must lie on {device.name}", device_of(array), "move it there")
+    place = device_of(array)
+    if place is None or place.name != device.name:
+        raise ArgumentValueError(argument, f"must lie on {device.name}", f"an array on {place}", "move it there")
     array = device.xp.ascontiguousarray(array) if array.ndim else array
     # The kernels load whole elements: a complex array may begin in the middle of one.
     return device.array(array) if array.size and device.address(array) % array.dtype.itemsize else array
-
-
-def _same_place(array: Array, device: Device) -> bool:
-    place = device_of(array)
-    return place is not None and place.name == device.name
 
 
 def _foreign(obj: Any, device: Device, argument: str) -> Array:

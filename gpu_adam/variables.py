@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -97,7 +98,8 @@ class Variable(NDArrayOperatorsMixin):
     @property
     def dtype(self) -> np.dtype:
         """Dtype of the array."""
-        return np.dtype(self._value.dtype)
+        dtype: np.dtype = self._value.dtype
+        return dtype
 
     @property
     def ndim(self) -> int:
@@ -221,19 +223,19 @@ class Variable(NDArrayOperatorsMixin):
 
     # In-place operators change the memory, where the mixin's would replace the object by an array.
 
-    def __iadd__(self, other: Any) -> Variable:  # type: ignore[misc]
+    def __iadd__(self, other: Any) -> Variable:
         self._value[...] += _plain(other)
         return self
 
-    def __isub__(self, other: Any) -> Variable:  # type: ignore[misc]
+    def __isub__(self, other: Any) -> Variable:
         self._value[...] -= _plain(other)
         return self
 
-    def __imul__(self, other: Any) -> Variable:  # type: ignore[misc]
+    def __imul__(self, other: Any) -> Variable:
         self._value[...] *= _plain(other)
         return self
 
-    def __itruediv__(self, other: Any) -> Variable:  # type: ignore[misc]
+    def __itruediv__(self, other: Any) -> Variable:
         self._value[...] /= _plain(other)
         return self
 
@@ -275,18 +277,20 @@ class IndexedSlices:
 
 
 def _initial_dtype(value: Any, dtype: Any) -> np.dtype | None:
+    """The dtype that the constructor's arguments mean; None leaves it to NumPy."""
+    found: np.dtype | None = None
     if dtype is not None:
         try:
-            return np.dtype(dtype)
+            found = np.dtype(dtype)
         except TypeError as error:
             raise ArgumentTypeError("dtype", "must be a NumPy dtype", repr(dtype), "pass 'float32', say") from error
-    if hasattr(value, "dtype"):
-        return np.dtype(value.dtype)
-    try:
-        kind = np.asarray(value).dtype
-    except (TypeError, ValueError):
-        return None
-    return {"f": np.dtype(np.float32), "i": np.dtype(np.int32)}.get(kind.kind, kind)
+    elif hasattr(value, "dtype"):
+        found = np.dtype(value.dtype)
+    else:
+        with contextlib.suppress(TypeError, ValueError):
+            found = np.asarray(value).dtype
+            found = {"f": np.dtype(np.float32), "i": np.dtype(np.int32)}.get(found.kind, found)
+    return found
 
 
 def _plain(obj: Any) -> Any:

@@ -63,7 +63,7 @@ class CudaDevice(Device):
             array = obj
         elif hasattr(obj, "__cuda_array_interface__"):
             array = cupy.asarray(obj)
-        elif hasattr(obj, "__dlpack_device__") and obj.__dlpack_device__()[0] == 2:
+        elif hasattr(obj, "__dlpack_device__") and int(obj.__dlpack_device__()[0]) in (2, 13):
             array = cupy.from_dlpack(obj)
         return array if array is not None and array.device.id == self.index else None
 
@@ -122,6 +122,11 @@ class CudaDevice(Device):
         ]
 
 
+def current_index() -> int:
+    """Number of CuPy's current device."""
+    return int(cupy.cuda.runtime.getDevice())
+
+
 @functools.cache
 def cuda_device(index: int) -> CudaDevice:
     """The one object for a device."""
@@ -155,7 +160,7 @@ class _CudaLaunch:
         self._index, self._kernel, self._arguments = index, kernel, arguments
 
     def __call__(self, blocks: int) -> None:
-        if cupy.cuda.runtime.getDevice() == self._index:
+        if current_index() == self._index:
             self._kernel((blocks,), (BLOCK_SIZE,), self._arguments)
         else:
             with cupy.cuda.Device(self._index):
