@@ -18,7 +18,7 @@ from gpu_adam.hyperparameters import DEFAULT_EPSILON, as_number, checked, evalua
 from gpu_adam.kernels import COMPLEX_MODES
 from gpu_adam.schedules import LearningRateSchedule
 from gpu_adam.slots import Slots, initialized
-from gpu_adam.variables import Variable
+from gpu_adam.variables import Variable, as_dtype
 
 _KEYWORDS = ("clipnorm", "clipvalue", "global_clipnorm", "lr", "decay", "complex_mode")
 
@@ -338,7 +338,7 @@ class Adam:
             rule = "must be 'auto', 'none' or 'on_write' for a trainable variable"
             raise ArgumentValueError("synchronization", rule, synchronization, "pass trainable=False")
         shape = (shape,) if isinstance(shape, int) else tuple(shape)
-        array = initialized(initializer, shape, np.dtype("float32" if dtype is None else dtype), find_device(None))
+        array = initialized(initializer, shape, as_dtype("float32" if dtype is None else dtype), find_device(None))
         if tuple(array.shape) != shape:
             raise ArgumentValueError("initializer", f"must give shape {shape}", tuple(array.shape), "reshape it")
         return Variable.over(array, find_device(None), name, not on_read if trainable is None else bool(trainable))
@@ -359,17 +359,18 @@ class Adam:
             ArgumentValueError: another number of arrays or other shapes; nothing has changed then.
         """
         arrays, slots = list(weights), self.weights
-        variables = len(slots) // 2
-        if len(slots) == 2 * variables + 1 and len(arrays) == 3 * variables + 1 and not self.amsgrad:
+        variables = self._slots.variable_count
+        if len(slots) == 2 * variables + 1 and len(arrays) == 3 * variables + 1:
             arrays = arrays[: len(slots)]
         if len(arrays) != len(slots):
             rule = f"must hold {len(slots)} arrays for optimizer {self._name!r}"
             raise ArgumentValueError("weights", rule, f"{len(arrays)}", "call build(variables) first, or pass the full list")
         for number, (array, slot) in enumerate(zip(arrays, slots, strict=True)):
-            if not hasattr(array, "shape") and not np.isscalar(array):
-                what = type(array).__name__
-                raise ArgumentTypeError(f"weights[{number}]", "must be an array", what, "pass get_weights()'s arrays")
-            shape = tuple(getattr(array, "shape", ()))
+            dtype = getattr(array, "dtype", None) or np.asarray(array).dtype
+            if dtype.kind in "OSUMm":
+                what = f"{type(array).__name__} of {dtype}"
+                raise ArgumentTypeError(f"weights[{number}]", "must consist of numbers", what, "pass get_weights()'s arrays")
+            shape = tuple(np.shape(array))
             if shape != slot.shape:
                 rule = f"must have shape {slot.shape} for {slot.name!r}"
                 raise ArgumentValueError(f"weights[{number}]", rule, shape, "pass the arrays in the order of get_weights()")

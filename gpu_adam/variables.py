@@ -280,16 +280,22 @@ def _initial_dtype(value: Any, dtype: Any) -> np.dtype | None:
     """The dtype that the constructor's arguments mean; None leaves it to NumPy."""
     found: np.dtype | None = None
     if dtype is not None:
-        try:
-            found = np.dtype(dtype)
-        except TypeError as error:
-            raise ArgumentTypeError("dtype", "must be a NumPy dtype", repr(dtype), "pass 'float32', say") from error
+        found = as_dtype(dtype)
     elif hasattr(value, "dtype"):
         found = np.dtype(value.dtype)
     else:
         with contextlib.suppress(TypeError, ValueError):
             found = np.asarray(value).dtype
             found = {"f": np.dtype(np.float32), "i": np.dtype(np.int32)}.get(found.kind, found)
+    return found
+
+
+def as_dtype(dtype: Any) -> np.dtype:
+    """`dtype` as NumPy's; ArgumentTypeError where it is none."""
+    try:
+        found: np.dtype = np.dtype(dtype)
+    except TypeError as error:
+        raise ArgumentTypeError("dtype", "must be a NumPy dtype", repr(dtype), "pass 'float32', say") from error
     return found
 
 
@@ -324,7 +330,10 @@ class Registry:
         variable = self.known.get(id(obj))
         if variable is None:
             variable = obj if isinstance(obj, Variable) else over_raw_array(obj, argument)
-            variable = self._by_memory.setdefault(_memory_key(variable), variable)
+            known = self._by_memory.get(_memory_key(variable))
+            if known is not None:
+                return known  # another object over the same memory; not kept, or a new view in every step would pile up
+            self._by_memory[_memory_key(variable)] = variable
             self._add(obj, variable)
         return variable
 
@@ -335,9 +344,7 @@ class Registry:
     def forget(self, count: int) -> None:
         """Keep only the first `count` objects: what a rejected call has brought is dropped again."""
         for obj in self._objects[count:]:
-            variable = self.known.pop(id(obj))
-            if not any(kept is variable for kept in self.known.values()):
-                self._by_memory.pop(_memory_key(variable), None)
+            del self._by_memory[_memory_key(self.known.pop(id(obj)))]
         del self._objects[count:]
 
     def __len__(self) -> int:

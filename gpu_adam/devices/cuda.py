@@ -99,6 +99,11 @@ class CudaDevice(Device):
         """Compile `kernel` if need be and bind `arguments`."""
         return _CudaLaunch(self.index, _raw_kernel(kernel, self.index), tuple(arguments))
 
+    def is_capturing(self) -> bool:
+        """Whether the current stream is being captured."""
+        with self.current():
+            return bool(cupy.cuda.get_current_stream().is_capturing())
+
     def synchronize(self) -> None:
         """Wait for the current stream."""
         with self.current():
@@ -170,8 +175,8 @@ class _CudaLaunch:
 class _CudaPointers:
     """Addresses in device memory, written through a ring of pinned buffers.
 
-    A pinned buffer must not be rewritten before its copy has run. Rather than wait for that, the ring grows. In a stream
-    capture the copy runs at every replay, so its buffer is never used again.
+    A pinned buffer must not be rewritten before its copy has run. Rather than wait for that, the ring grows. A copy that
+    is captured runs at every replay, so its buffer is never used again.
     """
 
     def __init__(self, device: CudaDevice, size: int) -> None:
