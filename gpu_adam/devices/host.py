@@ -31,6 +31,8 @@ _FLAGS = [
     *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
     # 16-byte packs look at arrays of numbers, as they do in CUDA.
     "-fno-strict-aliasing",
+    # Where a processor has 64-byte vectors: float64's flushing in software takes a fifth less time in them.
+    *(["-mprefer-vector-width=512"] if platform.machine() == "x86_64" else []),
 ]
 
 
