@@ -112,15 +112,18 @@ def assert_same_bits(actual: Any, expected: Any, what: str = "array") -> None:
     actual, expected = np.asarray(actual), np.asarray(expected)
     assert actual.dtype == expected.dtype, f"{what}: dtype {actual.dtype}, expected {expected.dtype}"
     assert actual.shape == expected.shape, f"{what}: shape {actual.shape}, expected {expected.shape}"
-    bits = np.dtype(f"u{actual.dtype.itemsize}")
-    a, b = np.ravel(actual).view(bits), np.ravel(expected).view(bits)
-    unequal = (a != b) & ~(_is_nan(actual) & _is_nan(expected))
+    a, b = _bytes(actual), _bytes(expected)
+    unequal = (a != b).any(axis=1) & ~(_is_nan(actual) & _is_nan(expected))
     if unequal.any():
         first = int(np.argmax(unequal))
-        index = tuple(map(int, np.unravel_index(first, actual.shape)))
-        pair = f"{actual.ravel()[first]!r} ({a[first]:#x}), expected {expected.ravel()[first]!r} ({b[first]:#x})"
-        raise AssertionError(f"{what}{list(index)}: {pair}; {int(unequal.sum())} of {unequal.size} differ")
+        index = list(map(int, np.unravel_index(first, actual.shape)))
+        got, wanted = (f"{x.ravel()[first]!r} ({x.ravel()[first].tobytes()[::-1].hex()})" for x in (actual, expected))
+        raise AssertionError(f"{what}{index}: {got}, expected {wanted}; {int(unequal.sum())} of {unequal.size} differ")
+
+
+def _bytes(x: Array) -> Array:
+    return np.frombuffer(x.tobytes(), np.uint8).reshape(x.size, x.dtype.itemsize)
 
 
 def _is_nan(x: Array) -> Array:
-    return np.isnan(np.ravel(x)) if x.dtype.kind == "f" else np.zeros(x.size, bool)
+    return np.zeros(x.size, bool) if x.dtype.kind in "biu" else np.isnan(np.ravel(x))

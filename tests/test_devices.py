@@ -1,0 +1,195 @@
+"""Choosing a device by name, environment and arrays; what is missing where there is none; what an import brings in."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import processes
+import pytest
+
+import gpu_adam
+from gpu_adam import Variable, devices
+from gpu_adam.devices import Device, HostDevice, find_device
+from gpu_adam.errors import ArgumentTypeError, ArgumentValueError
+
+SHOW = """
+import gpu_adam
+try:
+    print(gpu_adam.get_device().name)
+except gpu_adam.GpuAdamError as error:
+    print(type(error).__name__, error)
+"""
+WITHOUT_CUPY = """
+import importlib.util
+found = importlib.util.find_spec
+importlib.util.find_spec = lambda name, package=None: None if name == "cupy" else found(name, package)
+"""
+STANDIN = """
+class Device:
+    def __init__(self, index): self.id = index
+class cuda:
+    Device = Device
+    class runtime:
+        class CUDARuntimeError(RuntimeError): pass
+        def getDeviceCount(): return 2
+        def getDevice(): return 1
+    class nvrtc:
+        def getVersion(): return 13, 0
+"""
+
+
+def standin(folder: Path, more: str = "") -> tuple[Path]:
+    """A folder with a package `cupy` that says what devices there are, and no more."""
+    (folder / "cupy").mkdir()
+    (folder / "cupy" / "__init__.py").write_text(STANDIN + more)
+    return (folder,)
+
+
+def test_the_default_device(device: Device) -> None:
+    """The fixture has set it: what is made without a device lies there."""
+    assert gpu_adam.get_device() is device
+    assert Variable(1.0).device is device
+    host = gpu_adam.set_device("host")
+    assert isinstance(host, HostDevice)
+    assert gpu_adam.get_device() is host
+    assert gpu_adam.set_device(device) is device
+    assert repr(device) == f"<gpu_adam device {device.name}>"
+
+
+def test_names(device: Device) -> None:
+    assert find_device(device.name) is device
+    assert find_device(device) is device
+    assert find_device(None) is device
+    assert find_device("host") is find_device("host")
+    assert device.name in ("host", "cuda:0")
+    assert find_device("auto").name in ("host", "cuda:0")
+
+
+@pytest.mark.parametrize("name", ["", "gpu", "cpu", "cuda:", "cuda:x", "cuda:-1", "cuda 0", "HOST", "host:0"])
+def test_names_that_are_none(name: str) -> None:
+    before = gpu_adam.get_device()
+    with pytest.raises(ArgumentValueError, match=r"device must be 'auto', 'host', 'cuda' or 'cuda:N' \(got '"):
+        gpu_adam.set_device(name)
+    for wrong in (3, None.__class__, b"host", ["host"]):
+        with pytest.raises(ArgumentTypeError, match="device must be a name or a device"):
+            gpu_adam.set_device(wrong)  # type: ignore[arg-type]
+    assert gpu_adam.get_device() is before
+
+
+def test_devices_of_arrays(device: Device) -> None:
+    assert devices.device_of(device.array(np.ones(2))) is device
+    assert devices.device_of(Variable(np.ones(2))) is device
+    assert devices.device_of(np.ones(2)) is find_device("host")
+    for other in (None, 1.0, [1.0], "host", object()):
+        assert devices.device_of(other) is None
+
+
+def test_arrays_of_a_device(device: Device) -> None:
+    """The interface that everything else is written against."""
+    values = np.arange(6.0).reshape(2, 3)
+    array = device.array(values[:, ::2], np.dtype(np.float32))
+    assert array.flags.c_contiguous
+    assert device.numpy(array).tolist() == [[0, 2], [3, 5]]
+    assert device.numpy(array).dtype == np.float32
+    assert device.view(array) is array
+    assert device.view([1.0]) is None
+    assert device.address(array[1:]) == device.address(array) + 8
+    assert device.address(device.empty(3, np.dtype(np.float64))) % 16 == 0
+    for skip in range(4):
+        memory = device.array(np.zeros(9, np.float32))
+        zeros = device.zeros((2, 2), np.dtype(np.float32), like=memory[skip:])
+        assert device.address(zeros) % 16 == device.address(memory[skip:]) % 16
+        assert device.numpy(zeros).tolist() == [[0, 0], [0, 0]]
+    labels = dict(device.facts())
+    assert all(labels.values())
+
+
+# In processes of their own.
+
+
+def test_an_import_brings_in_nothing_heavy() -> None:
+    code = processes.STEP + "import sys, json; print(json.dumps(sorted(sys.modules)))"
+    modules = set(json.loads(processes.run(code).splitlines()[-1]))
+    assert "numpy" in modules
+    assert not modules & {"cupy", "rich", "typer", "ml_dtypes", "torch", "jax", "zipfile", "gpu_adam.cli", "gpu_adam.devices.cuda"}
+
+
+def test_the_environment_chooses(tmp_path: Path) -> None:
+    """Unless `set_device` has been called."""
+    code = """
+import os, gpu_adam
+for name in ("host", "cuda:0", "cuda", "tpu", "host"):
+    os.environ["GPU_ADAM_DEVICE"] = name
+    gpu_adam.devices._chosen = None
+    try:
+        print(gpu_adam.get_device().name)
+    except gpu_adam.GpuAdamError as error:
+        print(type(error).__name__, error)
+gpu_adam.set_device("cuda:1")
+print(gpu_adam.get_device().name, gpu_adam.find_device(None).name)
+""".replace("gpu_adam.find_device", "gpu_adam.devices.find_device")
+    *names, wrong, host, chosen = processes.run(code, standin(tmp_path)).splitlines()
+    assert names == ["host", "cuda:0", "cuda:1"], "cuda is CuPy's current device"
+    assert wrong.startswith("ArgumentValueError device must be 'auto', 'host', 'cuda' or 'cuda:N' (got 'tpu')")
+    assert host == "host"
+    assert chosen == "cuda:1 cuda:1"
+
+
+def test_auto_takes_cuda_where_it_answers_and_says_so_once(tmp_path: Path) -> None:
+    code = "import logging; logging.basicConfig(level=logging.INFO)\n" + SHOW + SHOW
+    text = processes.run(code, standin(tmp_path))
+    assert text.splitlines() == ["INFO:gpu_adam:device: cuda:1", "cuda:1", "cuda:1"]
+    said, *names = processes.run(WITHOUT_CUPY + code, GPU_ADAM_DEVICE="auto").splitlines()
+    assert said.startswith("INFO:gpu_adam:device: host, because device 'cuda' needs an NVIDIA driver, CuPy and NVRTC (got no")
+    assert names == ["host", "host"]
+
+
+INSTALL = 'pip install "gpu-adam[cuda13]"'
+
+
+@pytest.mark.parametrize(
+    ("more", "missing", "remedy"),
+    [
+        (None, "no CuPy", INSTALL),
+        ("raise ImportError('libcudart.so.13: cannot open')", "CuPy does not import: libcudart.so.13: cannot open", INSTALL),
+        (
+            "def fail(): raise cuda.runtime.CUDARuntimeError('cudaErrorInsufficientDriver')\ncuda.runtime.getDeviceCount = fail",
+            "cudaErrorInsufficientDriver",
+            "install NVIDIA's driver",
+        ),
+        ("cuda.runtime.getDeviceCount = lambda: 0", "a driver without devices", "check CUDA_VISIBLE_DEVICES"),
+        ("def fail(): raise RuntimeError('libnvrtc.so')\ncuda.nvrtc.getVersion = fail", "no NVRTC: libnvrtc.so", INSTALL),
+    ],
+)
+def test_what_is_missing_for_cuda(tmp_path: Path, more: str | None, missing: str, remedy: str) -> None:
+    folders, before = ((), WITHOUT_CUPY) if more is None else (standin(tmp_path, more), "")
+    code = before + "import gpu_adam, pickle\n" + """
+for ask in (gpu_adam.set_device, lambda name: gpu_adam.Variable(1.0, device=name)):
+    try:
+        ask("cuda:0")
+    except gpu_adam.DeviceError as error:
+        print(error)
+print(gpu_adam.set_device("auto").name, gpu_adam.Variable(1.0).device.name)
+""" + "from gpu_adam import devices; print(dict(devices.describe())['missing'])"  # fmt: skip
+    first, second, automatic, described = processes.run(code, folders).splitlines()
+    assert first == second
+    assert first.startswith(f"device 'cuda' needs an NVIDIA driver, CuPy and NVRTC (got {missing}); {remedy}")
+    assert automatic == "host host"
+    assert missing in described
+
+
+def test_a_device_number_that_is_none(tmp_path: Path) -> None:
+    text = processes.run(SHOW, standin(tmp_path), GPU_ADAM_DEVICE="cuda:2")
+    assert text == "DeviceError device 'cuda:2' must be one of the 2 CUDA devices (got 2); count from 0."
+
+
+def test_threads_of_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GPU_ADAM_THREADS", "3")
+    assert HostDevice().threads == 3
+    assert HostDevice(threads=2).threads == 2
+    for wrong in ("0", "-1", "x", "1.5", ""):
+        monkeypatch.setenv("GPU_ADAM_THREADS", wrong)
+        with pytest.raises(ArgumentValueError, match=rf"GPU_ADAM_THREADS must be a whole number >= 1 \(got '{wrong}'\); set"):
+            HostDevice()
+    monkeypatch.delenv("GPU_ADAM_THREADS")
+    assert HostDevice().threads >= 1

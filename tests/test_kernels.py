@@ -1,0 +1,643 @@
+"""The kernels: structs as both languages see them, their sources, and the same bits whatever runs them."""
+
+import ctypes
+import functools
+import itertools
+import math
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import reference
+from reference import Array, assert_same_bits
+
+import gpu_adam
+from gpu_adam import IndexedSlices, Variable, kernels
+from gpu_adam.devices import HostDevice, host
+from gpu_adam.sparse import IndexErrors, RowSorter
+
+DTYPES = list(kernels.DTYPES)
+FILES = sorted({source.file for source in kernels.variants()})
+
+# Structs.
+
+
+def mirrors(dtype: str) -> dict[str, np.dtype[Any]]:
+    """The NumPy dtype of every C struct that crosses the border, for one row of the dtype table."""
+    return {
+        "Step": kernels.step_dtype(kernels.DTYPES[dtype].real_dtype),
+        "ClipFactor": kernels.CLIP_FACTOR,
+        "Tensor": kernels.TENSOR,
+        "TensorTable": kernels.TENSOR_TABLE,
+        "Table": kernels.TABLE,
+        "Indices": kernels.INDICES,
+        "Keys": kernels.KEYS,
+        "IndexErrors": kernels.INDEX_ERRORS,
+    }
+
+
+def declared(struct: str, text: str) -> list[str]:
+    """The names of a C struct's members, in order."""
+    body = re.search(rf"^struct {struct} {{\n(.*?)^}};", text, re.MULTILINE | re.DOTALL)
+    assert body is not None, f"no struct {struct}"
+    statements = re.sub("//.*", "", body[1]).split(";")[:-1]
+    return [name for statement in statements for name in re.findall(r"(\w+)\s*(?:,|$)", statement)]
+
+
+def test_every_struct_of_the_python_side_is_compared() -> None:
+    structs = {name for name, value in vars(kernels).items() if isinstance(value, np.dtype)}
+    compared = mirrors("float32").values()
+    assert {name for name in structs if any(getattr(kernels, name) is dtype for dtype in compared)} == structs
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_structs_have_the_same_fields_sizes_and_offsets(dtype: str, tmp_path: Path) -> None:
+    """A field that only one side has shows in the names; a wrong type in a size or an offset."""
+    text = "".join(path.read_text() for path in sorted(kernels.directory().glob("*.cu*")))
+    python = mirrors(dtype)
+    assert {name: declared(name, text) for name in python} == {name: list(d.names or ()) for name, d in python.items()}
+
+    lines = [f'printf("{name} %zu\\n", sizeof({name}));' for name in python]
+    for name, struct in python.items():
+        for field in struct.names or ():
+            place = f"offsetof({name}, {field}), sizeof({name}::{field})"
+            lines.append(f'printf("{name}.{field} %zu %zu\\n", {place});')
+    defines = kernels.sparse(dtype, amsgrad=True, clip=True).source.defines
+    program = [
+        *(f"#define {define.replace('=', ' ', 1)}" for define in [*defines, "GPU_ADAM_PACK_BYTES=16"]),
+        '#include <stdio.h>\n#include "fast.h"\n#include "dense.cu"\n#include "sparse.cu"',
+        "int main() {",
+        *lines,
+        "}",
+    ]
+    (tmp_path / "layout.cpp").write_text("\n".join(program))
+    directory = kernels.directory()
+    call = [*host.compiler(), "-std=c++17", f"-I{directory}", f"-I{directory / 'host'}", "layout.cpp", "-o", "layout"]
+    compiled = subprocess.run(call, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert compiled.returncode == 0, compiled.stderr
+    result = subprocess.run([tmp_path / "layout"], capture_output=True, text=True, check=True)
+
+    expected = {name: [struct.itemsize] for name, struct in python.items()}
+    for name, struct in python.items():
+        for field, (kind, offset, *_) in (struct.fields or {}).items():
+            expected[f"{name}.{field}"] = [offset, kind.itemsize]
+    found = [line.split() for line in result.stdout.splitlines()]
+    assert {name: list(map(int, figures)) for name, *figures in found} == expected
+
+
+# Sources.
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_text_holds_every_header_once(file: str) -> None:
+    text = kernels.Source(file, ()).text
+    assert "#include" not in text
+    begun = re.findall(r'^#line 1 "(.*)"$', text, re.MULTILINE)
+    assert len(begun) == len(set(begun))
+    assert set(begun) == {file, *headers_of(file)}
+    for header in begun:
+        first_line = (kernels.directory() / header).read_text().splitlines()[0]
+        assert text.count(first_line) == 1
+
+
+@functools.cache
+def headers_of(file: str) -> frozenset[str]:
+    included = re.findall('^#include "(.*)"', (kernels.directory() / file).read_text(), re.MULTILINE)
+    return frozenset(included).union(*(headers_of(header) for header in included))
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_line_numbers_are_those_of_the_files(file: str) -> None:
+    """What a compiler complains about can be found."""
+    name, number = "", 0
+    checked = set()
+    for line in kernels.Source(file, ()).text.splitlines():
+        directive = re.fullmatch(r'#line (\d+) "(.*)"', line)
+        if directive is not None:
+            number, name = int(directive[1]), directive[2]
+            continue
+        if line:
+            assert (kernels.directory() / name).read_text().splitlines()[number - 1] == line
+            checked.add(name)
+        number += 1
+    assert checked == {file, *headers_of(file)}
+
+
+@pytest.fixture
+def edited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A copy of cuda/ that takes its place."""
+    shutil.copytree(kernels.directory(), tmp_path / "cuda")
+    monkeypatch.setattr(kernels, "directory", lambda: tmp_path / "cuda")
+    kernels._inlined.cache_clear()
+    yield tmp_path / "cuda"
+    kernels._inlined.cache_clear()
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_an_edited_header_changes_the_text(edited: Path, file: str) -> None:
+    before = kernels.Source(file, ()).text
+    for name in (file, *headers_of(file)):
+        original = (edited / name).read_text()
+        (edited / name).write_text(original + "// edited\n")
+        kernels._inlined.cache_clear()
+        assert kernels.Source(file, ()).text != before, name
+        (edited / name).write_text(original)
+
+
+def test_an_edited_shim_gives_another_library(edited: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GPU_ADAM_CACHE", str(edited / "cache"))
+    monkeypatch.setattr(host, "_compile", lambda command, text, work, what: (work / "kernel.so").touch())
+    source = kernels.sort("sort_rows").source
+
+    def library() -> str:
+        return host._built(host.source_text(source, faithful=True), "the test")
+
+    seen = [library()]
+    assert library() == seen[0]
+    for shim in sorted((edited / "host").glob("*.h")):
+        shim.write_text(shim.read_text() + "// edited\n")
+        seen.append(library())
+    assert len(set(seen)) == len(seen) >= 4
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_kernel_names_are_all_global_functions(file: str) -> None:
+    code = re.sub("//.*", "", (kernels.directory() / file).read_text())
+    after = code.split("__global__")[1:]
+    names = [re.findall(r"(\w+)\s*\(", re.sub(r"__launch_bounds__\s*\(\d+\)", "", part))[0] for part in after]
+    assert names
+    assert kernels.kernel_names(file) == names
+
+
+def test_variants_are_distinct_and_complete() -> None:
+    variants = kernels.variants()
+    assert len(set(variants)) == len(variants)
+    updates = {
+        update(dtype, amsgrad=amsgrad, clip=clip).source
+        for dtype, update in itertools.product(DTYPES, (kernels.dense, kernels.sparse))
+        for amsgrad, clip in itertools.product((False, True), repeat=2)
+    }
+    norms = {kernels.norm(dtype, name).source for dtype in DTYPES for name in kernels.kernel_names("norm.cu")}
+    sorts = {kernels.sort(name).source for name in kernels.kernel_names("sort.cu")}
+    assert set(variants) == updates | norms | sorts
+
+
+# The same bits.
+
+FAST = HostDevice(threads=1)
+
+# Any launch shape and any number of threads gives the bits of FAST.
+LAUNCHES = {
+    "2 threads": HostDevice(threads=2),
+    "3 threads": HostDevice(threads=3),
+    "1 block": HostDevice(threads=1, max_blocks=1),
+    "2 blocks": HostDevice(threads=2, max_blocks=2),
+    "97 blocks": HostDevice(threads=3, max_blocks=97),
+    "blocks of 1": HostDevice(block_size=1),
+    "blocks of 32, 97 of them": HostDevice(block_size=32, max_blocks=97),
+    "blocks of 96, 2 of them": HostDevice(block_size=96, max_blocks=2),
+    "blocks of 256": HostDevice(block_size=256),
+}
+
+# amsgrad and every clipping, with two variants of each kernel.
+MODES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "amsgrad, clipvalue": {"amsgrad": True, "clipvalue": 0.75},
+    "amsgrad, clipnorm": {"amsgrad": True, "clipnorm": 5.0},
+    "amsgrad, clipvalue, global_clipnorm": {"amsgrad": True, "clipvalue": 2.0, "global_clipnorm": 20.0},
+}
+
+STEPS = 3
+
+
+@pytest.fixture(scope="module", params=DTYPES)
+def dtype(request: pytest.FixtureRequest) -> str:
+    """A row of the dtype table, its libraries compiled side by side."""
+    name = str(request.param)
+    sources = [kernels.norm(name, "square_sums").source, kernels.sort("sort_rows").source]
+    for update in (kernels.dense, kernels.sparse):
+        sources += [update(name, amsgrad=on, clip=on).source for on in (False, True)]
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(host._library, *zip(*itertools.product(sources, (False, True)), strict=True)))
+    return name
+
+
+def numbers(rng: np.random.Generator, shape: Any, dtype: str) -> Array:
+    real = rng.standard_normal(shape)
+    return (real + 1j * rng.standard_normal(shape)).astype(dtype) if np.dtype(dtype).kind == "c" else real.astype(dtype)
+
+
+def special(dtype: str) -> Array:
+    """Numbers at which devices could differ."""
+    limits = np.finfo(dtype)
+    return np.array(
+        [0, -0.0, limits.tiny, limits.tiny / 4, -limits.tiny / 4, limits.max, -limits.max, np.inf, -np.inf, np.nan], dtype
+    )
+
+
+class Placed:
+    """An array whose address lies `offset` elements behind a 16-byte boundary, between guards that must not change."""
+
+    def __init__(self, values: Array, offset: int) -> None:
+        self._memory = FAST.empty(offset + values.size + 4, values.dtype)
+        self._memory.fill(np.nan)
+        self._end = offset + values.size
+        self._offset = offset
+        self.array: Array = self._memory[offset : self._end].reshape(values.shape)
+        self.array[...] = values
+        assert values.size == 0 or (self.array.ctypes.data - offset * values.itemsize) % 16 == 0
+
+    def check_guards(self) -> None:
+        assert np.isnan(self._memory[: self._offset]).all()
+        assert np.isnan(self._memory[self._end :]).all()
+
+
+class Work(NamedTuple):
+    """What is stepped: variables by name with their offsets, and the gradients of every step with theirs."""
+
+    initial: dict[str, tuple[Array, int]]
+    gradients: list[dict[str, Any]]
+
+
+DENSE_SIZES = (1, 2, 3, 5, 4095, 4096, 4097, 4099, 10001)
+
+
+def work(dtype: str, *, finite: bool) -> Work:
+    """Dense and sparse variables of odd sizes at odd addresses; unless `finite`, with special numbers in gradients."""
+    rng = np.random.default_rng(7)
+    tile = kernels.tile_size(dtype)
+    initial: dict[str, tuple[Array, int]] = {}
+    for number, size in enumerate(DENSE_SIZES):
+        initial[f"dense {size}"] = numbers(rng, size, dtype), number % 4
+    tables = {(300, 1): 4500, (50, 7): 120, (13, tile + 5): 9, (2, 3, 5): 2, (9, 4): 0}
+    for number, shape in enumerate(tables):
+        initial[f"sparse {shape}"] = numbers(rng, shape, dtype), (number + 1) % 4
+    gradients: list[dict[str, Any]] = []
+    for step in range(STEPS):
+        of_step: dict[str, Any] = {}
+        for number, (name, (values, _)) in enumerate(initial.items()):
+            count = tables.get(values.shape)
+            shape = values.shape if count is None else (count, *values.shape[1:])
+            gradient = numbers(rng, shape, dtype)
+            if not finite and gradient.size >= 100 and number % 2:
+                places = rng.choice(gradient.size, 10, replace=False)
+                gradient.reshape(-1)[places] = special(dtype)
+            offset = (3 * number + step) % 4  # the variable's, in one step of four
+            if count is None:
+                of_step[name] = gradient, offset
+            else:
+                kind = (np.int32, np.int64)[(number + step) % 2]
+                indices = rng.integers(0, values.shape[0], count).astype(kind)
+                of_step[name] = gradient, offset, indices
+        gradients.append(of_step)
+    return Work(initial, gradients)
+
+
+@functools.cache
+def works(dtype: str, finite: bool) -> Work:
+    return work(dtype, finite=finite)
+
+
+def stepped(device: HostDevice, job: Work, config: dict[str, Any], *, one_launch: bool = True) -> dict[str, Array]:
+    """Every variable and slot after all steps, taken in one call for all variables or one call for each."""
+    placed = {name: Placed(values, offset) for name, (values, offset) in job.initial.items()}
+    variables = {name: Variable.over(place.array, device, name) for name, place in placed.items()}
+    shared = gpu_adam.Adam(0.1, **config)
+    optimizers = {name: shared if one_launch else gpu_adam.Adam(0.1, **config) for name in variables}
+    for of_step in job.gradients:
+        kept, pairs = [], []
+        for name, (values, offset, *indices) in of_step.items():
+            place = Placed(values, offset)
+            kept.append((place, values))
+            gradient = IndexedSlices(place.array, indices[0]) if indices else place.array
+            pairs.append((gradient, variables[name]))
+        if one_launch:
+            shared.apply_gradients(pairs)
+        else:
+            for pair in pairs:
+                optimizers[pair[1].name].apply_gradients([pair])
+        for place, values in kept:
+            place.check_guards()
+            assert_same_bits(place.array, values, "a gradient")
+    for place in placed.values():
+        place.check_guards()
+    results = {name: np.array(place.array) for name, place in placed.items()}
+    for name, optimizer in optimizers.items():
+        for slot in optimizer.get_slot_names():
+            results[f"{slot} of {name}"] = optimizer.get_slot(variables[name], slot).numpy()
+    return results
+
+
+@functools.cache
+def fast_results(dtype: str, mode: str) -> dict[str, Array]:
+    return stepped(FAST, job_of(dtype, mode), MODES[mode])
+
+
+def job_of(dtype: str, mode: str) -> Work:
+    """A norm over one NaN is NaN everywhere, and would compare nothing."""
+    return works(dtype, "norm" in mode)
+
+
+def assert_same(actual: dict[str, Array], expected: dict[str, Array], what: str) -> None:
+    assert actual.keys() == expected.keys()
+    for name, array in expected.items():
+        assert_same_bits(actual[name], array, f"{what}: {name}")
+
+
+@pytest.mark.parametrize("launch", LAUNCHES)
+@pytest.mark.parametrize("mode", MODES)
+def test_any_launch_gives_the_same_bits(dtype: str, mode: str, launch: str) -> None:
+    assert_same(stepped(LAUNCHES[launch], job_of(dtype, mode), MODES[mode]), fast_results(dtype, mode), launch)
+
+
+@pytest.mark.parametrize("mode", [mode for mode in MODES if "global" not in mode])
+def test_one_launch_per_variable_gives_the_same_bits(dtype: str, mode: str) -> None:
+    for device in (FAST, LAUNCHES["blocks of 96, 2 of them"]):
+        alone = stepped(device, job_of(dtype, mode), MODES[mode], one_launch=False)
+        assert_same(alone, fast_results(dtype, mode), "one launch per variable")
+
+
+@pytest.mark.parametrize("mode", ["plain", "amsgrad, clipvalue"])
+@pytest.mark.parametrize("dtype", [name for name in DTYPES if np.dtype(name).kind == "f"], indirect=True)
+def test_fast_mode_gives_the_reference_bits(dtype: str, mode: str) -> None:
+    """What all the launches above are compared with. (The oracle knows real numbers only.)"""
+    job, config = job_of(dtype, mode), dict(MODES[mode])
+    bound = config.pop("clipvalue", np.inf)
+    oracle = reference.Adam([values for values, _ in job.initial.values()], 0.1, **config)
+    for of_step in job.gradients:
+        dense = []
+        for name, (values, _, *indices) in of_step.items():
+            clipped = np.clip(values, -bound, bound).astype(dtype)
+            dense.append(reference.densified(clipped, indices[0], job.initial[name][0]) if indices else clipped)
+        oracle.step(dense)
+    results = fast_results(dtype, mode)
+    for number, name in enumerate(job.initial):
+        assert_same_bits(results[name], oracle.variables[number], name)
+        assert_same_bits(results[f"m of {name}"], oracle.m[number], f"m of {name}")
+        assert_same_bits(results[f"v of {name}"], oracle.v[number], f"v of {name}")
+
+
+# The sort of row numbers.
+
+SORTERS = {
+    "fast": HostDevice(threads=2),
+    "fast, 1 block": HostDevice(threads=1, max_blocks=1),
+    "blocks of 1": HostDevice(block_size=1, max_blocks=2),
+    "blocks of 32": HostDevice(block_size=32),
+    "blocks of 96": HostDevice(block_size=96, max_blocks=2),
+    "blocks of 256": HostDevice(block_size=256),
+}
+
+
+class Sorted(NamedTuple):
+    """Keys in order, the positions they came from, and the note of errors."""
+
+    rows: Array
+    positions: Array
+    errors: Any
+
+
+def sort_on(device: HostDevice, indices: Array, rows: int) -> Sorted:
+    errors = IndexErrors(Variable(np.zeros((1, 1), np.float32), device=device))
+    sorter = RowSorter(device, rows, errors)
+    sorter.bind(indices)
+    sorter.enqueue()
+    row, position = (read_memory(int(sorter.keys[name][0]), len(indices)) for name in ("row", "position"))
+    return Sorted(row, position, errors.array.view(kernels.INDEX_ERRORS)[0])
+
+
+def read_memory(address: int, count: int) -> Array:
+    return np.array((ctypes.c_longlong * count).from_address(address), np.int64)
+
+
+def expected_sort(indices: Array, rows: int) -> tuple[Array, Array]:
+    keys = np.where((indices < 0) | (indices >= rows), rows, indices.astype(np.int64))
+    positions = np.argsort(keys, kind="stable")
+    return keys[positions], positions
+
+
+INDICES: dict[str, Callable[[np.random.Generator, int, int], Array]] = {
+    "random": lambda rng, count, rows: rng.integers(0, rows, count),
+    "all equal": lambda rng, count, rows: np.full(count, rows - 1),
+    "sorted": lambda rng, count, rows: np.sort(rng.integers(0, rows, count)),
+    "backwards": lambda rng, count, rows: np.sort(rng.integers(0, rows, count))[::-1].copy(),
+    "out of range": lambda rng, count, rows: rng.integers(-rows, 2 * rows, count),
+}
+
+
+@pytest.mark.parametrize("launch", SORTERS)
+@pytest.mark.parametrize("kind", INDICES)
+@pytest.mark.parametrize("index_dtype", ["int32", "int64"])
+def test_sort_is_numpys_stable_one(launch: str, kind: str, index_dtype: str) -> None:
+    rng = np.random.default_rng(3)
+    runs = kernels.SORT_RUN
+    shapes = [(1, 1), (2, 15), (33, 16), (257, 70_000), (runs, 300), (runs + 1, 4095), (3 * runs - 7, 256), (10001, 17)]
+    if index_dtype == "int64":
+        shapes += [(100, 2**40), (runs + 5, 2**33 + 1)]
+    for count, rows in shapes:
+        indices = INDICES[kind](rng, count, rows).astype(index_dtype)
+        result = sort_on(SORTERS[launch], indices, rows)
+        keys, positions = expected_sort(indices, rows)
+        assert_same_bits(result.rows, keys, f"rows of {count} indices")
+        assert_same_bits(result.positions, positions, f"positions of {count} indices")
+        bad = np.flatnonzero((indices < 0) | (indices >= rows))
+        assert result.errors["count"] == len(bad)
+        assert result.errors["first_position"] == (bad[0] if len(bad) else np.iinfo(np.uint64).max)
+
+
+def test_a_sort_of_nothing_touches_nothing() -> None:
+    result = sort_on(FAST, np.zeros(0, np.int64), 5)
+    assert result.errors == kernels.NO_INDEX_ERRORS[()]
+
+
+@pytest.mark.parametrize("value", [-(2**63), 2**63 - 1, -1])
+def test_the_largest_indices_are_out_of_range(value: int) -> None:
+    indices = np.array([1, value, 0])
+    for device in SORTERS.values():
+        result = sort_on(device, indices, 2)
+        assert result.rows.tolist() == [0, 1, 2]
+        assert result.positions.tolist() == [2, 0, 1]
+        assert (result.errors["count"], result.errors["first_position"]) == (1, 1)
+
+
+def test_a_sorter_sorts_again_and_notes_errors_until_they_are_read() -> None:
+    """Buffers grow and are used again; the count goes on, and the first position is the smallest one seen."""
+    errors = IndexErrors(Variable(np.zeros((4, 1), np.float32), device=FAST))
+    sorter = RowSorter(FAST, 4, errors)
+    for indices in ([3, 9, 0], list(range(4)) * 2000, [0, 0, -1, 7], [2]):
+        array = np.array(indices, np.int64)
+        sorter.bind(array)
+        sorter.enqueue()
+        keys, positions = expected_sort(array, 4)
+        assert_same_bits(read_memory(int(sorter.keys["row"][0]), len(indices)), keys)
+        assert_same_bits(read_memory(int(sorter.keys["position"][0]), len(indices)), positions)
+    assert errors.array.view(kernels.INDEX_ERRORS)[0].tolist() == (3, 1, 0, 0)
+
+
+# Norms.
+
+BOTH_MODES = {"fast": FAST, "faithful": LAUNCHES["blocks of 96, 2 of them"]}
+ULP = 2.0**-53  # largest relative error of one rounding
+
+
+def chunk_sums(device: HostDevice, gradients: list[Array], bound: float = np.inf) -> list[Array]:
+    """Pass 1 for each gradient: over the table and over one array, which must agree."""
+    dtype = gradients[0].dtype.name
+    chunks = [-(-gradient.size // kernels.CHUNK) for gradient in gradients]
+    first = np.cumsum([0, *chunks])
+    tensors = np.zeros(len(gradients), kernels.TENSOR)
+    tensors["size"], tensors["first_chunk"] = [g.size for g in gradients], first[:-1]
+    pointers = np.array([g.ctypes.data for g in gradients], np.uint64)
+    chunk_tensor = np.repeat(np.arange(len(gradients), dtype=np.int32), chunks)
+    addresses = (tensors.ctypes.data, pointers.ctypes.data, chunk_tensor.ctypes.data)
+    table = kernels.struct(kernels.TENSOR_TABLE, *addresses, int(first[-1]))
+    clip_value = np.array([bound], kernels.DTYPES[dtype].real_dtype)
+
+    sums, alone = (np.full(first[-1] + 1, -7.0) for _ in range(2))
+    arguments = [table, clip_value, kernels.pointer(sums.ctypes.data)]
+    device.prepare(kernels.norm(dtype, "square_sums"), arguments)(int(first[-1]))
+    for gradient, begin, count in zip(gradients, first, chunks, strict=False):
+        place = kernels.pointer(alone.ctypes.data + 8 * int(begin))
+        arguments = [kernels.pointer(gradient.ctypes.data), kernels.scalar(gradient.size), clip_value, place]
+        device.prepare(kernels.norm(dtype, "square_sums_of"), arguments)(count)
+    assert_same_bits(alone, sums, "square_sums_of and square_sums")
+    assert sums[-1] == -7
+    return np.split(sums[:-1], first[1:-1])
+
+
+def factors(device: HostDevice, dtype: str, sums: list[Array], clipnorm: float, *, global_norm: bool = False) -> Array:
+    """Pass 2: (multiplier, divisor) of each tensor, or of all."""
+    flat = np.concatenate(sums)
+    ends = np.cumsum([len(part) for part in sums])
+    out = np.full(1 if global_norm else len(sums), np.nan, kernels.CLIP_FACTOR)
+    limit, count = np.array([clipnorm]), kernels.scalar(len(flat))
+    pointer = kernels.pointer(flat.ctypes.data)
+    if global_norm:
+        arguments = [pointer, count, limit, kernels.pointer(out.ctypes.data)]
+        device.prepare(kernels.norm(dtype, "clip_by_global_norm"), arguments)(1)
+    else:
+        ends_pointer = kernels.pointer(ends.ctypes.data if len(sums) > 1 else 0)
+        arguments = [pointer, ends_pointer, kernels.scalar(len(sums)), count, limit, kernels.pointer(out.ctypes.data)]
+        device.prepare(kernels.norm(dtype, "clip_by_norm"), arguments)(len(sums))
+    return out
+
+
+def norms(device: HostDevice, gradients: list[Array], bound: float = np.inf) -> Array:
+    """The norm of each gradient: the divisor of its factor when everything is clipped."""
+    tiny = float(np.finfo(np.float64).tiny)
+    return np.asarray(factors(device, gradients[0].dtype.name, chunk_sums(device, gradients, bound), tiny)["divisor"])
+
+
+def parts(x: Array) -> Array:
+    """Real and imaginary parts as float64."""
+    real = x.real.dtype
+    return x.reshape(-1).view(real).astype(np.float64)
+
+
+def exact_norm(x: Array, scale: float = 1.0) -> float:
+    """The norm, scaled before it is squared so that the exact sum does not overflow."""
+    scaled = parts(x) * scale
+    return math.sqrt(math.fsum(scaled * scaled)) / scale
+
+
+def tolerance(size: int) -> float:
+    """Relative error of a norm of `size` elements.
+
+    A term is rounded at most 3 times (two squares and their sum where it is complex), here and in the exact sum. A chunk
+    adds at most 4 terms to a lane and then 10 levels of a tree; so does the sum over chunks, with chunks / 1024 of them
+    to a lane. The root halves the error of what is under it, and rounds once, here and in the exact norm.
+    """
+    chunks = -(-size // kernels.CHUNK)
+    roundings = 3 + 3 + 4 + 10 + -(-chunks // 1024) + 10
+    return 1.01 * (roundings / 2 + 2) * ULP
+
+
+NORM_SIZES = (1, 2, 3, 31, 1023, 1024, 1025, 4095, 4096, 4097, 10001)
+
+
+def gradients_at(rng: np.random.Generator, dtype: str, shift: int) -> list[Array]:
+    return [
+        Placed(numbers(rng, size, dtype), (number + shift) % 4).array for number, size in enumerate(NORM_SIZES)
+    ]
+
+
+@pytest.mark.parametrize("bound", [np.inf, 0.5])
+def test_norms_have_the_same_bits_whatever_the_launch_and_the_address(dtype: str, bound: float) -> None:
+    expected = norms(FAST, gradients_at(np.random.default_rng(11), dtype, 0), bound)
+    for shift, (launch, device) in enumerate(LAUNCHES.items()):
+        gradients = gradients_at(np.random.default_rng(11), dtype, shift)
+        assert_same_bits(norms(device, gradients, bound), expected, launch)
+        for number in (0, 7):  # one by one, without ends
+            assert_same_bits(norms(device, [gradients[number]], bound), expected[number : number + 1], launch)
+        sums = chunk_sums(device, gradients, bound)
+        total, fast_total = (factors(d, dtype, sums, 1.0, global_norm=True).view(np.float64) for d in (device, FAST))
+        assert_same_bits(total, fast_total, f"global norm, {launch}")
+
+
+def test_norms_are_right(dtype: str) -> None:
+    gradients = gradients_at(np.random.default_rng(12), dtype, 0)
+    found = norms(FAST, gradients)
+    for norm, gradient in zip(found, gradients, strict=True):
+        assert norm == pytest.approx(exact_norm(gradient), rel=tolerance(gradient.size), abs=0)
+    total = sum(gradient.size for gradient in gradients)
+    everything = np.concatenate(gradients)
+    scale = factors(FAST, dtype, chunk_sums(FAST, gradients), 0.25, global_norm=True)["multiplier"][0]
+    # Two roundings more: 1 / norm, and its product with the power of two 0.25 that is exact.
+    assert scale == pytest.approx(0.25 / exact_norm(everything), rel=tolerance(total) + 2 * ULP, abs=0)
+
+
+def test_a_norm_of_many_chunks(dtype: str) -> None:
+    """More chunks than lanes, so that a lane adds several of them: sums written by hand."""
+    rng = np.random.default_rng(13)
+    sums = rng.random(3 * 1024 + 5)
+    expected = math.sqrt(math.fsum(sums))
+    results = [factors(device, dtype, [sums], 1e-300)["divisor"][0] for device in (FAST, *LAUNCHES.values())]
+    assert len(set(results)) == 1
+    assert results[0] == pytest.approx(expected, rel=1.01 * ((4 + 10) / 2 + 2) * ULP, abs=0)
+
+
+def test_elements_are_bounded_before_the_norm(dtype: str) -> None:
+    x = np.array([3, -4, 0.25, 0], dtype)
+    assert norms(FAST, [x], 1.0)[0] == math.sqrt(1 + 1 + 0.0625)
+
+
+@pytest.mark.parametrize("launch", BOTH_MODES)
+def test_factors_of_small_and_large_norms(dtype: str, launch: str) -> None:
+    """g c / max(n, c) for each tensor, g c min(1/n, 1/c) for all: nothing happens to what is short enough."""
+    device = BOTH_MODES[launch]
+    gradients = [np.array([3, 4], dtype), np.array([0, 0, 0], dtype), np.array([0.25], dtype)]
+    sums = chunk_sums(device, gradients)
+    assert factors(device, dtype, sums, 2.0).tolist() == [(2, 5), (2, 2), (2, 2)]
+    scale, divisor = factors(device, dtype, sums[1:], 2.0, global_norm=True)[0]
+    assert (scale, divisor) == (1, 1)
+    scale, divisor = factors(device, dtype, sums[:2], 2.0, global_norm=True)[0]
+    assert (scale, divisor) == (2 * (1 / 5), 1)
+
+
+@pytest.mark.parametrize("launch", BOTH_MODES)
+def test_huge_float32_values_do_not_overflow(launch: str) -> None:
+    for name in DTYPES:
+        if kernels.DTYPES[name].real_dtype == "float64":
+            continue
+        x = np.full(5000, np.finfo(np.float32).max, name)
+        assert norms(BOTH_MODES[launch], [x])[0] == pytest.approx(exact_norm(x, 2.0**-100), rel=tolerance(x.size), abs=0)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("launch", BOTH_MODES)
+def test_a_norm_that_is_not_finite_makes_its_factors_nan(dtype: str, launch: str, bad: float) -> None:
+    device = BOTH_MODES[launch]
+    gradients = [np.ones(5000, dtype), np.ones(3, dtype)]
+    gradients[0][4097] = bad
+    sums = chunk_sums(device, gradients)
+    first, second = factors(device, dtype, sums, 1.0)
+    assert np.isnan(first["multiplier"])
+    assert first["divisor"] == 1
+    assert second.tolist() == (1, math.sqrt(3))
+    assert np.isnan(factors(device, dtype, sums, 1.0, global_norm=True)["multiplier"]).all()
