@@ -1,0 +1,200 @@
+"""Gradients of a loss: call it once, read the tape backwards."""
+
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+
+from gpu_adam.autodiff.node import Node
+from gpu_adam.autodiff.rows import Rows
+from gpu_adam.autodiff.rules import fit, plain
+from gpu_adam.autodiff.tape import Tape
+from gpu_adam.errors import ArgumentTypeError, ArgumentValueError
+from gpu_adam.tracing import current_tracer
+from gpu_adam.variables import Variable
+
+Loss = Callable[[], Any]
+
+# Frameworks that differentiate what they computed themselves, by the package of the result's type.
+_ADAPTERS = {"torch": "gpu_adam.autodiff.torch", "jax": "gpu_adam.autodiff.jax", "jaxlib": "gpu_adam.autodiff.jax"}
+
+
+def value_and_grad(loss: Loss, variables: Any) -> tuple[Any, Any]:
+    """The value of a loss and its gradients.
+
+    Args:
+        loss: a function without arguments that computes with variables; called once.  What it returns is summed: an
+            array of any shape, or a list of such.
+        variables: what to differentiate with respect to: a `Variable`, or a list, tuple or dict of them, nested or not.
+
+    Returns:
+        What the loss returned, as plain arrays, and the gradients in the structure of `variables`.  A gradient has the
+        shape, dtype and device of its variable.  It is an `IndexedSlices` for a variable of which only rows were
+        taken (`numpy.take` on the first axis, or an integer array as index), and None for one that the loss does not
+        depend on.  That of a complex variable is dL/d(re) + i dL/d(im), the direction of steepest ascent: 2z for |z|^2.
+
+    Raises:
+        ArgumentTypeError, ArgumentValueError: the loss is not callable or returns no real floating-point numbers.
+        NotImplementedError: the loss uses an operation whose derivative is not known.
+
+    Example:
+        >>> import numpy as np
+        >>> from gpu_adam import Variable
+        >>> z = Variable(np.array([3 + 4j]))
+        >>> value, gradient = value_and_grad(lambda: np.sum(np.abs(z) ** 2), z)
+        >>> float(value), gradient
+        (25.0, array([6.+8.j]))
+    """
+    value, pairs = gradients(loss, variables)
+    return value, _in_structure(variables, iter([gradient for gradient, _ in pairs]))
+
+
+def gradients(loss: Loss, variables: Any, grad_loss: Any = None) -> tuple[Any, list[tuple[Any, Variable]]]:
+    """The value of a loss, and (gradient, variable) pairs as `Adam.apply_gradients` takes them.
+
+    Args:
+        loss: as for `value_and_grad`.
+        variables: a `Variable` or any nesting of lists, tuples and dicts of them (dicts in the order of their keys),
+            or a function returning such, called after the loss.
+        grad_loss: the gradient of something further with respect to the loss, which multiplies it: a number, or an
+            array of the shape of the loss; for a list of losses a list of such.  None is 1.
+    """
+    if not callable(loss):
+        raise ArgumentTypeError(
+            "loss",
+            "must be a callable without arguments",
+            f"a {type(loss).__name__}, which is not callable",
+            "put the computation into a function, which is recorded while it runs",
+        )
+    if current_tracer.get() is not None:
+        raise NotImplementedError(
+            "Gradients of gradients are not supported: a loss must not differentiate another one; "
+            "compute the inner gradient before the loss."
+        )
+    wanted = None if callable(variables) else flatten(variables)
+    tape = Tape(wanted)
+    try:
+        token = current_tracer.set(tape)
+        try:
+            returned = loss()
+        finally:
+            current_tracer.reset(token)
+        if wanted is None:
+            wanted = flatten(variables())
+        many = isinstance(returned, list | tuple)
+        losses = list(returned) if many else [returned]
+        values = [_start(tape, a_loss, seed) for a_loss, seed in zip(losses, _seeds(grad_loss, losses), strict=True)]
+        tape.backward()
+        pairs = [(_finished(tape.leaves.get(id(variable))), variable) for variable in wanted]
+        return type(returned)(values) if many else values[0], pairs
+    finally:
+        tape.close()
+
+
+def flatten(variables: Any) -> list[Variable]:
+    """The variables in a nested structure, dicts in the order of their keys.
+
+    Raises:
+        ArgumentValueError: there is something else in it.
+    """
+    if isinstance(variables, Variable):
+        return [variables]
+    if isinstance(variables, list | tuple):
+        return [variable for item in variables for variable in flatten(item)]
+    if isinstance(variables, dict):
+        return [variable for key in sorted(variables) for variable in flatten(variables[key])]
+    raise ArgumentValueError(
+        "var_list",
+        "must hold Variables only",
+        f"an object of type {type(variables)}",
+        "wrap arrays in gpu_adam.Variable and compute the loss with the Variable",
+    )
+
+
+def _in_structure(variables: Any, found: Iterator[Any]) -> Any:
+    if isinstance(variables, list | tuple):
+        return [_in_structure(item, found) for item in variables]
+    if isinstance(variables, dict):
+        return {key: _in_structure(variables[key], found) for key in sorted(variables)}
+    return list(found) if callable(variables) else next(found)
+
+
+def _seeds(grad_loss: Any, losses: list[Any]) -> list[Any]:
+    """The upstream gradient of each loss."""
+    if not losses:
+        raise ArgumentValueError("loss()", "must return at least one loss", "an empty list", "return the losses")
+    if not isinstance(grad_loss, list | tuple):
+        return [grad_loss] * len(losses)
+    if len(grad_loss) != len(losses):
+        raise ArgumentValueError(
+            "grad_loss",
+            f"must hold one upstream gradient for each of the {len(losses)} losses",
+            f"{len(grad_loss)} of them",
+            "pass one per loss, or a single number for all",
+        )
+    return list(grad_loss)
+
+
+def _start(tape: Tape, loss: Any, seed: Any) -> Any:
+    """Give one returned loss its upstream gradient; its plain value."""
+    if isinstance(loss, Variable):
+        loss = tape.operand(loss)
+    if type(loss) is Node and loss.tape is tape:
+        value = loss.value
+        if value.dtype.kind == "c":
+            _check_kind(value, seed)
+        gradient = _seed(value, seed)
+        loss.gradient = gradient if loss.gradient is None else loss.gradient + gradient
+        return value
+    adapter = _ADAPTERS.get(type(loss).__module__.partition(".")[0])
+    if adapter is not None:
+        return import_module(adapter).start(tape, loss, seed)
+    value = plain(loss)
+    _check_kind(value, seed)
+    return value
+
+
+def _check_kind(value: Any, seed: Any) -> None:
+    rule, remedy = "must return real floating-point numbers", "return the loss computed from the variables"
+    if not (hasattr(value, "dtype") and hasattr(value, "shape")) and not isinstance(value, int | float | complex):
+        raise ArgumentTypeError("loss()", rule, "None" if value is None else f"a {type(value).__name__}", remedy)
+    kind = np.dtype(getattr(value, "dtype", type(value))).kind
+    if kind in "biu":
+        got = f"{value!r} of dtype {value.dtype}" if hasattr(value, "dtype") else repr(value)
+        raise ArgumentValueError("loss()", rule, f"{got}, which provides no gradients", remedy)
+    if kind == "c" and seed is None:
+        raise ArgumentValueError(
+            "loss()", rule, "complex numbers", "return their absolute value, their square or a part of them"
+        )
+
+
+def _seed(value: Any, upstream: Any) -> Any:
+    if upstream is None:
+        return type(value)(1) if isinstance(value, np.generic) else np.ones_like(value)
+    shape = np.shape(plain(upstream))
+    if shape not in ((), tuple(value.shape)):
+        raise ArgumentValueError(
+            "grad_loss",
+            f"must be a number or have the shape of the loss, {tuple(value.shape)}",
+            f"shape {shape}",
+            "pass one number per element of the loss",
+        )
+    upstream = plain(upstream)
+    if shape:
+        upstream = np.asarray(upstream, like=value)
+    return fit(np.ones_like(value) * upstream, value)
+
+
+def _finished(leaf: Node | None) -> Any:
+    """A gradient as it is handed out: an array of its own, or row slices."""
+    if leaf is None or leaf.gradient is None:
+        return None
+    gradient = leaf.gradient
+    if type(gradient) is Rows:
+        return gradient.slices()
+    if isinstance(gradient, np.generic):
+        return np.asarray(gradient)
+    if gradient.flags.c_contiguous and getattr(gradient.flags, "writeable", True):
+        return gradient
+    return gradient.copy(order="C")  # a view, broadcast or transposed

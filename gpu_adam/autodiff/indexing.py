@@ -1,0 +1,87 @@
+"""Derivatives of picking elements: by index, by mask, in sorted order; gradients of picked rows stay sparse."""
+
+from typing import Any
+
+import numpy as np
+
+from gpu_adam.autodiff.node import getitem
+from gpu_adam.autodiff.rows import Rows
+from gpu_adam.autodiff.rules import composed, derivative, namespace, plain
+
+
+def _rows(indices: Any, a: Any, g: Any) -> Rows:
+    """The gradient of a[indices], whatever the shape of the indices."""
+    indices = indices.reshape(-1)
+    indices = np.where(indices < 0, indices + a.shape[0], indices)
+    return Rows(a, indices, g.reshape((indices.size, *a.shape[1:])))
+
+
+def _getitem_vjp(g: Any, y: Any, a: Any, key: Any) -> Any:
+    parts = key if type(key) is tuple else (key,)
+    advanced = [part for part in parts if isinstance(part, list) or hasattr(part, "dtype")]
+    if advanced and all(part is Ellipsis or _is_full(part) for part in parts[1:]):
+        rows = np.asarray(parts[0], like=a)
+        if rows.dtype.kind in "iu" and rows.ndim:
+            return _rows(rows, a, g)
+    total = np.zeros_like(a)
+    if all(getattr(part, "dtype", None) == bool for part in advanced):
+        total[key] = g  # no element twice
+    else:
+        _scatter_add(total, key, g)
+    return total
+
+
+def _is_full(part: Any) -> bool:
+    return isinstance(part, slice) and part == slice(None)
+
+
+def _scatter_add(total: Any, key: Any, g: Any) -> None:
+    # The array's own module: numpy.add.at does not hand a key that is a tuple on to CuPy.
+    namespace(total).add.at(total, key, g)
+
+
+def _take_vjp(
+    g: Any, y: Any, a: Any, indices: Any, axis: Any = None, out: Any = None, mode: str = "raise"
+) -> Any:
+    indices = np.asarray(indices, like=a)
+    if axis is None:
+        axis, like, shape = 0, a.reshape(-1), a.shape
+    else:
+        axis, like, shape = axis % a.ndim, a, None
+    size = like.shape[axis]
+    if mode == "wrap":
+        indices = indices % size
+    elif mode == "clip":
+        indices = np.clip(indices, 0, size - 1)
+    if axis:  # the taken axis first, and back
+        front = np.moveaxis(g, tuple(range(axis, axis + indices.ndim)), tuple(range(indices.ndim)))
+        return np.moveaxis(_rows(indices, np.moveaxis(like, axis, 0), front).dense(), 0, axis)
+    rows = _rows(indices, like, g)
+    return rows if shape is None or len(shape) == 1 else rows.dense().reshape(shape)
+
+
+derivative(getitem, _getitem_vjp)
+derivative(np.take, _take_vjp)
+
+
+def _take_along_axis_vjp(g: Any, y: Any, a: Any, indices: Any, axis: Any = -1) -> Any:
+    if axis is None:
+        return np.reshape(_rows(np.asarray(indices, like=a), a.reshape(-1), g).dense(), a.shape)
+    axis %= a.ndim
+    key = [
+        np.arange(n, like=a).reshape([-1 if i == j else 1 for j in range(a.ndim)]) for i, n in enumerate(indices.shape)
+    ]
+    key[axis] = indices
+    total = np.zeros_like(a)
+    _scatter_add(total, tuple(key), g)
+    return total
+
+
+derivative(np.take_along_axis, _take_along_axis_vjp)
+
+
+@composed(np.sort)
+def _sort(a: Any, axis: Any = -1, kind: Any = None, order: Any = None, *, stable: Any = None) -> Any:
+    if axis is None:
+        a, axis = np.ravel(a), 0
+    return np.take_along_axis(a, np.argsort(plain(a), axis=axis), axis=axis)
