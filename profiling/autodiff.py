@@ -23,8 +23,9 @@ ROUNDS, CALLS = 30, 100
 TARGET_US = 120
 
 
-def cross_entropy(np: Any, x: Any, labels: Any, w1: Any, b1: Any, w2: Any, b2: Any) -> Any:
+def cross_entropy(np: Any, x: Any, labels: Any, weights: Any) -> Any:
     """The loss, with the functions of numpy or autograd.numpy."""
+    w1, b1, w2, b2 = weights
     hidden = np.tanh(x @ w1 + b1)
     logits = hidden @ w2 + b2
     return np.mean(np.log(np.sum(np.exp(logits), axis=1)) - np.sum(labels * logits, axis=1))
@@ -35,20 +36,18 @@ def main() -> None:
     random = np.random.default_rng(0)
     x = random.standard_normal((64, 64), dtype=np.float32)
     labels = np.eye(10, dtype=np.float32)[random.integers(10, size=64)]
-    arrays = [
-        random.standard_normal(shape, dtype=np.float32) / 8 for shape in ((64, 128), (128,), (128, 10), (10,))
-    ]
+    arrays = [random.standard_normal(shape, dtype=np.float32) / 8 for shape in ((64, 128), (128,), (128, 10), (10,))]
     variables = [Variable(array) for array in arrays]
-    of_arrays = autograd.value_and_grad(lambda weights: cross_entropy(anp, x, labels, *weights))
+    of_arrays = autograd.value_and_grad(lambda weights: cross_entropy(anp, x, labels, weights))
 
     def ours() -> Any:
-        return value_and_grad(lambda: cross_entropy(np, x, labels, *variables), variables)
+        return value_and_grad(lambda: cross_entropy(np, x, labels, variables), variables)
 
     def hips() -> Any:
         return of_arrays(arrays)
 
     def forward() -> Any:
-        return cross_entropy(np, x, labels, *arrays)
+        return cross_entropy(np, x, labels, arrays)
 
     (value, gradients), (expected, expected_gradients) = ours(), hips()
     np.testing.assert_allclose(value, expected, rtol=1e-6)
@@ -60,7 +59,8 @@ def main() -> None:
     print(f"{platform.processor() or platform.machine()}, Python {platform.python_version()}, NumPy {np.__version__}")
     for name, microseconds in best.items():
         print(f"{name:>14}  {microseconds:7.1f} us")
-    print(f"target: at most {TARGET_US} us, and twice as fast as HIPS autograd (here {best['HIPS autograd'] / best['gpu_adam']:.1f} times)")
+    ratio = best["HIPS autograd"] / best["gpu_adam"]
+    print(f"target: at most {TARGET_US} us, and twice as fast as HIPS autograd (here {ratio:.1f} times)")
 
 
 def fastest(contenders: dict[str, Callable[[], Any]]) -> dict[str, float]:

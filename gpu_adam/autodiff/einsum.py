@@ -27,9 +27,7 @@ def _einsum(*args: Any, terms: list[str], result: str, optimize: Any = False) ->
     return np.einsum(f"{','.join(terms)}->{result}", *args, optimize=optimize)
 
 
-def _einsum_vjp(
-    position: int, g: Any, y: Any, *args: Any, terms: list[str], result: str, optimize: Any = False
-) -> Any:
+def _einsum_vjp(position: int, g: Any, y: Any, *args: Any, terms: list[str], result: str, optimize: Any = False) -> Any:
     own = terms[position]
     others = [(term, conj(a)) for i, (term, a) in enumerate(zip(terms, args, strict=True)) if i != position]
     inputs = [(result, g), *others]
@@ -38,8 +36,7 @@ def _einsum_vjp(
     # A letter twice in the operand: a diagonal was taken, and the gradient lives on it.
     spare = iter(c for c in _LETTERS if c not in "".join(terms))
     for letter in sorted({c for c in own if own.count(c) > 1}):
-        first, *again = (i for i, c in enumerate(own) if c == letter)
-        for i in again:
+        for i in [i for i, c in enumerate(own) if c == letter][1:]:
             twin = next(spare)
             target = target[:i] + twin + target[i + 1 :]
             inputs.append((letter + twin, np.eye(sizes[letter], dtype=g.real.dtype, like=args[position])))

@@ -126,13 +126,13 @@ derivative(
 # Of a number and a NaN, the number was chosen.
 derivative(
     np.fmax,
-    lambda g, y, a, b: np.where((a > b) | (b != b), g, np.where(a == b, g / 2, 0)),
-    lambda g, y, a, b: np.where((b > a) | (a != a), g, np.where(a == b, g / 2, 0)),
+    lambda g, y, a, b: np.where((a > b) | np.isnan(b), g, np.where(a == b, g / 2, 0)),
+    lambda g, y, a, b: np.where((b > a) | np.isnan(a), g, np.where(a == b, g / 2, 0)),
 )
 derivative(
     np.fmin,
-    lambda g, y, a, b: np.where((a < b) | (b != b), g, np.where(a == b, g / 2, 0)),
-    lambda g, y, a, b: np.where((b < a) | (a != a), g, np.where(a == b, g / 2, 0)),
+    lambda g, y, a, b: np.where((a < b) | np.isnan(b), g, np.where(a == b, g / 2, 0)),
+    lambda g, y, a, b: np.where((b < a) | np.isnan(a), g, np.where(a == b, g / 2, 0)),
 )
 derivative(
     np.clip,

@@ -1,14 +1,15 @@
 """Gradients of a loss: call it once, read the tape backwards."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
 from typing import Any
 
 import numpy as np
 
+from gpu_adam.autodiff import upstream
 from gpu_adam.autodiff.node import Node
 from gpu_adam.autodiff.rows import Rows
-from gpu_adam.autodiff.rules import fit, plain
+from gpu_adam.autodiff.rules import plain
 from gpu_adam.autodiff.tape import Tape
 from gpu_adam.errors import ArgumentTypeError, ArgumentValueError
 from gpu_adam.tracing import current_tracer
@@ -82,12 +83,11 @@ def gradients(loss: Loss, variables: Any, grad_loss: Any = None) -> tuple[Any, l
             current_tracer.reset(token)
         if wanted is None:
             wanted = flatten(variables())
-        many = isinstance(returned, list | tuple)
-        losses = list(returned) if many else [returned]
-        values = [_start(tape, a_loss, seed) for a_loss, seed in zip(losses, _seeds(grad_loss, losses), strict=True)]
+        many = isinstance(returned, (list, tuple))
+        values = _start(tape, returned if many else [returned], grad_loss)
         tape.backward()
         pairs = [(_finished(tape.leaves.get(id(variable))), variable) for variable in wanted]
-        return type(returned)(values) if many else values[0], pairs
+        return values if many else values[0], pairs
     finally:
         tape.close()
 
@@ -100,7 +100,7 @@ def flatten(variables: Any) -> list[Variable]:
     """
     if isinstance(variables, Variable):
         return [variables]
-    if isinstance(variables, list | tuple):
+    if isinstance(variables, (list, tuple)):
         return [variable for item in variables for variable in flatten(item)]
     if isinstance(variables, dict):
         return [variable for key in sorted(variables) for variable in flatten(variables[key])]
@@ -113,77 +113,41 @@ def flatten(variables: Any) -> list[Variable]:
 
 
 def _in_structure(variables: Any, found: Iterator[Any]) -> Any:
-    if isinstance(variables, list | tuple):
+    if isinstance(variables, Variable):
+        return next(found)
+    if isinstance(variables, (list, tuple)):
         return [_in_structure(item, found) for item in variables]
     if isinstance(variables, dict):
         return {key: _in_structure(variables[key], found) for key in sorted(variables)}
-    return list(found) if callable(variables) else next(found)
+    return list(found)  # a function returned them
 
 
-def _seeds(grad_loss: Any, losses: list[Any]) -> list[Any]:
-    """The upstream gradient of each loss."""
-    if not losses:
-        raise ArgumentValueError("loss()", "must return at least one loss", "an empty list", "return the losses")
-    if not isinstance(grad_loss, list | tuple):
-        return [grad_loss] * len(losses)
-    if len(grad_loss) != len(losses):
-        raise ArgumentValueError(
-            "grad_loss",
-            f"must hold one upstream gradient for each of the {len(losses)} losses",
-            f"{len(grad_loss)} of them",
-            "pass one per loss, or a single number for all",
-        )
-    return list(grad_loss)
-
-
-def _start(tape: Tape, loss: Any, seed: Any) -> Any:
-    """Give one returned loss its upstream gradient; its plain value."""
-    if isinstance(loss, Variable):
-        loss = tape.operand(loss)
-    if type(loss) is Node and loss.tape is tape:
-        value = loss.value
-        if value.dtype.kind == "c":
-            _check_kind(value, seed)
-        gradient = _seed(value, seed)
-        loss.gradient = gradient if loss.gradient is None else loss.gradient + gradient
-        return value
-    adapter = _ADAPTERS.get(type(loss).__module__.partition(".")[0])
-    if adapter is not None:
-        return import_module(adapter).start(tape, loss, seed)
-    value = plain(loss)
-    _check_kind(value, seed)
-    return value
-
-
-def _check_kind(value: Any, seed: Any) -> None:
-    rule, remedy = "must return real floating-point numbers", "return the loss computed from the variables"
-    if not (hasattr(value, "dtype") and hasattr(value, "shape")) and not isinstance(value, int | float | complex):
-        raise ArgumentTypeError("loss()", rule, "None" if value is None else f"a {type(value).__name__}", remedy)
-    kind = np.dtype(getattr(value, "dtype", type(value))).kind
-    if kind in "biu":
-        got = f"{value!r} of dtype {value.dtype}" if hasattr(value, "dtype") else repr(value)
-        raise ArgumentValueError("loss()", rule, f"{got}, which provides no gradients", remedy)
-    if kind == "c" and seed is None:
-        raise ArgumentValueError(
-            "loss()", rule, "complex numbers", "return their absolute value, their square or a part of them"
-        )
-
-
-def _seed(value: Any, upstream: Any) -> Any:
-    if upstream is None:
-        return type(value)(1) if isinstance(value, np.generic) else np.ones_like(value)
-    shape = np.shape(plain(upstream))
-    if shape not in ((), tuple(value.shape)):
-        raise ArgumentValueError(
-            "grad_loss",
-            f"must be a number or have the shape of the loss, {tuple(value.shape)}",
-            f"shape {shape}",
-            "pass one number per element of the loss",
-        )
-    upstream = plain(upstream)
-    if shape:
-        upstream = np.asarray(upstream, like=value)
-    return fit(np.ones_like(value) * upstream, value)
+def _start(tape: Tape, losses: Sequence[Any], grad_loss: Any) -> list[Any]:
+    """Give each returned loss its upstream gradient; the plain values of all."""
+    values = list(losses)
+    foreign: dict[str, list[int]] = {}
+    seeds = upstream.per_loss(grad_loss, len(values))
+    for i, loss in enumerate(values):
+        if isinstance(loss, Variable):
+            loss = tape.operand(loss)  # noqa: PLW2901
+        if type(loss) is Node and loss.tape is tape:
+            values[i] = loss.value
+            upstream.check_loss(loss.value, seeds[i])
+            gradient = upstream.seed(loss.value, seeds[i])
+            loss.gradient = gradient if loss.gradient is None else loss.gradient + gradient
+            continue
+        adapter = _ADAPTERS.get(type(loss).__module__.partition(".")[0])
+        if adapter is not None:
+            foreign.setdefault(adapter, []).append(i)
+        else:
+            values[i] = plain(loss)
+            upstream.check_loss(values[i], seeds[i])
+    for adapter, positions in foreign.items():
+        pull_back = import_module(adapter).pull_back
+        found = pull_back(tape, [losses[i] for i in positions], [seeds[i] for i in positions])
+        for i, value in zip(positions, found, strict=True):
+            values[i] = value
+    return values
 
 
 def _finished(leaf: Node | None) -> Any:

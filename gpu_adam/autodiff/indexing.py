@@ -1,5 +1,7 @@
 """Derivatives of picking elements: by index, by mask, in sorted order; gradients of picked rows stay sparse."""
 
+# ruff: noqa: PLR0917  # the arguments of NumPy's functions, in their order
+
 from typing import Any
 
 import numpy as np
@@ -24,7 +26,7 @@ def _getitem_vjp(g: Any, y: Any, a: Any, key: Any) -> Any:
         if rows.dtype.kind in "iu" and rows.ndim:
             return _rows(rows, a, g)
     total = np.zeros_like(a)
-    if all(getattr(part, "dtype", None) == bool for part in advanced):
+    if all(getattr(part, "dtype", np.dtype(int)).kind == "b" for part in advanced):
         total[key] = g  # no element twice
     else:
         _scatter_add(total, key, g)
@@ -40,9 +42,7 @@ def _scatter_add(total: Any, key: Any, g: Any) -> None:
     namespace(total).add.at(total, key, g)
 
 
-def _take_vjp(
-    g: Any, y: Any, a: Any, indices: Any, axis: Any = None, out: Any = None, mode: str = "raise"
-) -> Any:
+def _take_vjp(g: Any, y: Any, a: Any, indices: Any, axis: Any = None, out: Any = None, mode: str = "raise") -> Any:
     indices = np.asarray(indices, like=a)
     if axis is None:
         axis, like, shape = 0, a.reshape(-1), a.shape

@@ -4,6 +4,8 @@ The matrix formulas are those of M. Giles, "Collected matrix derivative results 
 differentiation" (2008), with conjugates for complex matrices.
 """
 
+# ruff: noqa: PLR0917  # the arguments of NumPy's functions, in their order
+
 from typing import Any
 
 import numpy as np
@@ -116,9 +118,7 @@ derivative(np.diagonal, _diagonal_vjp)
 
 
 @composed(np.trace)
-def _trace(
-    a: Any, offset: int = 0, axis1: int = 0, axis2: int = 1, dtype: Any = None, out: Any = None
-) -> Any:
+def _trace(a: Any, offset: int = 0, axis1: int = 0, axis2: int = 1, dtype: Any = None, out: Any = None) -> Any:
     return np.sum(np.diagonal(a, offset, axis1, axis2), axis=-1, dtype=dtype)
 
 
@@ -205,9 +205,7 @@ _eigenvectors = Primitive(np.linalg.eigh, (_eigenvectors_vjp,))
 def _eigh(a: Any, UPLO: str = "L") -> Any:  # noqa: N803  # NumPy's name
     pair = np.linalg.eigh(plain(a), UPLO)
     values, vectors = pair
-    return _like_pair(
-        pair, _eigenvalues.follow((a, vectors), values), _eigenvectors.follow((a, values), vectors)
-    )
+    return _like_pair(pair, _eigenvalues.follow((a, vectors), values), _eigenvectors.follow((a, values), vectors))
 
 
 @composed(np.linalg.eigvalsh)
@@ -217,8 +215,9 @@ def _eigvalsh(a: Any, UPLO: str = "L") -> Any:  # noqa: N803
 
 # -- norms
 def _euclidean(a: Any, axis: Any = None, keepdims: bool = False) -> Any:
-    return np.sqrt(np.sum(np.square(a.real) + np.square(a.imag) if a.dtype.kind == "c" else a * a, axis=axis,
-                          keepdims=keepdims))
+    return np.sqrt(
+        np.sum(np.square(a.real) + np.square(a.imag) if a.dtype.kind == "c" else a * a, axis=axis, keepdims=keepdims)
+    )
 
 
 def _euclidean_vjp(g: Any, y: Any, a: Any, axis: Any = None, keepdims: bool = False) -> Any:

@@ -100,6 +100,12 @@ class Node:
     def __array__(self, dtype: Any = None, copy: Any = None) -> Any:
         return np.array(self._constant("a NumPy array"), dtype=dtype, copy=copy)
 
+    def __dlpack__(self, **options: Any) -> Any:
+        return self._constant("a DLPack capsule").__dlpack__(**options)
+
+    def __dlpack_device__(self) -> Any:
+        return self._constant("a DLPack capsule").__dlpack_device__()
+
     def __float__(self) -> float:
         return float(self._constant("a float"))
 
@@ -195,11 +201,13 @@ class Node:
     swapaxes = _method(np.swapaxes)
     take = _method(np.take)
 
-    def astype(self, dtype: Any, order: str = "K", casting: str = "unsafe", subok: bool = True, copy: Any = True) -> Any:
+    def astype(
+        self, dtype: Any, order: str = "K", casting: str = "unsafe", subok: bool = True, copy: Any = True
+    ) -> Any:
         """The array in another dtype; a constant where that is not a floating-point one."""
         return TABLE[astype]((self, np.dtype(dtype)), _NO_KWARGS)
 
-    def reshape(self, *shape: Any, order: str = "C") -> Any:
+    def reshape(self, *shape: Any, order: str = "C", copy: Any = None) -> Any:
         """The array in another shape, given as one tuple or as integers."""
         kwargs = _NO_KWARGS if order == "C" else {"order": order}
         return apply(np.reshape, (self, shape[0] if len(shape) == 1 else shape), kwargs)

@@ -1,5 +1,7 @@
 """Derivatives of sums, means, extremes and their like."""
 
+# ruff: noqa: PLR0917  # the arguments of NumPy's functions, in their order
+
 import math
 from typing import Any
 
@@ -40,7 +42,9 @@ def _spread(g: Any, a: Any, axis: Any) -> Any:
     return full
 
 
-def _sum_vjp(g: Any, y: Any, a: Any, axis: Any = None, dtype: Any = None, out: Any = None, keepdims: Any = False) -> Any:
+def _sum_vjp(
+    g: Any, y: Any, a: Any, axis: Any = None, dtype: Any = None, out: Any = None, keepdims: Any = False
+) -> Any:
     return _spread(g, a, axis)
 
 
@@ -55,16 +59,32 @@ def _deviation(a: Any, axis: Any) -> Any:
 
 
 def _var_vjp(
-    g: Any, y: Any, a: Any, axis: Any = None, dtype: Any = None, out: Any = None, ddof: Any = 0, keepdims: Any = False,
-    *, correction: Any = 0,
+    g: Any,
+    y: Any,
+    a: Any,
+    axis: Any = None,
+    dtype: Any = None,
+    out: Any = None,
+    ddof: Any = 0,
+    keepdims: Any = False,
+    *,
+    correction: Any = 0,
 ) -> Any:
     scale = 2 * _inverse(_count(y, a) - ddof - correction)
     return _kept(g * scale, a, axis) * _deviation(a, axis)
 
 
 def _std_vjp(
-    g: Any, y: Any, a: Any, axis: Any = None, dtype: Any = None, out: Any = None, ddof: Any = 0, keepdims: Any = False,
-    *, correction: Any = 0,
+    g: Any,
+    y: Any,
+    a: Any,
+    axis: Any = None,
+    dtype: Any = None,
+    out: Any = None,
+    ddof: Any = 0,
+    keepdims: Any = False,
+    *,
+    correction: Any = 0,
 ) -> Any:
     scale = _inverse(_count(y, a) - ddof - correction)
     safe = np.where(y == 0, 1, y)  # equal numbers: a corner, whose flat middle is 0

@@ -49,6 +49,7 @@ class Primitive:
         self.keywords = _keywords(vjps)
 
     def __call__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Compute the result, and record it."""
         values, sources = self._split(args)
         if kwargs:
             kwargs = self._checked(kwargs)
@@ -84,8 +85,10 @@ class Primitive:
         given = {key: value for key, value in kwargs.items() if key in self.keywords or value is not None}
         for keyword, value in given.items():
             if isinstance(value, Node | Variable):
-                raise TypeError(f"{function_name(self.function)}: a recorded array must be passed by position "
-                                f"(got the keyword argument {keyword})")
+                raise TypeError(
+                    f"{function_name(self.function)}: a recorded array must be passed by position "
+                    f"(got the keyword argument {keyword})"
+                )
             if keyword not in self.keywords:
                 raise missing(f"{function_name(self.function)} with the argument {keyword}=")
         return given

@@ -201,7 +201,9 @@ _pad_constant = Primitive(np.pad, (_pad_vjp,))
 
 
 @composed(np.pad)
-def _pad(a: Any, pad_width: Any, mode: str = "constant", *, constant_values: Any = 0, reflect_type: str = "even") -> Any:
+def _pad(
+    a: Any, pad_width: Any, mode: str = "constant", *, constant_values: Any = 0, reflect_type: str = "even"
+) -> Any:
     widths = np.broadcast_to(np.asarray(pad_width), (a.ndim, 2)).tolist()
     if mode == "constant":
         return _pad_constant((a, widths), {"constant_values": constant_values})

@@ -11,21 +11,37 @@ from typing import Any
 
 import numpy as np
 
+
+def _words(text: str) -> list[str]:
+    return text.split()
+
+
 # Of the functions that the derivatives call, those that CuPy 14.2 has.
 CUPY_HAS = {
-    "numpy": """
-        abs absolute add all angle any append arange arccos arccosh arcsin arcsinh arctan arctan2 arctanh argmax argmin
-        argsort array_equal asarray atleast_1d atleast_2d atleast_3d bitwise_and bitwise_or broadcast_arrays broadcast_to cbrt clip concatenate
-        conjugate copy copysign cos cosh cumprod cumsum deg2rad degrees diag diagonal divide divmod dot einsum equal exp
-        exp2 expand_dims expm1 empty_like eye fabs flip float_power floor floor_divide fmax fmin fmod frexp full_like greater
-        greater_equal hypot imag invert isfinite isinf isnan ldexp less less_equal log log10 log1p log2 logaddexp
-        logaddexp2 matmul matrix_transpose max maximum mean min minimum mod modf moveaxis multiply nan_to_num ndim negative nextafter
-        not_equal ones_like outer pad positive power prod rad2deg radians ravel real reciprocal remainder reshape rint
-        roll shape sign signbit sin sinc size sinh sort sqrt square squeeze std subtract sum swapaxes take take_along_axis tan tanh
-        transpose tril triu trunc var where zeros_like
-    """.split(),
-    "numpy.linalg": "cholesky det eigh inv matrix_power norm slogdet solve".split(),
-    "numpy.fft": "fft fft2 fftn fftshift ifft ifft2 ifftn ifftshift irfft irfftn rfft rfftn".split(),
+    "numpy": _words(
+        """
+        abs absolute add all angle any append arange arccos arccosh arcsin arcsinh arctan arctan2 arctanh
+        argmax argmin argsort array_equal asarray atleast_1d atleast_2d atleast_3d bitwise_and bitwise_or
+        broadcast_arrays broadcast_to cbrt clip concatenate conjugate copy copysign cos cosh cumprod cumsum
+        deg2rad degrees diag diagonal divide divmod dot einsum equal exp exp2 expand_dims expm1 empty_like eye
+        fabs flip float_power floor floor_divide fmax fmin fmod frexp full_like greater greater_equal hypot
+        imag invert isfinite isinf isnan ldexp less less_equal log log10 log1p log2 logaddexp logaddexp2
+        matmul matrix_transpose max maximum mean min minimum mod modf moveaxis multiply nan_to_num ndim
+        negative nextafter not_equal ones_like outer pad positive power prod rad2deg radians ravel real
+        reciprocal remainder reshape rint roll shape sign signbit sin sinc size sinh sort sqrt square squeeze
+        std subtract sum swapaxes take take_along_axis tan tanh transpose tril triu trunc var where zeros_like
+        """
+    ),
+    "numpy.linalg": _words(
+        """
+        cholesky det eigh inv matrix_power norm slogdet solve
+        """
+    ),
+    "numpy.fft": _words(
+        """
+        fft fft2 fftn fftshift ifft ifft2 ifftn ifftshift irfft irfftn rfft rfftn
+        """
+    ),
 }
 _SCALARS = (bool, int, float, complex, np.generic)
 
@@ -152,7 +168,7 @@ def _operator(name: str, ufunc: Any) -> Any:
     return operator
 
 
-for _name in "all any argmax astype conj conjugate copy max mean min reshape sum swapaxes transpose".split():
+for _name in _words("all any argmax astype conj conjugate copy max mean min reshape sum swapaxes transpose"):
     setattr(DuckArray, _name, _method(_name))
 for _name, _ufunc in {
     "add": np.add, "sub": np.subtract, "mul": np.multiply, "truediv": np.divide, "matmul": np.matmul, "pow": np.power,

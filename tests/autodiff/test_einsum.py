@@ -33,11 +33,18 @@ SUBSCRIPTS = {
 
 
 class TestEinsum(DerivativeTests):
-    cases = [
-        one
-        for subscripts, shapes in SUBSCRIPTS.items()
-        for one in both(subscripts, lambda np, *a, s=subscripts: np.einsum(s, *a), *shapes, hips=False)
-    ] + both("optimised", lambda np, *a: np.einsum("ij,jk,kl->il", *a, optimize=True), (2, 3), (3, 4), (4, 2))
+    """All kinds of subscripts."""
+
+    cases = (
+        *(
+            one
+            for subscripts, shapes in SUBSCRIPTS.items()
+            for one in both(subscripts, lambda np, *a, s=subscripts: np.einsum(s, *a), *shapes, hips=False)
+        ),
+        *both(
+            "optimised", lambda np, *a: np.einsum("ij,jk,kl->il", *a, optimize=True), (2, 3), (3, 4), (4, 2), hips=False
+        ),
+    )
 
 
 def test_explicit_form() -> None:

@@ -12,23 +12,35 @@ NORMS = (None, "backward", "ortho", "forward")
 
 
 class TestFourier(DerivativeTests):
-    cases = [
+    """Each transform, each norm, other lengths."""
+
+    cases = (
         *(
             one
             for name in ("fft", "ifft", "irfft", "hfft")
             for norm in NORMS
             for one in both(
-                f"{name}-{norm}", lambda np, x, f=name, norm=norm: getattr(np.fft, f)(x, axis=0, norm=norm), (5, 3), hips=False
+                f"{name}-{norm}",
+                lambda np, x, f=name, norm=norm: getattr(np.fft, f)(x, axis=0, norm=norm),
+                (5, 3),
+                hips=False,
             )
         ),
         *(
             one
             for name in ("fft", "ifft", "irfft")
             for n in (4, 6, 7)
-            for one in both(f"{name}-length-{n}", lambda np, x, f=name, n=n: getattr(np.fft, f)(x, n), (3, 5), hips=False)
+            for one in both(
+                f"{name}-length-{n}", lambda np, x, f=name, n=n: getattr(np.fft, f)(x, n), (3, 5), hips=False
+            )
         ),
         *(
-            case(f"{name}-{norm}", lambda np, x, f=name, norm=norm: getattr(np.fft, f)(x, axis=0, norm=norm), (5, 3), hips=False)
+            case(
+                f"{name}-{norm}",
+                lambda np, x, f=name, norm=norm: getattr(np.fft, f)(x, axis=0, norm=norm),
+                (5, 3),
+                hips=False,
+            )
             for name in ("rfft", "ihfft")
             for norm in NORMS
         ),
@@ -41,7 +53,12 @@ class TestFourier(DerivativeTests):
             one
             for name in ("fft2", "ifft2", "fftn", "ifftn", "irfft2", "irfftn")
             for norm in (None, "ortho")
-            for one in both(f"{name}-{norm}", lambda np, x, f=name, norm=norm: getattr(np.fft, f)(x, norm=norm), (2, 3, 4), hips=False)
+            for one in both(
+                f"{name}-{norm}",
+                lambda np, x, f=name, norm=norm: getattr(np.fft, f)(x, norm=norm),
+                (2, 3, 4),
+                hips=False,
+            )
         ),
         *both("fft2-shape", lambda np, x: np.fft.fft2(x, (3, 5)), (2, 4, 4), hips=False),
         *both("fft2-axes", lambda np, x: np.fft.fft2(x, axes=(0, 2)), (2, 3, 4), hips=False),
@@ -50,11 +67,11 @@ class TestFourier(DerivativeTests):
         case("rfftn", lambda np, x: np.fft.rfftn(x), (2, 3, 4), hips=False),
         case("rfftn-shape", lambda np, x: np.fft.rfftn(x, (3, 5), axes=(0, 2)), (2, 3, 4), hips=False),
         case("rfft2", lambda np, x: np.fft.rfft2(x), (3, 4), hips=False),
-        case("rfftn-one-axis", lambda np, x: np.fft.rfftn(x, axes=(0,)) [:2], (3, 4), hips=False),
+        case("rfftn-one-axis", lambda np, x: np.fft.rfftn(x, axes=(0,))[:2], (3, 4), hips=False),
         *both("shift", lambda np, x: np.fft.fftshift(x) * np.fft.ifftshift(x, axes=1), (3, 4)),
         *both("hips", lambda np, x: np.fft.ifft2(np.fft.fft2(x) * 2) + np.fft.fftn(x), (4, 4)),
         *both("intensity", lambda np, x: np.abs(np.fft.fft2(x, norm="ortho")) ** 2, (4, 4), hips=False),
-    ]
+    )
 
 
 @pytest.mark.parametrize("dtype", [np.complex64, np.complex128])

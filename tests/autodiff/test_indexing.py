@@ -38,11 +38,15 @@ KEYS: dict[str, Any] = {
 
 
 class TestIndexing(DerivativeTests):
-    cases = [
+    """Each kind of key, on a variable and on a result."""
+
+    cases = (
         *(
             one
             for label, key in KEYS.items()
-            for one in both(f"getitem-{label}", lambda np, x, key=key: x[key], (3, 4), hips=label not in ("rows-and-ellipsis",))
+            for one in both(
+                f"getitem-{label}", lambda np, x, key=key: x[key], (3, 4), hips=label not in ("rows-and-ellipsis",)
+            )
         ),
         *(
             one
@@ -65,7 +69,7 @@ class TestIndexing(DerivativeTests):
         case("sort", lambda np, x: np.sort(x) * np.sort(x, axis=0), DISTINCT, hips=False),
         case("sort-flat", lambda np, x: np.sort(x, axis=None), DISTINCT, hips=False),
         case("sort-hips", lambda np, x: np.sort(x), DISTINCT[0]),
-    ]
+    )
 
 
 def gather(variable: Any, *keys: Any) -> Any:

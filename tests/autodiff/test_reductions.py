@@ -20,7 +20,9 @@ WITH_ZEROS = np.array([[1.5, 0.0, -2.0], [0.0, 3.0, 0.0], [1.0, 2.0, -0.5]])
 
 
 class TestReductions(DerivativeTests):
-    cases = [
+    """Over all kinds of axes."""
+
+    cases = (
         *(
             one
             for name in ("sum", "mean", "prod", "var", "std")
@@ -33,7 +35,9 @@ class TestReductions(DerivativeTests):
             )
         ),
         *(
-            case(f"{name}-{label}", lambda np, x, name=name, options=options: getattr(np, name)(x, **options), (2, 3, 4))
+            case(
+                f"{name}-{label}", lambda np, x, name=name, options=options: getattr(np, name)(x, **options), (2, 3, 4)
+            )
             for name in ("max", "min")
             for label, options in AXES.items()
         ),
@@ -52,7 +56,9 @@ class TestReductions(DerivativeTests):
         *both("zero-size", lambda np, x: np.sum(x, axis=0) + np.prod(x, axis=0), (0, 3), hips=False),
         *both("zero-size-result", lambda np, x: np.sum(x, axis=0) * np.mean(x, axis=0), (3, 0), hips=False),
         case("extreme-zero-dimensional", lambda np, x: np.max(x) + np.min(x), ()),
-        case("logsumexp", lambda np, x: np.log(np.sum(np.exp(x - np.max(x, 1, keepdims=True)), 1)) + np.max(x, 1), (3, 4)),
+        case(
+            "logsumexp", lambda np, x: np.log(np.sum(np.exp(x - np.max(x, 1, keepdims=True)), 1)) + np.max(x, 1), (3, 4)
+        ),
         case("logaddexp-reduce", lambda np, x: np.logaddexp.reduce(x, axis=1), (3, 4), hips=False),
         case("logaddexp-reduce-first", lambda np, x: np.logaddexp.reduce(x * 1000, keepdims=True), (3, 4), hips=False),
         case("ufunc-reduce", lambda np, x: np.add.reduce(x) * np.multiply.reduce(x, axis=0), (3, 4), hips=False),
@@ -61,9 +67,9 @@ class TestReductions(DerivativeTests):
         case("average", lambda np, x: np.average(x, axis=1), (3, 4), hips=False),
         case("average-weights", lambda np, x, w: np.average(x, 1, w**2), (3, 4), (4,), hips=False),
         case("average-full-weights", lambda np, x, w: np.average(x, weights=w**2), (3, 4), (3, 4), hips=False),
-        *both("diff", lambda np, x: np.diff(x) [:2] + np.diff(x, 2, axis=0)[:, :3], (4, 4), hips=False),
+        *both("diff", lambda np, x: np.diff(x)[:2] + np.diff(x, 2, axis=0)[:, :3], (4, 4), hips=False),
         *both("variance-of-one", lambda np, x: np.var(x, axis=0), (1, 3), hips=False),
-    ]
+    )
 
 
 def test_equal_extremes_share() -> None:

@@ -10,13 +10,20 @@ from .cases import DerivativeTests, both, case
 
 
 class TestShapes(DerivativeTests):
-    cases = [
+    """Each function, and the methods."""
+
+    cases = (
         *both("reshape", lambda np, x: np.reshape(x, (4, -1)) * x.reshape(4, 3), (3, 4)),
         *both("reshape-fortran", lambda np, x: np.reshape(x, (4, 3), order="F"), (3, 4)),
         *both("reshape-method", lambda np, x: (x * 2).reshape((2, 6)) + (x * 2).reshape(2, -1), (3, 4)),
         *both("ravel", lambda np, x: np.ravel(x) * (x * 2).ravel() * (x * 2).flatten(), (3, 4), hips=False),
         *both("transpose", lambda np, x: np.transpose(x) * (x * 2).T, (3, 4)),
-        *both("transpose-axes", lambda np, x: np.transpose(x, (2, 0, 1)) + (x * 2).transpose(-1, 0, 1), (2, 3, 4), hips=False),
+        *both(
+            "transpose-axes",
+            lambda np, x: np.transpose(x, (2, 0, 1)) + (x * 2).transpose(-1, 0, 1),
+            (2, 3, 4),
+            hips=False,
+        ),
         *both("swapaxes", lambda np, x: np.swapaxes(x, 0, 2) + (x * 2).swapaxes(-1, 0), (2, 3, 4)),
         *both("moveaxis", lambda np, x: np.moveaxis(x, 0, -1), (2, 3, 4)),
         *both("moveaxis-two", lambda np, x: np.moveaxis(x, (0, 2), (1, 0)), (2, 3, 4), hips=False),
@@ -41,7 +48,12 @@ class TestShapes(DerivativeTests):
         *both("column_stack", lambda np, a, b: np.column_stack([a, b]), (2,), (2, 3)),
         *both("split", lambda np, x: np.split(x, 3, axis=1)[1] * np.split(x, [1, 2], axis=1)[0], (2, 3)),
         *both("array_split", lambda np, x: np.array_split(x, 3)[1], (5, 2)),
-        *both("vhd-split", lambda np, x: np.vsplit(x, 2)[0] * np.dsplit(x, 2)[1][:2] + np.hsplit(x, 2)[1][:2, :1], (4, 4, 2), hips=False),
+        *both(
+            "vhd-split",
+            lambda np, x: np.vsplit(x, 2)[0] * np.dsplit(x, 2)[1][:2] + np.hsplit(x, 2)[1][:2, :1],
+            (4, 4, 2),
+            hips=False,
+        ),
         *both("unpacked", lambda np, x: sum(row * row for row in +x), (3, 4), hips=False),
         *both("repeat", lambda np, x: np.repeat(x, 2, axis=1) * (x * 2).repeat(2, 1), (3, 4)),
         *both("repeat-flat", lambda np, x: np.repeat(x, 2), (3, 4)),
@@ -54,8 +66,10 @@ class TestShapes(DerivativeTests):
             case(f"pad-{mode}", lambda np, x, mode=mode: np.pad(x, ((2, 1), (0, 3)), mode=mode), (3, 4), hips=False)
             for mode in ("edge", "reflect", "symmetric", "wrap")
         ),
-        *both("zero-size", lambda np, x: np.concatenate([np.transpose(x), x.reshape(4, 0)], axis=1), (0, 4), hips=False),
-    ]
+        *both(
+            "zero-size", lambda np, x: np.concatenate([np.transpose(x), x.reshape(4, 0)], axis=1), (0, 4), hips=False
+        ),
+    )
 
 
 def test_unsupported_padding_says_what_to_do() -> None:
