@@ -7,10 +7,14 @@ the arithmetic.  Both compute the same loss with the same NumPy functions; the g
 two are timed in turn, and the best of the rounds counts.  "forward" is the loss alone, on plain arrays.
 """
 
+import os
 import platform
 import timeit
 from collections.abc import Callable
 from typing import Any
+
+# Before NumPy is imported: for matrices this small, a second thread costs more than it brings.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import autograd
 import autograd.numpy as anp

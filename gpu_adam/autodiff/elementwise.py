@@ -1,7 +1,6 @@
 """Derivatives of the elementwise operations."""
 
 import math
-import operator
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,7 @@ from gpu_adam.autodiff.rules import Primitive, composed, conj, constant, derivat
 from gpu_adam.autodiff.table import TABLE
 
 _LN2, _LN10 = math.log(2), math.log(10)
-_SCALARS = (int, float, complex, np.generic)
+_SCALARS: Any = (int, float, complex, np.generic)
 
 
 def _nonzero(x: Any) -> Any:
@@ -41,7 +40,7 @@ def _power_base(g: Any, y: Any, a: Any, b: Any) -> Any:
             return g * conj(2 * a)
         return g * conj(b * a ** (b - 1)) if b else g * 0
     # Not b * a**(b-1) where b is 0: that is 0 times infinity at a = 0.
-    return g * conj(np.where(b == 0, 0, b * a ** np.where(b == 0, 1, b - 1)))
+    return g * conj(np.where(b == 0, 0, b * np.power(a, np.where(b == 0, 1, b - 1))))
 
 
 def _power_exponent(g: Any, y: Any, a: Any, b: Any) -> Any:
@@ -53,8 +52,12 @@ def _power_exponent(g: Any, y: Any, a: Any, b: Any) -> Any:
     return g * conj(y * logarithm)
 
 
-# The operator, which knows short cuts for exponents like 2.
-TABLE[np.power] = Primitive(operator.pow, (_power_base, _power_exponent), arrays_only=True)
+def _power(a: Any, b: Any) -> Any:
+    # The operator knows short cuts for exponents like 2.
+    return a**b if isinstance(b, (int, float)) else np.power(a, b)
+
+
+TABLE[np.power] = Primitive(_power, (_power_base, _power_exponent), arrays_only=True)
 derivative(np.float_power, _power_base, _power_exponent)
 
 # -- exponentials and logarithms

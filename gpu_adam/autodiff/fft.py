@@ -12,7 +12,7 @@ import numpy as np
 from gpu_adam.autodiff.rules import composed, derivative
 
 # fft is the sum times 1, 1/sqrt(n) or 1/n; the inverse whose scale is the same has the other name.
-_ADJOINT_NORM = {None: "forward", "backward": "forward", "ortho": "ortho", "forward": "backward"}
+_ADJOINT_NORM: dict[Any, Any] = {None: "forward", "backward": "forward", "ortho": "ortho", "forward": "backward"}
 
 
 def _resized(g: Any, shape: tuple[int, ...]) -> Any:

@@ -61,8 +61,9 @@ def differentiable(function: Callable[..., Any]) -> Callable[..., Any]:
                 "return the loss alone",
             )
         pull = _Pullback(pullback)
-        sources = [(functools.partial(pull, position), args[i]) for position, i in enumerate(wanted)]
-        return record(_from_jax(result, values[0]), sources, values, {})
+        sources: list[Any] = [(functools.partial(pull, position), args[i]) for position, i in enumerate(wanted)]
+        result = _from_jax(result, values[0])
+        return record(result, sources, values, {}) if sources else result
 
     return call
 

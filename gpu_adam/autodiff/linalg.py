@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from gpu_adam.autodiff.rules import Primitive, composed, conj, constant, derivative, missing, plain
-from gpu_adam.autodiff.table import TABLE
+from gpu_adam.autodiff.rules import Primitive, composed, conj, constant, derivative, plain
+from gpu_adam.autodiff.table import TABLE, missing
 
 
 def _adjoint(a: Any) -> Any:
@@ -159,8 +159,8 @@ def _like_pair(pair: Any, first: Any, second: Any) -> Any:
 @composed(np.linalg.slogdet)
 def _slogdet(a: Any) -> Any:
     pair = np.linalg.slogdet(plain(a))
-    logarithm = _log_of_determinant.follow((a,), pair[1])
-    sign = _sign_of_determinant.follow((a,), pair[0]) if pair[0].dtype.kind == "c" else pair[0]
+    logarithm = _log_of_determinant((a,), {}, pair[1])
+    sign = _sign_of_determinant((a,), {}, pair[0]) if pair[0].dtype.kind == "c" else pair[0]
     return _like_pair(pair, sign, logarithm)
 
 
@@ -202,14 +202,14 @@ _eigenvectors = Primitive(np.linalg.eigh, (_eigenvectors_vjp,))
 
 
 @composed(np.linalg.eigh)
-def _eigh(a: Any, UPLO: str = "L") -> Any:  # noqa: N803  # NumPy's name
+def _eigh(a: Any, UPLO: Any = "L") -> Any:  # noqa: N803  # NumPy's name
     pair = np.linalg.eigh(plain(a), UPLO)
     values, vectors = pair
-    return _like_pair(pair, _eigenvalues.follow((a, vectors), values), _eigenvectors.follow((a, values), vectors))
+    return _like_pair(pair, _eigenvalues((a, vectors), {}, values), _eigenvectors((a, values), {}, vectors))
 
 
 @composed(np.linalg.eigvalsh)
-def _eigvalsh(a: Any, UPLO: str = "L") -> Any:  # noqa: N803
+def _eigvalsh(a: Any, UPLO: Any = "L") -> Any:  # noqa: N803
     return _eigh(a, UPLO)[0]
 
 

@@ -71,7 +71,7 @@ class Node:
         self.value = value
         self.tape = tape
         self.origin = origin
-        self.gradient = None
+        self.gradient: Any = None
 
     # -- protocols
     def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **kwargs: Any) -> Any:

@@ -42,43 +42,38 @@ class Primitive:
 
     __slots__ = ("arrays_only", "function", "keywords", "vjps")
 
-    def __init__(self, function: Callable[..., Any], vjps: Sequence[Vjp | None], *, arrays_only: bool = False) -> None:
+    def __init__(
+        self, function: Callable[..., Any], vjps: "Sequence[Vjp | None] | Each", *, arrays_only: bool = False
+    ) -> None:
         self.function = function
         self.vjps = vjps
         self.arrays_only = arrays_only
         self.keywords = _keywords(vjps)
 
-    def __call__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Compute the result, and record it."""
-        values, sources = self._split(args)
-        if kwargs:
-            kwargs = self._checked(kwargs)
-        return record(self.function(*values, **kwargs), sources, values, kwargs)
-
-    def follow(self, args: tuple[Any, ...], result: Any) -> Any:
-        """Record a result that has already been computed from `args`."""
-        values, sources = self._split(args)
-        return record(result, sources, values, {})
-
-    def _split(self, args: tuple[Any, ...]) -> tuple[list[Any], list[tuple[Vjp, Node]]]:
-        """The values of the arguments, and those of them whose gradient is wanted, each with its vjp."""
-        values: list[Any] = []
+    def __call__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any = None) -> Any:
+        """Compute the result of the arguments, unless it is already known, and record it."""
+        values = []
         sources = []
         for position, arg in enumerate(args):
-            if isinstance(arg, Variable):
-                arg = operand(arg)  # noqa: PLW2901
-            if type(arg) is Node:
-                values.append(arg.value)
-                if arg.tape is not None:
-                    try:
-                        vjp = self.vjps[position]
-                    except IndexError:
-                        raise missing(f"{function_name(self.function)} with respect to argument {position}") from None
-                    if vjp is not None:
-                        sources.append((vjp, arg))
-            else:
-                values.append(np.asarray(arg) if self.arrays_only and type(arg) is list else arg)
-        return values, sources
+            if type(arg) is not Node:
+                if isinstance(arg, Variable):
+                    arg = operand(arg)  # noqa: PLW2901
+                if type(arg) is not Node:
+                    values.append(np.asarray(arg) if self.arrays_only and type(arg) is list else arg)
+                    continue
+            values.append(arg.value)
+            if arg.tape is not None:
+                try:
+                    vjp = self.vjps[position]
+                except IndexError:
+                    raise missing(f"{function_name(self.function)} with respect to argument {position}") from None
+                if vjp is not None:
+                    sources.append((vjp, arg))
+        if kwargs:
+            kwargs = self._checked(kwargs)
+        if result is None:
+            result = self.function(*values, **kwargs)
+        return record(result, sources, values, kwargs) if sources else result
 
     def _checked(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """Keyword arguments without those that say nothing; what the vjp does not know must not pass unnoticed."""
@@ -95,9 +90,7 @@ class Primitive:
 
 
 def record(result: Any, sources: list[tuple[Vjp, Node]], values: list[Any], kwargs: Mapping[str, Any]) -> Any:
-    """Put a result on the tape of its sources; a result without sources is a constant, and stays what it is."""
-    if not sources:
-        return result
+    """Put a result on the tape of its sources: the arguments whose gradient is wanted, each with its vjp."""
     tape = sources[0][1].tape
     node = Node(result, tape, (sources, values, kwargs))
     tape.nodes.append(node)
@@ -224,7 +217,7 @@ def _call_plain(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Map
     return function(*map(plain, args), **{key: plain(value) for key, value in kwargs.items()})
 
 
-def _keywords(vjps: Sequence[Vjp | None]) -> frozenset[str]:
+def _keywords(vjps: Sequence[Vjp | None] | Each) -> frozenset[str]:
     if isinstance(vjps, Each):
         return frozenset(inspect.signature(vjps.vjp).parameters)
     return frozenset(name for vjp in vjps if vjp is not None for name in inspect.signature(vjp).parameters)

@@ -4,13 +4,13 @@ from typing import Any
 
 import numpy as np
 
-from gpu_adam.autodiff.rules import Each, Primitive, composed, constant, derivative, missing, plain, traced
-from gpu_adam.autodiff.table import TABLE
+from gpu_adam.autodiff.rules import Each, Primitive, composed, constant, derivative, plain, traced
+from gpu_adam.autodiff.table import TABLE, missing
 
 
 # -- one array, the same elements
 def _reshape_vjp(
-    g: Any, y: Any, a: Any, shape: Any = None, order: str = "C", *, newshape: Any = None, copy: Any = None
+    g: Any, y: Any, a: Any, shape: Any = None, order: Any = "C", *, newshape: Any = None, copy: Any = None
 ) -> Any:
     return np.reshape(g, a.shape, order=order)
 
@@ -140,7 +140,7 @@ def _pieces(a: Any, boundaries: Any, axis: int) -> list[Any]:
 
 
 @composed(np.array_split)
-def _array_split(a: Any, indices_or_sections: Any, axis: int = 0) -> list[Any]:
+def _array_split(a: Any, indices_or_sections: Any, axis: int = 0) -> Any:
     if not np.isscalar(indices_or_sections):
         return _pieces(a, tuple(indices_or_sections), axis)
     quotient, longer = divmod(a.shape[axis], indices_or_sections)
@@ -149,24 +149,24 @@ def _array_split(a: Any, indices_or_sections: Any, axis: int = 0) -> list[Any]:
 
 
 @composed(np.split)
-def _split(a: Any, indices_or_sections: Any, axis: int = 0) -> list[Any]:
+def _split(a: Any, indices_or_sections: Any, axis: int = 0) -> Any:
     if np.isscalar(indices_or_sections) and a.shape[axis] % indices_or_sections:
         raise ValueError("array split does not result in an equal division")
     return _array_split(a, indices_or_sections, axis)
 
 
 @composed(np.vsplit)
-def _vsplit(a: Any, indices_or_sections: Any) -> list[Any]:
+def _vsplit(a: Any, indices_or_sections: Any) -> Any:
     return _split(a, indices_or_sections, 0)
 
 
 @composed(np.hsplit)
-def _hsplit(a: Any, indices_or_sections: Any) -> list[Any]:
+def _hsplit(a: Any, indices_or_sections: Any) -> Any:
     return _split(a, indices_or_sections, 0 if a.ndim == 1 else 1)
 
 
 @composed(np.dsplit)
-def _dsplit(a: Any, indices_or_sections: Any) -> list[Any]:
+def _dsplit(a: Any, indices_or_sections: Any) -> Any:
     return _split(a, indices_or_sections, 2)
 
 

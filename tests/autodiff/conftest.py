@@ -5,6 +5,9 @@ from typing import Any
 
 import pytest
 
+from gpu_adam.devices import find_device
+from gpu_adam.errors import DeviceError
+
 from .cases import Case
 from .duck import DuckArray
 
@@ -15,20 +18,16 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             "test_hips_autograd": lambda case: case.hips,
             "test_single_precision": lambda case: case.narrow,
         }.get(metafunc.function.__name__, lambda case: True)
-        metafunc.parametrize("case", list(filter(applies, metafunc.cls.cases)), ids=str)
+        metafunc.parametrize("case", [case for case in metafunc.cls.cases if applies(case)], ids=str)
     if "to_device" in metafunc.fixturenames:
-        devices = devices_there()
+        chosen = metafunc.config.getoption("--device")
+        devices: dict[str, Callable[[Any], Any]] = {}
+        if chosen != "cuda":
+            devices["duck"] = DuckArray
+        try:
+            if chosen != "host":
+                devices["cuda"] = find_device("cuda").array
+        except DeviceError:
+            if chosen == "cuda":
+                raise
         metafunc.parametrize("to_device", list(devices.values()), ids=list(devices))
-
-
-def devices_there() -> dict[str, Callable[[Any], Any]]:
-    """How to make an array on each device: one that does not exist, and a GPU where one answers."""
-    devices: dict[str, Callable[[Any], Any]] = {"duck": DuckArray}
-    try:
-        import cupy  # noqa: PLC0415  # optional
-
-        if cupy.cuda.runtime.getDeviceCount():
-            devices["cuda"] = cupy.asarray
-    except Exception:  # no CuPy, no driver, no device: each says so in its own way
-        pass
-    return devices

@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -108,6 +108,13 @@ class DuckArray:
     def __setitem__(self, key: Any, value: Any) -> None:
         self._array[_index(key)] = _unwrapped(value)
 
+    def __neg__(self) -> DuckArray:
+        return DuckArray(-self._array)
+
+    def __imul__(self, other: Any) -> DuckArray:
+        self._array *= _unwrapped(other)
+        return self
+
     def __repr__(self) -> str:
         return f"DuckArray({self._array!r})"
 
@@ -144,12 +151,12 @@ def _index(key: Any) -> Any:
 
 
 def _on_device(function: Any, args: Any, kwargs: Any) -> Any:
-    result = function(*map(_unwrapped, args), **{key: _unwrapped(value) for key, value in kwargs.items()})
+    result: Any = function(*map(_unwrapped, args), **{key: _unwrapped(value) for key, value in kwargs.items()})
     if result is None:
         return None
     if isinstance(result, tuple) and hasattr(result, "_fields"):
-        return type(result)(*map(DuckArray, result))
-    return type(result)(map(DuckArray, result)) if isinstance(result, tuple | list) else DuckArray(result)
+        return cast(Any, type(result))(*map(DuckArray, result))
+    return [DuckArray(part) for part in result] if isinstance(result, tuple | list) else DuckArray(result)
 
 
 def _method(name: str) -> Any:
@@ -181,5 +188,3 @@ for _name, _ufunc in {
     "and": np.bitwise_and, "or": np.bitwise_or,
 }.items():  # fmt: skip
     setattr(DuckArray, f"__{_name}__", _operator(f"__{_name}__", _ufunc))
-DuckArray.__neg__ = lambda self: DuckArray(-self._array)  # type: ignore[attr-defined]
-DuckArray.__imul__ = lambda self, other: DuckArray(np.multiply(self._array, _unwrapped(other), out=self._array))  # type: ignore[attr-defined]

@@ -30,6 +30,8 @@ SUBSCRIPTS = {
     "ij,ij->ij": ((1, 4), (3, 4)),
     "ij,ik->jk": ((0, 4), (0, 3)),
 }
+# HIPS autograd knows neither repeated letters nor stretched axes, and fails at empty ones.
+IN_HIPS = ("ij,jk->ik", "i,i", "i,j->ij", "bij,bjk->bik", "ij->ji", "ij->i", "ij,k->i", "ij,j,i->")
 
 
 class TestEinsum(DerivativeTests):
@@ -39,7 +41,9 @@ class TestEinsum(DerivativeTests):
         *(
             one
             for subscripts, shapes in SUBSCRIPTS.items()
-            for one in both(subscripts, lambda np, *a, s=subscripts: np.einsum(s, *a), *shapes, hips=False)
+            for one in both(
+                subscripts, lambda np, *a, s=subscripts: np.einsum(s, *a), *shapes, hips=subscripts in IN_HIPS
+            )
         ),
         *both(
             "optimised", lambda np, *a: np.einsum("ij,jk,kl->il", *a, optimize=True), (2, 3), (3, 4), (4, 2), hips=False

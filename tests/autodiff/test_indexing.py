@@ -37,6 +37,11 @@ KEYS: dict[str, Any] = {
 }
 
 
+def place(indices: Any, x: Any) -> Any:
+    """The indices on the device of x."""
+    return np.asarray(indices, like=getattr(x, "value", x))
+
+
 class TestIndexing(DerivativeTests):
     """Each kind of key, on a variable and on a result."""
 
@@ -55,17 +60,22 @@ class TestIndexing(DerivativeTests):
         ),
         *both("getitem-zero-dimensional", lambda np, x: x[()] * x[..., None], ()),
         *(
-            case(f"take-{axis}", lambda np, x, axis=axis: np.take(x, ROWS, axis=axis), (3, 4, 3), hips=False)
+            case(f"take-{axis}", lambda np, x, axis=axis: np.take(x, place(ROWS, x), axis=axis), (3, 4, 3), hips=False)
             for axis in (None, 0, 1, -1)
         ),
         *both("take-one", lambda np, x: np.take(x, 2, axis=0) * (x * 2).take(1, axis=0), (3, 4), hips=False),
-        *both("take-of-result", lambda np, x: np.take(x * 2, ROWS, axis=0), (3, 4), hips=False),
+        *both("take-of-result", lambda np, x: np.take(x * 2, place(ROWS, x), axis=0), (3, 4), hips=False),
         *both("take-and-dense", lambda np, x: np.take(x, [0, 1, 1], axis=0) * x, (3, 4), hips=False),
         case("take-wrap", lambda np, x: np.take(x, [5, -7], axis=0, mode="wrap"), (3, 4), hips=False),
         case("take-clip", lambda np, x: np.take(x, [5, -7], axis=0, mode="clip"), (3, 4), hips=False),
-        *both("take_along_axis", lambda np, x: np.take_along_axis(x, ROWS[:, :1], 1), (2, 4), hips=False),
-        *both("take_along_axis-0", lambda np, x: np.take_along_axis(x, ROWS, axis=0), (3, 3), hips=False),
-        case("take_along_axis-flat", lambda np, x: np.take_along_axis(x, ROWS.ravel(), axis=None), (3, 4), hips=False),
+        *both("take_along_axis", lambda np, x: np.take_along_axis(x, place(ROWS[:, :1], x), 1), (2, 4), hips=False),
+        *both("take_along_axis-0", lambda np, x: np.take_along_axis(x, place(ROWS, x), axis=0), (3, 3), hips=False),
+        case(
+            "take_along_axis-flat",
+            lambda np, x: np.take_along_axis(x, place(ROWS.ravel(), x), axis=None),
+            (3, 4),
+            hips=False,
+        ),
         case("sort", lambda np, x: np.sort(x) * np.sort(x, axis=0), DISTINCT, hips=False),
         case("sort-flat", lambda np, x: np.sort(x, axis=None), DISTINCT, hips=False),
         case("sort-hips", lambda np, x: np.sort(x), DISTINCT[0]),

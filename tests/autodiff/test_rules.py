@@ -1,6 +1,6 @@
 """Derivatives of one's own, and what the rules take off their authors' hands."""
 
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -49,7 +49,7 @@ def test_argument_without_a_derivative() -> None:
 
 
 def test_a_function_of_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(TABLE, np.cumprod, None)  # undone afterwards
+    monkeypatch.setitem(cast(Any, TABLE), np.cumprod, None)  # undone afterwards
     register_vjp(np.cumprod, lambda g, y, x: np.flip(np.cumsum(np.flip(g * y))) / x)
     x = Variable(np.array([1.0, 2.0, 4.0]))
     _, gradient = value_and_grad(lambda: np.sum(np.cumprod(x)), x)

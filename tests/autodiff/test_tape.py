@@ -46,7 +46,7 @@ def test_arrays_are_freed_with_the_tape() -> None:
     kept: list[Any] = []
 
     def loss() -> Any:
-        hidden = np.exp(x)
+        hidden: Any = np.exp(x)
         kept.append(weakref.ref(hidden.value))
         return np.sum(hidden * x)
 
@@ -60,7 +60,7 @@ def test_a_kept_result_keeps_its_value_only() -> None:
     kept: list[Any] = []
 
     def loss() -> Any:
-        hidden = np.exp(x)
+        hidden: Any = np.exp(x)
         kept.extend([weakref.ref(hidden.value), np.sum(hidden * x)])
         return kept[1]
 

@@ -35,7 +35,12 @@ def test_memory_is_shared() -> None:
     assert view(w).data_ptr() == w.value.ctypes.data
     assert not view(w).requires_grad
     addresses: list[int] = []
-    value_and_grad(lambda: (addresses.append(view(w).data_ptr()), torch.sum(view(w)))[1], w)
+
+    def loss() -> Any:
+        addresses.append(view(w).data_ptr())
+        return torch.sum(view(w))
+
+    value_and_grad(loss, w)
     assert addresses == [w.value.ctypes.data]
 
 
