@@ -84,10 +84,13 @@ def gradients(loss: Loss, variables: Any, grad_loss: Any = None) -> tuple[Any, l
         if wanted is None:
             wanted = flatten(variables())
         many = isinstance(returned, (list, tuple))
-        values = _start(tape, returned if many else [returned], grad_loss)
+        if many:
+            values = _start(tape, returned, upstream.per_loss(grad_loss, len(returned)))
+        else:
+            values = _start(tape, [returned], [grad_loss])
         tape.backward()
-        pairs = [(_finished(tape.leaves.get(id(variable))), variable) for variable in wanted]
-        return values if many else values[0], pairs
+        found = _finished(tape.leaves)
+        return values if many else values[0], [(found.get(id(variable)), variable) for variable in wanted]
     finally:
         tape.close()
 
@@ -122,16 +125,17 @@ def _in_structure(variables: Any, found: Iterator[Any]) -> Any:
     return list(found)  # a function returned them
 
 
-def _start(tape: Tape, losses: Sequence[Any], grad_loss: Any) -> list[Any]:
+def _start(tape: Tape, losses: Sequence[Any], seeds: list[Any]) -> list[Any]:
     """Give each returned loss its upstream gradient; the plain values of all."""
     values = list(losses)
     foreign: dict[str, list[int]] = {}
-    seeds = upstream.per_loss(grad_loss, len(values))
     for i, loss in enumerate(values):
         if isinstance(loss, Variable):
             loss = tape.operand(loss)  # noqa: PLW2901
         if type(loss) is Node and loss.tape is tape:
-            values[i] = loss.value
+            # A variable, or a view of one, would change with the next step.
+            is_view = loss.origin is None or getattr(loss.value, "base", None) is not None
+            values[i] = loss.value.copy() if is_view else loss.value
             upstream.check_loss(loss.value, seeds[i])
             gradient = upstream.seed(loss.value, seeds[i])
             loss.gradient = gradient if loss.gradient is None else loss.gradient + gradient
@@ -150,15 +154,21 @@ def _start(tape: Tape, losses: Sequence[Any], grad_loss: Any) -> list[Any]:
     return values
 
 
-def _finished(leaf: Node | None) -> Any:
-    """A gradient as it is handed out: an array of its own, or row slices."""
-    if leaf is None or leaf.gradient is None:
-        return None
-    gradient = leaf.gradient
-    if type(gradient) is Rows:
-        return gradient.slices()
-    if isinstance(gradient, np.generic):
-        return np.asarray(gradient)
-    if gradient.flags.c_contiguous and getattr(gradient.flags, "writeable", True):
-        return gradient
-    return gradient.copy(order="C")  # a view, broadcast or transposed
+def _finished(leaves: dict[int, Node]) -> dict[int, Any]:
+    """The gradients as they are handed out, by variable: arrays of their own, or row slices."""
+    found: dict[int, Any] = {}
+    given: set[int] = set()
+    for key, leaf in leaves.items():
+        gradient = leaf.gradient
+        if type(gradient) is Rows:
+            found[key] = gradient.slices()
+        elif isinstance(gradient, np.generic):
+            found[key] = np.asarray(gradient)
+        elif gradient is not None:
+            flags = gradient.flags
+            plain_layout = flags.c_contiguous and getattr(flags, "writeable", True)
+            # A view may be one of another gradient; of `a + b` both have the same.
+            shared = id(gradient) in given or isinstance(gradient.base, type(gradient))
+            found[key] = gradient.copy(order="C") if shared or not plain_layout else gradient
+            given.add(id(gradient))
+    return found

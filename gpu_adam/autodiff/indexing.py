@@ -14,6 +14,8 @@ from gpu_adam.autodiff.rules import composed, derivative, namespace, plain
 def _rows(indices: Any, a: Any, g: Any) -> Rows:
     """The gradient of a[indices], whatever the shape of the indices."""
     indices = indices.reshape(-1)
+    if indices.dtype not in (np.int32, np.int64):  # what the sparse update takes, and wide enough for what follows
+        indices = indices.astype(np.int64)
     indices = np.where(indices < 0, indices + a.shape[0], indices)
     return Rows(a, indices, g.reshape((indices.size, *a.shape[1:])))
 

@@ -11,7 +11,7 @@ _RULE, _REMEDY = "must return real floating-point numbers", "return the loss com
 
 
 def per_loss(grad_loss: Any, count: int) -> list[Any]:
-    """The upstream gradient of each of several losses."""
+    """The upstream gradient of each loss in a list of losses."""
     if not count:
         raise ArgumentValueError("loss()", "must return at least one loss", "an empty list", "return the losses")
     if not isinstance(grad_loss, (list, tuple)):

@@ -95,6 +95,7 @@ class DuckArray:
     ndim = property(lambda self: self._array.ndim)
     size = property(lambda self: self._array.size)
     flags = property(lambda self: self._array.flags)
+    base = None
     T = property(lambda self: DuckArray(self._array.T))
     real = property(lambda self: DuckArray(self._array.real))
     imag = property(lambda self: DuckArray(self._array.imag))

@@ -8,6 +8,7 @@ import pytest
 
 from gpu_adam import ArgumentTypeError, ArgumentValueError, Variable
 from gpu_adam.autodiff import gradients, value_and_grad
+from gpu_adam.devices import Device
 from gpu_adam.tracing import current_tracer
 
 from .cases import random
@@ -28,6 +29,16 @@ def test_value_and_gradients(w: Variable, b: Variable) -> None:
     assert (value, gw.tolist(), gb) == (7.0, [1, 2, 3], 14)
     assert type(gb) is np.ndarray
     assert type(value) is np.float64
+
+
+def test_on_each_device(device: Device) -> None:
+    x = Variable(np.arange(6, dtype=np.float32).reshape(2, 3))
+    z = Variable(np.array([1 + 2j, 3], np.complex64))
+    value, (gx, gz) = value_and_grad(lambda: np.sum(np.exp(x).mean(axis=0)) + np.sum(np.abs(z) ** 2), [x, z])
+    assert type(gx) is type(gz) is type(x.value)
+    np.testing.assert_allclose(device.numpy(gx), np.exp(x.numpy()) / 2, rtol=1e-6)
+    np.testing.assert_allclose(device.numpy(gz), 2 * z.numpy(), rtol=1e-6)
+    assert abs(float(value) - np.exp(x.numpy()).sum() / 2 - 14) < 1e-3
 
 
 def test_gradients_have_the_structure_of_the_variables(w: Variable, b: Variable) -> None:
@@ -75,7 +86,8 @@ def test_losses_are_summed(w: Variable, b: Variable) -> None:
 
 def test_a_variable_may_be_the_loss(w: Variable) -> None:
     value, gradient = value_and_grad(lambda: w, w)
-    assert value is w.value
+    assert value.tolist() == [1, 2, 3]
+    assert value is not w.value
     assert gradient.tolist() == [1, 1, 1]
 
 
@@ -106,6 +118,10 @@ def test_gradients_are_arrays_of_their_own(w: Variable) -> None:
         _, gradient = value_and_grad(loss, w)
         assert gradient.flags.c_contiguous
         assert gradient.flags.writeable
+    _, (first, second) = value_and_grad(lambda: w + +w * 1 + v, [w, v := Variable(np.ones(3))])
+    assert not np.shares_memory(first, second)
+    _, (first, second) = value_and_grad(lambda: v.reshape(1, 3) + u, [v, u := Variable(np.ones((1, 3)))])
+    assert not np.shares_memory(first, second)
     m = Variable(np.ones((2, 3)))
     assert value_and_grad(lambda: m.T * np.ones((3, 2)), m)[1].flags.c_contiguous
 
@@ -118,9 +134,7 @@ def test_number(w: Variable) -> None:
 
 @pytest.mark.parametrize("kind", [np.array, list, lambda x: Variable(np.array(x))])
 def test_per_element(w: Variable, kind: Any) -> None:
-    upstream = kind([1.0, 0.0, -1.0])
-    loss = (lambda: [w * w]) if kind is list else (lambda: w * w)
-    _, pairs = gradients(loss, w, [upstream] if kind is list else upstream)
+    _, pairs = gradients(lambda: w * w, w, kind([1.0, 0.0, -1.0]))
     assert pairs[0][0].tolist() == [2, 0, -6]
 
 
@@ -148,7 +162,7 @@ def test_wrong_shape(w: Variable) -> None:
 
 def test_wrong_number(w: Variable) -> None:
     with pytest.raises(ArgumentValueError, match="one upstream gradient for each loss, 1 in number"):
-        gradients(lambda: w * w, w, [1.0, 2.0])
+        gradients(lambda: [w * w], w, [1.0, 2.0])
 
 
 # -- bad input

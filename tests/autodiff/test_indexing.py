@@ -106,6 +106,14 @@ def test_several_gathers_join() -> None:
     assert slices.values[slices.indices == 4].tolist() == [[16, 18]] * 2
 
 
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int32, np.uint64])
+def test_indices_of_any_integer_type(dtype: type) -> None:
+    table = Variable(np.ones((1000, 2)))
+    _, slices = value_and_grad(lambda: gather(table, np.array([1, 3], dtype)), table)
+    assert slices.indices.tolist() == [1, 3]
+    assert slices.indices.dtype in (np.int32, np.int64)
+
+
 def test_sparse_gradient_of_a_vector() -> None:
     _, slices = value_and_grad(lambda: gather(v, np.array([1, 1])), v := Variable(np.arange(3.0)))
     assert (slices.indices.tolist(), slices.values.tolist()) == ([1, 1], [2, 2])
