@@ -136,7 +136,8 @@ def _start(tape: Tape, losses: Sequence[Any], seeds: list[Any]) -> list[Any]:
             # A variable, or a view of one, would change with the next step.
             is_view = loss.origin is None or getattr(loss.value, "base", None) is not None
             values[i] = loss.value.copy() if is_view else loss.value
-            upstream.check_loss(loss.value, seeds[i])
+            if loss.value.dtype.kind != "f":
+                upstream.check_loss(loss.value, seeds[i])
             gradient = upstream.seed(loss.value, seeds[i])
             loss.gradient = gradient if loss.gradient is None else loss.gradient + gradient
             continue
@@ -165,10 +166,10 @@ def _finished(leaves: dict[int, Node]) -> dict[int, Any]:
         elif isinstance(gradient, np.generic):
             found[key] = np.asarray(gradient)
         elif gradient is not None:
-            flags = gradient.flags
-            plain_layout = flags.c_contiguous and getattr(flags, "writeable", True)
             # A view may be one of another gradient; of `a + b` both have the same.
             shared = id(gradient) in given or isinstance(gradient.base, type(gradient))
-            found[key] = gradient.copy(order="C") if shared or not plain_layout else gradient
+            flags = gradient.flags
+            usable = flags.c_contiguous and getattr(flags, "writeable", True)
+            found[key] = gradient if usable and not shared else gradient.copy(order="C")
             given.add(id(gradient))
     return found

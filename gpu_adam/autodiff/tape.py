@@ -23,19 +23,24 @@ class Tape:
     def __init__(self, variables: Iterable[Any] | None = None) -> None:
         self.nodes: list[Node] = []
         self.leaves: dict[int, Node] = {}
-        self.watched = None if variables is None else {id(variable) for variable in variables}
+        self.all = variables is None
+        for variable in variables or ():
+            self._watch(variable)
         # Tensors of other frameworks that stand for a variable in this loss, by id of the variable.
         self.views: dict[int, Any] = {}
 
     def operand(self, variable: Any) -> Any:
         """The recorded value of a variable; its plain value if it is not watched or cannot have a gradient."""
-        key = id(variable)
-        leaf = self.leaves.get(key)
-        if leaf is None:
-            value = variable.value
-            if value.dtype.kind in "biu" or not (self.watched is None or key in self.watched):
-                return value
-            leaf = self.leaves[key] = Node(value, self, None)
+        leaf = self.leaves.get(id(variable))
+        if leaf is None and self.all:
+            leaf = self._watch(variable)
+        return variable.value if leaf is None else leaf
+
+    def _watch(self, variable: Any) -> Node | None:
+        value = variable.value
+        if value.dtype.kind in "biu":
+            return None
+        leaf = self.leaves[id(variable)] = Node(value, self, None)
         return leaf
 
     def refuse_overwrite(self, variable: Any) -> None:

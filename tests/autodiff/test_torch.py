@@ -82,3 +82,16 @@ def test_bad_losses() -> None:
         value_and_grad(lambda: torch.sum(view(w)) * 1j, w)
     with pytest.raises(ArgumentValueError, match="shape of the loss"):
         gradients(lambda: view(w) * 3, w, np.ones(3))
+
+
+def test_gradient_is_not_copied() -> None:
+    w = Variable(np.ones(3))
+    tensors: list[Any] = []
+
+    def loss() -> Any:
+        tensor = view(w)
+        tensor.register_hook(tensors.append)
+        return torch.sum(tensor**2)
+
+    _, gradient = value_and_grad(loss, w)
+    assert gradient.ctypes.data == tensors[0].data_ptr()
