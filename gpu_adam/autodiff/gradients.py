@@ -8,7 +8,7 @@ import numpy as np
 
 from gpu_adam.autodiff import upstream
 from gpu_adam.autodiff.node import Node
-from gpu_adam.autodiff.rows import Rows
+from gpu_adam.autodiff.picked import Picked
 from gpu_adam.autodiff.rules import plain
 from gpu_adam.autodiff.tape import Tape
 from gpu_adam.errors import ArgumentTypeError, ArgumentValueError
@@ -161,8 +161,8 @@ def _finished(leaves: dict[int, Node]) -> dict[int, Any]:
     given: set[int] = set()
     for key, leaf in leaves.items():
         gradient = leaf.gradient
-        if type(gradient) is Rows:
-            found[key] = gradient.slices()
+        if type(gradient) is Picked:
+            found[key] = gradient.slices() if gradient.rows else gradient.dense()
         elif isinstance(gradient, np.generic):
             found[key] = np.asarray(gradient)
         elif gradient is not None:

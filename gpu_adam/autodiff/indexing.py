@@ -7,17 +7,17 @@ from typing import Any
 import numpy as np
 
 from gpu_adam.autodiff.node import getitem
-from gpu_adam.autodiff.rows import Rows
-from gpu_adam.autodiff.rules import composed, derivative, namespace, plain
+from gpu_adam.autodiff.picked import Picked
+from gpu_adam.autodiff.rules import composed, derivative, plain
 
 
-def _rows(indices: Any, a: Any, g: Any) -> Rows:
+def _rows(indices: Any, a: Any, g: Any) -> Picked:
     """The gradient of a[indices], whatever the shape of the indices."""
     indices = indices.reshape(-1)
     if indices.dtype not in (np.int32, np.int64):  # what the sparse update takes, and wide enough for what follows
         indices = indices.astype(np.int64)
     indices = np.where(indices < 0, indices + a.shape[0], indices)
-    return Rows(a, indices, g.reshape((indices.size, *a.shape[1:])))
+    return Picked(a, indices, g.reshape((indices.size, *a.shape[1:])), rows=True)
 
 
 def _getitem_vjp(g: Any, y: Any, a: Any, key: Any) -> Any:
@@ -27,39 +27,25 @@ def _getitem_vjp(g: Any, y: Any, a: Any, key: Any) -> Any:
         rows = np.asarray(parts[0], like=a)
         if rows.dtype.kind in "iu" and rows.ndim:
             return _rows(rows, a, g)
-    total = np.zeros_like(a)
-    if all(getattr(part, "dtype", np.dtype(int)).kind == "b" for part in advanced):
-        total[key] = g  # no element twice
-    else:
-        _scatter_add(total, key, g)
-    return total
+    masks = [getattr(part, "dtype", np.dtype(int)).kind == "b" for part in advanced]
+    return Picked(a, key, g, repeats=not all(masks))
 
 
 def _is_full(part: Any) -> bool:
     return isinstance(part, slice) and part == slice(None)
 
 
-def _scatter_add(total: Any, key: Any, g: Any) -> None:
-    # The array's own module: numpy.add.at does not hand a key that is a tuple on to CuPy.
-    namespace(total).add.at(total, key, g)
-
-
 def _take_vjp(g: Any, y: Any, a: Any, indices: Any, axis: Any = None, out: Any = None, mode: str = "raise") -> Any:
     indices = np.asarray(indices, like=a)
-    if axis is None:
-        axis, like, shape = 0, a.reshape(-1), a.shape
-    else:
-        axis, like, shape = axis % a.ndim, a, None
-    size = like.shape[axis]
+    size = a.size if axis is None else a.shape[axis]
     if mode == "wrap":
         indices = indices % size
     elif mode == "clip":
         indices = np.clip(indices, 0, size - 1)
-    if axis:  # the taken axis first, and back
-        front = np.moveaxis(g, tuple(range(axis, axis + indices.ndim)), tuple(range(indices.ndim)))
-        return np.moveaxis(_rows(indices, np.moveaxis(like, axis, 0), front).dense(), 0, axis)
-    rows = _rows(indices, like, g)
-    return rows if shape is None or len(shape) == 1 else rows.dense().reshape(shape)
+    if axis is None and a.ndim != 1:
+        return _rows(indices, a.reshape(-1), g).dense().reshape(a.shape)
+    axis = 0 if axis is None else axis % a.ndim
+    return Picked(a, (*[slice(None)] * axis, indices), g, repeats=True) if axis else _rows(indices, a, g)
 
 
 derivative(getitem, _getitem_vjp)
@@ -74,9 +60,7 @@ def _take_along_axis_vjp(g: Any, y: Any, a: Any, indices: Any, axis: Any = -1) -
         np.arange(n, like=a).reshape([-1 if i == j else 1 for j in range(a.ndim)]) for i, n in enumerate(indices.shape)
     ]
     key[axis] = indices
-    total = np.zeros_like(a)
-    _scatter_add(total, tuple(key), g)
-    return total
+    return Picked(a, tuple(key), g, repeats=True)
 
 
 derivative(np.take_along_axis, _take_along_axis_vjp)

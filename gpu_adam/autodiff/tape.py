@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from gpu_adam.autodiff.node import Node
-from gpu_adam.autodiff.rows import Rows
+from gpu_adam.autodiff.picked import Picked
 from gpu_adam.autodiff.rules import fit
 from gpu_adam.errors import ArgumentValueError
 
@@ -59,7 +59,7 @@ class Tape:
             node = nodes.pop()
             gradient = node.gradient
             if gradient is not None:
-                if type(gradient) is Rows:
+                if type(gradient) is Picked:
                     gradient = gradient.dense()
                 sources, values, kwargs = node.origin
                 for vjp, source in sources:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from gpu_adam.autodiff.rows import Rows
+from gpu_adam.autodiff.picked import Picked
 from gpu_adam.autodiff.rules import namespace, plain
 from gpu_adam.autodiff.tape import Tape
 from gpu_adam.autodiff.upstream import check_kind, check_shape
@@ -73,7 +73,7 @@ def _tensor(array: Any) -> torch.Tensor:
 def _gradient(gradient: torch.Tensor, like: Any) -> Any:
     if gradient.is_sparse:
         indices, values = gradient._indices()[0], gradient._values()
-        return Rows(like, _array(indices, like), _array(values, like))
+        return Picked(like, _array(indices, like), _array(values, like), rows=True)
     return _array(gradient.resolve_conj().resolve_neg().contiguous(), like)
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from gpu_adam import IndexedSlices, Variable
 from gpu_adam.autodiff import value_and_grad
-from gpu_adam.autodiff.rows import Rows
+from gpu_adam.autodiff.picked import Picked
 
 from .cases import DerivativeTests, both, case, random
 from .duck import DuckArray
@@ -88,7 +88,7 @@ def gather(variable: Any, *keys: Any) -> Any:
 
 @pytest.mark.parametrize("array", [np.array, DuckArray])
 def test_gathered_rows_stay_sparse(array: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Rows, "dense", None)
+    monkeypatch.setattr(Picked, "dense", None)
     table = Variable.over(array(random((1000, 3))), None)  # type: ignore[arg-type]
     indices = array(np.array([[7, 7], [0, -1]]))
     _, slices = value_and_grad(lambda: np.sum(np.take(table, indices, axis=0) ** 2), table)
@@ -117,6 +117,27 @@ def test_indices_of_any_integer_type(dtype: type) -> None:
 def test_sparse_gradient_of_a_vector() -> None:
     _, slices = value_and_grad(lambda: gather(v, np.array([1, 1])), v := Variable(np.arange(3.0)))
     assert (slices.indices.tolist(), slices.values.tolist()) == ([1, 1], [2, 2])
+
+
+def test_rows_and_slices_are_dense() -> None:
+    table = Variable(np.ones((3, 2)))
+    _, gradient = value_and_grad(lambda: np.sum(table[1:]) + np.sum(table[0]) + gather(table, np.array([0])), table)
+    assert gradient.tolist() == [[3, 3], [1, 1], [1, 1]]
+
+
+def test_many_slices_build_the_dense_gradient_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Picked] = []
+    dense = Picked.dense
+
+    def counted(self: Picked) -> Any:
+        calls.append(self)
+        return dense(self)
+
+    monkeypatch.setattr(Picked, "dense", counted)
+    x = Variable(np.arange(100.0))
+    _, gradient = value_and_grad(lambda: sum(np.sum(x[i : i + 3] ** 2) for i in range(98)), x)
+    assert len(calls) == 1
+    np.testing.assert_array_equal(gradient[2:-2], 6 * x.value[2:-2])
 
 
 @pytest.mark.parametrize("order", ["gather first", "gather last"])
