@@ -81,10 +81,8 @@ class Node:
             function = _UFUNC_METHODS[ufunc, method]
         except KeyError:
             raise missing(f"numpy.{ufunc.__name__}.{method}") from None
-        if method == "reduce" and len(inputs) == 1:
-            kwargs.setdefault("axis", 0)  # a ufunc reduces the first axis, the function all
-        elif method == "accumulate" and len(inputs) == 1:
-            kwargs.setdefault("axis", 0)
+        if method != "outer":
+            kwargs.setdefault("axis", 0)  # a ufunc reduces the first axis, a function all of them
         return apply(function, inputs, kwargs)
 
     def __array_function__(self, function: Any, types: Any, args: Any, kwargs: Any) -> Any:
