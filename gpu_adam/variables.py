@@ -12,6 +12,7 @@ from numpy.lib.mixins import NDArrayOperatorsMixin
 
 from gpu_adam.devices import Array, Device, device_of, find_device
 from gpu_adam.errors import ArgumentTypeError, ArgumentValueError
+from gpu_adam.tracing import check_overwrite, operand
 
 
 class Variable(NDArrayOperatorsMixin):
@@ -147,6 +148,7 @@ class Variable(NDArrayOperatorsMixin):
         return self
 
     def _converted(self, value: Any, argument: str) -> Array:
+        check_overwrite(self)
         array = value.value if isinstance(value, Variable) else value
         try:
             if not isinstance(array, self._device.xp.ndarray):
@@ -162,22 +164,25 @@ class Variable(NDArrayOperatorsMixin):
             "reshape it",
         )
 
-    # The protocols of arrays.
+    # The protocols of arrays; through `operand`, by which a loss that is being differentiated records what it computes.
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         if copy is False and self._device.xp is not np:
             raise ValueError("a variable on a CUDA device cannot be viewed by NumPy; use .numpy() for a copy")
-        array = self.numpy() if copy or self._device.xp is not np else self._value
-        return np.asarray(array, dtype)
+        value = operand(self)
+        if value is self._value and (copy or self._device.xp is not np):
+            value = self.numpy()
+        return np.asarray(value, dtype)
 
     def __getattr__(self, name: str) -> Any:
-        # Interfaces that exist on one kind of device only, and must be absent on the other.
-        if name in ("__array_interface__", "__cuda_array_interface__") and "_value" in self.__dict__:
-            return getattr(self._value, name)
+        # Interfaces that exist on one kind of device only, and must be absent on the other; and the methods of arrays.
+        public = not name.startswith("_") or name in ("__array_interface__", "__cuda_array_interface__")
+        if public and "_value" in self.__dict__:
+            return getattr(operand(self), name)
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def __dlpack__(self, **options: Any) -> Any:
-        return self._value.__dlpack__(**options)
+        return operand(self).__dlpack__(**options)
 
     def __dlpack_device__(self) -> tuple[int, int]:
         kind, index = self._value.__dlpack_device__()
@@ -188,32 +193,36 @@ class Variable(NDArrayOperatorsMixin):
             options["out"] = _plain(options["out"])
         return getattr(ufunc, method)(*_plain(inputs), **options)
 
+    def __cupy_override_elementwise_kernel__(self, kernel: Callable[..., Any], *inputs: Any, **options: Any) -> Any:
+        return kernel(*_plain(inputs), **options)
+
     def __array_function__(self, function: Callable[..., Any], types: Any, args: Any, options: Any) -> Any:
         return function(*_plain(args), **{key: _plain(option) for key, option in options.items()})
 
     def __getitem__(self, index: Any) -> Array:
-        return self._value[_plain(index)]
+        return operand(self)[_plain(index)]
 
     def __setitem__(self, index: Any, value: Any) -> None:
+        check_overwrite(self)
         self._value[_plain(index)] = _plain(value)
 
     def __len__(self) -> int:
         return len(self._value)
 
     def __iter__(self) -> Iterator[Array]:
-        return iter(self._value)
+        return iter(operand(self))
 
     def __bool__(self) -> bool:
-        return bool(self._value)
+        return bool(operand(self))
 
     def __float__(self) -> float:
-        return float(self._value)
+        return float(operand(self))
 
     def __int__(self) -> int:
-        return int(self._value)
+        return int(operand(self))
 
     def __complex__(self) -> complex:
-        return complex(self._value)
+        return complex(operand(self))
 
     def __index__(self) -> int:
         return operator.index(self.numpy())
@@ -224,18 +233,22 @@ class Variable(NDArrayOperatorsMixin):
     # In-place operators change the memory, where the mixin's would replace the object by an array.
 
     def __iadd__(self, other: Any) -> Variable:
+        check_overwrite(self)
         self._value[...] += _plain(other)
         return self
 
     def __isub__(self, other: Any) -> Variable:
+        check_overwrite(self)
         self._value[...] -= _plain(other)
         return self
 
     def __imul__(self, other: Any) -> Variable:
+        check_overwrite(self)
         self._value[...] *= _plain(other)
         return self
 
     def __itruediv__(self, other: Any) -> Variable:
+        check_overwrite(self)
         self._value[...] /= _plain(other)
         return self
 
@@ -302,7 +315,7 @@ def as_dtype(dtype: Any) -> np.dtype:
 def _plain(obj: Any) -> Any:
     """`obj` with variables replaced by their arrays, inside tuples and lists too."""
     if isinstance(obj, Variable):
-        return obj.value
+        return operand(obj)
     if type(obj) in (tuple, list):
         return type(obj)(_plain(item) for item in obj)
     return obj

@@ -1,0 +1,175 @@
+"""Gradients of a loss: call it once, read the tape backwards."""
+
+from collections.abc import Callable, Iterator, Sequence
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+
+from gpu_adam.autodiff import upstream
+from gpu_adam.autodiff.node import Node
+from gpu_adam.autodiff.picked import Picked
+from gpu_adam.autodiff.rules import plain
+from gpu_adam.autodiff.tape import Tape
+from gpu_adam.errors import ArgumentTypeError, ArgumentValueError
+from gpu_adam.tracing import current_tracer
+from gpu_adam.variables import Variable
+
+Loss = Callable[[], Any]
+
+# Frameworks that differentiate what they computed themselves, by the package of the result's type.
+_ADAPTERS = {"torch": "gpu_adam.autodiff.torch", "jax": "gpu_adam.autodiff.jax", "jaxlib": "gpu_adam.autodiff.jax"}
+
+
+def value_and_grad(loss: Loss, variables: Any) -> tuple[Any, Any]:
+    """The value of a loss and its gradients.
+
+    Args:
+        loss: a function without arguments that computes with variables; called once.  What it returns is summed: an
+            array of any shape, or a list of such.
+        variables: what to differentiate with respect to: a `Variable`, or a list, tuple or dict of them, nested or not.
+
+    Returns:
+        What the loss returned, as plain arrays, and the gradients in the structure of `variables`.  A gradient has the
+        shape, dtype and device of its variable.  It is an `IndexedSlices` for a variable of which only rows were
+        taken (`numpy.take` on the first axis, or an integer array as index), and None for one that the loss does not
+        depend on.  That of a complex variable is dL/d(re) + i dL/d(im), the direction of steepest ascent: 2z for |z|^2.
+
+    Raises:
+        ArgumentTypeError, ArgumentValueError: the loss is not callable or returns no real floating-point numbers.
+        NotImplementedError: the loss uses an operation whose derivative is not known.
+
+    Example:
+        >>> import numpy as np
+        >>> from gpu_adam import Variable
+        >>> z = Variable(np.array([3 + 4j]))
+        >>> value, gradient = value_and_grad(lambda: np.sum(np.abs(z) ** 2), z)
+        >>> float(value), gradient
+        (25.0, array([6.+8.j]))
+    """
+    value, pairs = gradients(loss, variables)
+    return value, _in_structure(variables, iter([gradient for gradient, _ in pairs]))
+
+
+def gradients(loss: Loss, variables: Any, grad_loss: Any = None) -> tuple[Any, list[tuple[Any, Variable]]]:
+    """The value of a loss, and (gradient, variable) pairs as `Adam.apply_gradients` takes them.
+
+    Args:
+        loss: as for `value_and_grad`.
+        variables: a `Variable` or any nesting of lists, tuples and dicts of them (dicts in the order of their keys),
+            or a function returning such, called after the loss.
+        grad_loss: the gradient of something further with respect to the loss, which multiplies it: a number, or an
+            array of the shape of the loss; for a list of losses a list of such.  None is 1.
+    """
+    if not callable(loss):
+        raise ArgumentTypeError(
+            "loss",
+            "must be a callable without arguments",
+            f"a {type(loss).__name__}, which is not callable",
+            "put the computation into a function, which is recorded while it runs",
+        )
+    if current_tracer.get() is not None:
+        raise NotImplementedError(
+            "Gradients of gradients are not supported: a loss must not differentiate another one; "
+            "compute the inner gradient before the loss."
+        )
+    wanted = None if callable(variables) else flatten(variables)
+    tape = Tape(wanted)
+    try:
+        token = current_tracer.set(tape)
+        try:
+            returned = loss()
+        finally:
+            current_tracer.reset(token)
+        if wanted is None:
+            wanted = flatten(variables())
+        many = isinstance(returned, (list, tuple))
+        if many:
+            values = _start(tape, returned, upstream.per_loss(grad_loss, len(returned)))
+        else:
+            values = _start(tape, [returned], [grad_loss])
+        tape.backward()
+        found = _finished(tape.leaves)
+        return values if many else values[0], [(found.get(id(variable)), variable) for variable in wanted]
+    finally:
+        tape.close()
+
+
+def flatten(variables: Any) -> list[Variable]:
+    """The variables in a nested structure, dicts in the order of their keys.
+
+    Raises:
+        ArgumentValueError: there is something else in it.
+    """
+    if isinstance(variables, Variable):
+        return [variables]
+    if isinstance(variables, (list, tuple)):
+        return [variable for item in variables for variable in flatten(item)]
+    if isinstance(variables, dict):
+        return [variable for key in sorted(variables) for variable in flatten(variables[key])]
+    raise ArgumentValueError(
+        "var_list",
+        "must hold Variables only",
+        f"an object of type {type(variables)}",
+        "wrap arrays in gpu_adam.Variable and compute the loss with the Variable",
+    )
+
+
+def _in_structure(variables: Any, found: Iterator[Any]) -> Any:
+    if isinstance(variables, Variable):
+        return next(found)
+    if isinstance(variables, (list, tuple)):
+        return [_in_structure(item, found) for item in variables]
+    if isinstance(variables, dict):
+        return {key: _in_structure(variables[key], found) for key in sorted(variables)}
+    return list(found)  # a function returned them
+
+
+def _start(tape: Tape, losses: Sequence[Any], seeds: list[Any]) -> list[Any]:
+    """Give each returned loss its upstream gradient; the plain values of all."""
+    values = list(losses)
+    foreign: dict[str, list[int]] = {}
+    for i, loss in enumerate(values):
+        if isinstance(loss, Variable):
+            loss = tape.operand(loss)  # noqa: PLW2901
+        if type(loss) is Node and loss.tape is tape:
+            # A variable, or a view of one, would change with the next step.
+            is_view = loss.origin is None or getattr(loss.value, "base", None) is not None
+            values[i] = loss.value.copy() if is_view else loss.value
+            if loss.value.dtype.kind != "f":
+                upstream.check_loss(loss.value, seeds[i])
+            gradient = upstream.seed(loss.value, seeds[i])
+            loss.gradient = gradient if loss.gradient is None else loss.gradient + gradient
+            continue
+        adapter = _ADAPTERS.get(type(loss).__module__.partition(".")[0])
+        if adapter is not None:
+            foreign.setdefault(adapter, []).append(i)
+        else:
+            values[i] = plain(loss)
+            upstream.check_loss(values[i], seeds[i])
+    for adapter, positions in foreign.items():
+        pull_back = import_module(adapter).pull_back
+        found = pull_back(tape, [losses[i] for i in positions], [seeds[i] for i in positions])
+        for i, value in zip(positions, found, strict=True):
+            values[i] = value
+    return values
+
+
+def _finished(leaves: dict[int, Node]) -> dict[int, Any]:
+    """The gradients as they are handed out, by variable: arrays of their own, or row slices."""
+    found: dict[int, Any] = {}
+    given: set[int] = set()
+    for key, leaf in leaves.items():
+        gradient = leaf.gradient
+        if type(gradient) is Picked:
+            found[key] = gradient.slices() if gradient.rows else gradient.dense()
+        elif isinstance(gradient, np.generic):
+            found[key] = np.asarray(gradient)
+        elif gradient is not None:
+            # A view may be one of another gradient; of `a + b` both have the same.
+            shared = id(gradient) in given or isinstance(gradient.base, type(gradient))
+            flags = gradient.flags
+            usable = flags.c_contiguous and getattr(flags, "writeable", True)
+            found[key] = gradient if usable and not shared else gradient.copy(order="C")
+            given.add(id(gradient))
+    return found

@@ -1,0 +1,73 @@
+"""Derivatives of picking elements: by index, by mask, in sorted order; gradients of picked rows stay sparse."""
+
+# ruff: noqa: PLR0917  # the arguments of NumPy's functions, in their order
+
+from typing import Any
+
+import numpy as np
+
+from gpu_adam.autodiff.node import getitem
+from gpu_adam.autodiff.picked import Picked
+from gpu_adam.autodiff.rules import composed, derivative, plain
+
+
+def _rows(indices: Any, a: Any, g: Any) -> Picked:
+    """The gradient of a[indices], whatever the shape of the indices."""
+    indices = indices.reshape(-1)
+    if indices.dtype not in (np.int32, np.int64):  # what the sparse update takes, and wide enough for what follows
+        indices = indices.astype(np.int64)
+    indices = np.where(indices < 0, indices + a.shape[0], indices)
+    return Picked(a, indices, g.reshape((indices.size, *a.shape[1:])), rows=True)
+
+
+def _getitem_vjp(g: Any, y: Any, a: Any, key: Any) -> Any:
+    parts = key if type(key) is tuple else (key,)
+    advanced = [part for part in parts if isinstance(part, list) or hasattr(part, "dtype")]
+    if advanced and all(part is Ellipsis or _is_full(part) for part in parts[1:]):
+        rows = np.asarray(parts[0], like=a)
+        if rows.dtype.kind in "iu" and rows.ndim:
+            return _rows(rows, a, g)
+    masks = [getattr(part, "dtype", np.dtype(int)).kind == "b" for part in advanced]
+    return Picked(a, key, g, repeats=not all(masks))
+
+
+def _is_full(part: Any) -> bool:
+    return isinstance(part, slice) and part == slice(None)
+
+
+def _take_vjp(g: Any, y: Any, a: Any, indices: Any, axis: Any = None, out: Any = None, mode: str = "raise") -> Any:
+    indices = np.asarray(indices, like=a)
+    size = a.size if axis is None else a.shape[axis]
+    if mode == "wrap":
+        indices = indices % size
+    elif mode == "clip":
+        indices = np.clip(indices, 0, size - 1)
+    if axis is None and a.ndim != 1:
+        return _rows(indices, a.reshape(-1), g).dense().reshape(a.shape)
+    axis = 0 if axis is None else axis % a.ndim
+    return Picked(a, (*[slice(None)] * axis, indices), g, repeats=True) if axis else _rows(indices, a, g)
+
+
+derivative(getitem, _getitem_vjp)
+derivative(np.take, _take_vjp)
+
+
+def _take_along_axis_vjp(g: Any, y: Any, a: Any, indices: Any, axis: Any = -1) -> Any:
+    if axis is None:
+        return np.reshape(_rows(np.asarray(indices, like=a), a.reshape(-1), g).dense(), a.shape)
+    axis %= a.ndim
+    key = [
+        np.arange(n, like=a).reshape([-1 if i == j else 1 for j in range(a.ndim)]) for i, n in enumerate(indices.shape)
+    ]
+    key[axis] = indices
+    return Picked(a, tuple(key), g, repeats=True)
+
+
+derivative(np.take_along_axis, _take_along_axis_vjp)
+
+
+@composed(np.sort)
+def _sort(a: Any, axis: Any = -1, kind: Any = None, order: Any = None, *, stable: Any = None) -> Any:
+    if axis is None:
+        a, axis = np.ravel(a), 0
+    return np.take_along_axis(a, np.argsort(plain(a), axis=axis), axis=axis)

@@ -1,0 +1,282 @@
+"""Derivatives of products and of linear algebra.
+
+The matrix formulas are those of M. Giles, "Collected matrix derivative results for forward and reverse mode algorithmic
+differentiation" (2008), with conjugates for complex matrices.
+"""
+
+# ruff: noqa: PLR0917  # the arguments of NumPy's functions, in their order
+
+from typing import Any
+
+import numpy as np
+
+from gpu_adam.autodiff.rules import Primitive, composed, conj, constant, derivative, plain
+from gpu_adam.autodiff.table import TABLE, missing
+
+
+def _adjoint(a: Any) -> Any:
+    return conj(a).swapaxes(-1, -2)
+
+
+# -- products
+def _matmul_left(g: Any, y: Any, a: Any, b: Any) -> Any:
+    if b.ndim == 1:
+        return g[..., None] * conj(b) if a.ndim > 1 else g * conj(b)
+    if a.ndim == 1:
+        return np.matmul(conj(b), g[..., None])[..., 0]
+    return np.matmul(g, _adjoint(b))
+
+
+def _matmul_right(g: Any, y: Any, a: Any, b: Any) -> Any:
+    if a.ndim == 1:
+        return conj(a)[:, None] * g[..., None, :] if b.ndim > 1 else g * conj(a)
+    if b.ndim == 1:
+        return np.matmul(_adjoint(a), g[..., None])[..., 0]
+    return np.matmul(_adjoint(a), g)
+
+
+derivative(np.matmul, _matmul_left, _matmul_right)
+
+
+@composed(np.dot)
+def _dot(a: Any, b: Any, out: Any = None) -> Any:
+    if not (np.ndim(plain(a)) and np.ndim(plain(b))):
+        return np.multiply(a, b)
+    if b.ndim <= 2:
+        return np.matmul(a, b)
+    return np.tensordot(a, b, (-1, -2))
+
+
+@composed(np.inner)
+def _inner(a: Any, b: Any) -> Any:
+    if not (np.ndim(plain(a)) and np.ndim(plain(b))):
+        return np.multiply(a, b)
+    return np.tensordot(a, b, (-1, -1))
+
+
+@composed(np.outer)
+def _outer(a: Any, b: Any, out: Any = None) -> Any:
+    return np.ravel(a)[:, None] * np.ravel(b)[None, :]
+
+
+@composed(np.multiply.outer)
+def _multiply_outer(a: Any, b: Any) -> Any:
+    return np.reshape(a, (*np.shape(plain(a)), *(1,) * np.ndim(plain(b)))) * b
+
+
+@composed(np.vdot)
+def _vdot(a: Any, b: Any) -> Any:
+    return np.matmul(conj(np.ravel(a)), np.ravel(b))
+
+
+@composed(np.kron)
+def _kron(a: Any, b: Any) -> Any:
+    ndim = max(a.ndim, b.ndim)
+    first = (1,) * (ndim - a.ndim) + tuple(a.shape)
+    second = (1,) * (ndim - b.ndim) + tuple(b.shape)
+    a = np.reshape(a, [n for size in first for n in (size, 1)])
+    b = np.reshape(b, [n for size in second for n in (1, size)])
+    return np.reshape(a * b, [n * m for n, m in zip(first, second, strict=True)])
+
+
+@composed(np.tensordot)
+def _tensordot(a: Any, b: Any, axes: Any = 2) -> Any:
+    if isinstance(axes, int):
+        summed_a, summed_b = list(range(a.ndim - axes, a.ndim)), list(range(axes))
+    else:
+        summed_a, summed_b = (
+            [axis % x.ndim for axis in (given if isinstance(given, tuple | list) else (given,))]
+            for x, given in zip((a, b), axes, strict=True)
+        )
+    kept_a = [axis for axis in range(a.ndim) if axis not in summed_a]
+    kept_b = [axis for axis in range(b.ndim) if axis not in summed_b]
+    size = int(np.prod([a.shape[axis] for axis in summed_a], dtype=int))
+    rows = [a.shape[axis] for axis in kept_a]
+    columns = [b.shape[axis] for axis in kept_b]
+    left = np.transpose(a, kept_a + summed_a).reshape((int(np.prod(rows, dtype=int)), size))
+    right = np.transpose(b, summed_b + kept_b).reshape((size, int(np.prod(columns, dtype=int))))
+    return np.matmul(left, right).reshape((*rows, *columns))
+
+
+if hasattr(np, "vecdot"):
+
+    @composed(np.vecdot)
+    def _vecdot(a: Any, b: Any, *, axis: int = -1) -> Any:
+        return np.sum(np.conjugate(a) * b, axis=axis)
+
+
+# -- diagonals
+def _diagonal_vjp(g: Any, y: Any, a: Any, offset: int = 0, axis1: int = 0, axis2: int = 1) -> Any:
+    total = np.zeros_like(a)
+    last = np.moveaxis(total, (axis1, axis2), (-2, -1))  # a view
+    first = np.arange(g.shape[-1], like=a)
+    last[..., first + max(-offset, 0), first + max(offset, 0)] = g
+    return total
+
+
+derivative(np.diagonal, _diagonal_vjp)
+
+
+@composed(np.trace)
+def _trace(a: Any, offset: int = 0, axis1: int = 0, axis2: int = 1, dtype: Any = None, out: Any = None) -> Any:
+    return np.sum(np.diagonal(a, offset, axis1, axis2), axis=-1, dtype=dtype)
+
+
+derivative(np.diag, lambda g, y, a, k=0: np.diag(g, k) if a.ndim == 1 else _diagonal_vjp(g, y, a, k))
+
+# -- inverses and determinants
+derivative(np.linalg.inv, lambda g, y, a: -np.matmul(_adjoint(y), np.matmul(g, _adjoint(y))))
+
+
+def _solve_right(g: Any, y: Any, a: Any, b: Any) -> Any:
+    return np.linalg.solve(_adjoint(a), g[..., None])[..., 0] if b.ndim == 1 else np.linalg.solve(_adjoint(a), g)
+
+
+def _solve_matrix(g: Any, y: Any, a: Any, b: Any) -> Any:
+    outer = _solve_right(g, y, a, b)
+    if b.ndim == 1:
+        return -outer[..., :, None] * conj(y)[..., None, :]
+    return -np.matmul(outer, _adjoint(y))
+
+
+derivative(np.linalg.solve, _solve_matrix, _solve_right)
+derivative(np.linalg.det, lambda g, y, a: (g * conj(y))[..., None, None] * _adjoint(np.linalg.inv(a)))
+
+
+def _sign_of_determinant_vjp(g: Any, sign: Any, a: Any) -> Any:
+    turning = (g * conj(sign)).imag[..., None, None]  # a real sign stays what it is
+    return 1j * turning * _adjoint(np.linalg.inv(a))
+
+
+_log_of_determinant = Primitive(np.linalg.slogdet, (lambda g, y, a: g[..., None, None] * _adjoint(np.linalg.inv(a)),))
+_sign_of_determinant = Primitive(np.linalg.slogdet, (_sign_of_determinant_vjp,))
+
+
+def _like_pair(pair: Any, first: Any, second: Any) -> Any:
+    return type(pair)(first, second) if hasattr(pair, "_fields") else (first, second)
+
+
+@composed(np.linalg.slogdet)
+def _slogdet(a: Any) -> Any:
+    pair = np.linalg.slogdet(plain(a))
+    logarithm = _log_of_determinant((a,), {}, pair[1])
+    sign = _sign_of_determinant((a,), {}, pair[0]) if pair[0].dtype.kind == "c" else pair[0]
+    return _like_pair(pair, sign, logarithm)
+
+
+# -- factorisations; of a matrix that is taken to be Hermitian, and so is its gradient
+def _hermitian(a: Any) -> Any:
+    return (a + _adjoint(a)) / 2
+
+
+def _cholesky_vjp(g: Any, lower: Any, a: Any) -> Any:
+    inner = np.matmul(_adjoint(lower), np.tril(g))
+    inner = np.tril(inner) - inner * (0.5 * np.eye(inner.shape[-1], dtype=inner.real.dtype, like=inner))
+    inverse = np.linalg.inv(lower)
+    return _hermitian(np.matmul(_adjoint(inverse), np.matmul(inner, inverse)))
+
+
+_lower_cholesky = Primitive(np.linalg.cholesky, (_cholesky_vjp,))
+
+
+@composed(np.linalg.cholesky)
+def _cholesky(a: Any, *, upper: bool = False) -> Any:
+    lower = _lower_cholesky((a,), {})
+    return conj(lower).swapaxes(-1, -2) if upper else lower
+
+
+def _eigenvalues_vjp(g: Any, values: Any, a: Any, vectors: Any) -> Any:
+    return np.matmul(vectors * g[..., None, :], _adjoint(vectors))
+
+
+def _eigenvectors_vjp(g: Any, vectors: Any, a: Any, values: Any) -> Any:
+    gaps = values[..., None, :] - values[..., :, None]
+    # Equal eigenvalues: only what does not depend on the choice of their vectors has a gradient, and it needs no term.
+    gaps = np.where(gaps == 0, np.inf, gaps)
+    inner = np.matmul(_adjoint(vectors), g) / gaps
+    return _hermitian(np.matmul(vectors, np.matmul(inner, _adjoint(vectors))))
+
+
+_eigenvalues = Primitive(np.linalg.eigh, (_eigenvalues_vjp,))
+_eigenvectors = Primitive(np.linalg.eigh, (_eigenvectors_vjp,))
+
+
+@composed(np.linalg.eigh)
+def _eigh(a: Any, UPLO: Any = "L") -> Any:  # noqa: N803  # NumPy's name
+    pair = np.linalg.eigh(plain(a), UPLO)
+    values, vectors = pair
+    return _like_pair(pair, _eigenvalues((a, vectors), {}, values), _eigenvectors((a, values), {}, vectors))
+
+
+@composed(np.linalg.eigvalsh)
+def _eigvalsh(a: Any, UPLO: Any = "L") -> Any:  # noqa: N803
+    return _eigh(a, UPLO)[0]
+
+
+# -- norms
+def _euclidean(a: Any, axis: Any = None, keepdims: bool = False) -> Any:
+    return np.sqrt(
+        np.sum(np.square(a.real) + np.square(a.imag) if a.dtype.kind == "c" else a * a, axis=axis, keepdims=keepdims)
+    )
+
+
+def _euclidean_vjp(g: Any, y: Any, a: Any, axis: Any = None, keepdims: bool = False) -> Any:
+    scale = g / np.where(y == 0, 1, y)  # the tip of the cone: 0
+    if scale.ndim != a.ndim:
+        axes = range(a.ndim) if axis is None else [i % a.ndim for i in (axis if isinstance(axis, tuple) else (axis,))]
+        scale = scale.reshape([1 if i in axes else n for i, n in enumerate(a.shape)])
+    return scale * a
+
+
+_recorded_euclidean = Primitive(_euclidean, (_euclidean_vjp,))
+
+
+@composed(np.linalg.norm)
+def _norm(x: Any, ord: Any = None, axis: Any = None, keepdims: bool = False) -> Any:
+    count = x.ndim if axis is None else len(axis) if isinstance(axis, tuple | list) else 1
+    axis = tuple(axis) if isinstance(axis, list) else axis
+    if ord is None or (ord == 2 and count == 1) or (ord == "fro" and count == 2):
+        return _recorded_euclidean((x,), {"axis": axis, "keepdims": keepdims})
+    if count == 1:
+        return _vector_norm(x, ord, axis, keepdims)
+    if ord in (1, -1, np.inf, -np.inf):
+        return _matrix_norm(x, ord, axis or (0, 1), keepdims)
+    raise missing(f"numpy.linalg.norm of a matrix with ord={ord!r}")
+
+
+def _vector_norm(x: Any, ord: Any, axis: Any, keepdims: bool) -> Any:
+    if ord == np.inf:
+        return np.max(np.absolute(x), axis=axis, keepdims=keepdims)
+    if ord == -np.inf:
+        return np.min(np.absolute(x), axis=axis, keepdims=keepdims)
+    if ord == 1:
+        return np.sum(np.absolute(x), axis=axis, keepdims=keepdims)
+    if ord == 0:
+        return np.linalg.norm(plain(x), 0, axis, keepdims)
+    return np.sum(np.absolute(x) ** ord, axis=axis, keepdims=keepdims) ** (1.0 / ord)
+
+
+def _matrix_norm(x: Any, ord: Any, axis: Any, keepdims: bool) -> Any:
+    rows, columns = axis if abs(ord) == 1 else axis[::-1]
+    sums = np.sum(np.absolute(x), axis=rows, keepdims=True)
+    extreme = (np.max if ord > 0 else np.min)(sums, axis=columns, keepdims=True)
+    return extreme if keepdims else np.squeeze(extreme, axis=tuple(axis))
+
+
+@composed(np.linalg.matrix_power)
+def _matrix_power(a: Any, n: int) -> Any:
+    if n < 0:
+        a, n = np.linalg.inv(a), -n
+    if n == 0:
+        return np.linalg.matrix_power(plain(a), 0)
+    half = a if n == 1 else _matrix_power(a, n // 2)
+    if n == 1:
+        return half
+    squared = np.matmul(half, half)
+    return np.matmul(squared, a) if n % 2 else squared
+
+
+constant(np.linalg.matrix_rank)
+for _name in ("matmul", "outer", "tensordot", "matrix_transpose", "vecdot"):
+    if hasattr(np.linalg, _name) and getattr(np, _name, None) in TABLE:
+        TABLE[getattr(np.linalg, _name)] = TABLE[getattr(np, _name)]

@@ -1,0 +1,232 @@
+"""The recorded value: looks like an array, and writes down what is computed with it."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NoReturn
+
+import numpy as np
+
+from gpu_adam.autodiff.table import TABLE, apply, missing
+
+_NO_KWARGS: Mapping[str, Any] = {}
+
+# Methods of a ufunc that are functions of their own in the table; the others have no derivative.
+_UFUNC_METHODS: dict[tuple[Any, str], Callable[..., Any]] = {
+    (np.add, "reduce"): np.sum,
+    (np.add, "accumulate"): np.cumsum,
+    (np.multiply, "reduce"): np.prod,
+    (np.maximum, "reduce"): np.max,
+    (np.minimum, "reduce"): np.min,
+    (np.multiply, "outer"): np.multiply.outer,
+    (np.logaddexp, "reduce"): np.logaddexp.reduce,
+}
+
+
+def _unary(ufunc: Any) -> Any:
+    def operator(self: "Node") -> Any:
+        return TABLE[ufunc]((self,), _NO_KWARGS)
+
+    return operator
+
+
+def _binary(ufunc: Any) -> Any:
+    def operator(self: "Node", other: Any) -> Any:
+        return TABLE[ufunc]((self, other), _NO_KWARGS)
+
+    return operator
+
+
+def _reflected(ufunc: Any) -> Any:
+    def operator(self: "Node", other: Any) -> Any:
+        return TABLE[ufunc]((other, self), _NO_KWARGS)
+
+    return operator
+
+
+def _method(function: Callable[..., Any]) -> Any:
+    # Positional arguments pass through: CuPy's functions call a.sum(axis, dtype, out, keepdims).
+    def method(self: "Node", *args: Any, **kwargs: Any) -> Any:
+        return apply(function, (self, *args), kwargs)
+
+    return method
+
+
+class Node:
+    """An array on the tape.
+
+    NumPy's functions and operators accept it in place of an array (NEP 13 and NEP 18), and so do CuPy's elementwise
+    functions and those that call a method of their argument.
+
+    Attributes:
+        value: the array, on its device; what to print or to compare with inside a loss.
+        tape: where it is recorded; None once the differentiation is over, from when on it is a constant.
+        origin: ([(vjp, source), ...], values of the arguments, keyword arguments), or None for a variable.
+        gradient: of the loss with respect to it, while the backward pass is under way.
+    """
+
+    __slots__ = ("__weakref__", "gradient", "origin", "tape", "value")
+    __array_priority__ = 1000.0
+    __hash__ = None  # type: ignore[assignment]
+
+    def __init__(self, value: Any, tape: Any, origin: Any) -> None:
+        self.value = value
+        self.tape = tape
+        self.origin = origin
+        self.gradient: Any = None
+
+    # -- protocols
+    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **kwargs: Any) -> Any:
+        if method == "__call__":
+            return apply(ufunc, inputs, kwargs)
+        try:
+            function = _UFUNC_METHODS[ufunc, method]
+        except KeyError:
+            raise missing(f"numpy.{ufunc.__name__}.{method}") from None
+        if method != "outer":
+            kwargs.setdefault("axis", 0)  # a ufunc reduces the first axis, a function all of them
+        return apply(function, inputs, kwargs)
+
+    def __array_function__(self, function: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        return apply(function, args, kwargs)
+
+    def __cupy_override_elementwise_kernel__(self, kernel: Any, *args: Any, **kwargs: Any) -> Any:
+        name = kernel.name.removeprefix("cupy_")
+        function = getattr(np, name, None)
+        if function is None:
+            raise missing(f"cupy.{name}")
+        return apply(function, args, kwargs)
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> Any:
+        return np.array(self._constant("a NumPy array"), dtype=dtype, copy=copy)
+
+    def __dlpack__(self, **options: Any) -> Any:
+        return self._constant("a DLPack capsule").__dlpack__(**options)
+
+    def __dlpack_device__(self) -> Any:
+        return self._constant("a DLPack capsule").__dlpack_device__()
+
+    def __float__(self) -> float:
+        return float(self._constant("a float"))
+
+    def __complex__(self) -> complex:
+        return complex(self._constant("a complex"))
+
+    def __int__(self) -> int:
+        return int(self._constant("an int"))
+
+    def __bool__(self) -> bool:
+        return bool(self.value)  # a decision, like a comparison: constant wherever the loss is differentiable
+
+    def item(self) -> Any:
+        """The value as a Python number, once the differentiation is over."""
+        return self._constant("a Python number").item()
+
+    def _constant(self, kind: str) -> Any:
+        if self.tape is not None:
+            raise _not_an_array(kind)
+        return self.value
+
+    def __repr__(self) -> str:
+        return f"Node({self.value!r})"
+
+    def __format__(self, specification: str) -> str:
+        return format(self.value, specification)  # printing cuts nothing off
+
+    # -- what arrays tell
+    shape = property(lambda self: self.value.shape)
+    dtype = property(lambda self: self.value.dtype)
+    ndim = property(lambda self: self.value.ndim)
+    size = property(lambda self: self.value.size)
+    itemsize = property(lambda self: self.value.itemsize)
+    nbytes = property(lambda self: self.value.nbytes)
+
+    def __len__(self) -> int:
+        return len(self.value)
+
+    def __iter__(self) -> Iterator[Any]:
+        if not self.ndim:
+            raise TypeError("iteration over a 0-d array")
+        return (self[i] for i in range(len(self.value)))
+
+    # -- indexing
+    def __getitem__(self, key: Any) -> Any:
+        return TABLE[getitem]((self, key), _NO_KWARGS)
+
+    def __setitem__(self, key: Any, value: Any) -> NoReturn:
+        raise TypeError(
+            "a recorded array must not be written to (got an assignment to a part of it); "
+            "build the result with numpy.where, numpy.concatenate or numpy.stack."
+        )
+
+    # -- operators
+    __neg__ = _unary(np.negative)
+    __pos__ = _unary(np.positive)
+    __abs__ = _unary(np.absolute)
+    __add__, __radd__ = _binary(np.add), _reflected(np.add)
+    __sub__, __rsub__ = _binary(np.subtract), _reflected(np.subtract)
+    __mul__, __rmul__ = _binary(np.multiply), _reflected(np.multiply)
+    __truediv__, __rtruediv__ = _binary(np.divide), _reflected(np.divide)
+    __matmul__, __rmatmul__ = _binary(np.matmul), _reflected(np.matmul)
+    __mod__, __rmod__ = _binary(np.remainder), _reflected(np.remainder)
+    __floordiv__, __rfloordiv__ = _binary(np.floor_divide), _reflected(np.floor_divide)
+    __divmod__, __rdivmod__ = _binary(np.divmod), _reflected(np.divmod)
+    __pow__, __rpow__ = _binary(np.power), _reflected(np.power)
+    __lt__, __le__ = _binary(np.less), _binary(np.less_equal)
+    __gt__, __ge__ = _binary(np.greater), _binary(np.greater_equal)
+    __eq__, __ne__ = _binary(np.equal), _binary(np.not_equal)
+
+    # -- methods
+    T = property(_method(np.transpose))
+    mT = property(_method(np.matrix_transpose))  # noqa: N815  # the array API's name
+    real = property(_method(np.real))
+    imag = property(_method(np.imag))
+    all, any = _method(np.all), _method(np.any)
+    argmax, argmin, argsort = _method(np.argmax), _method(np.argmin), _method(np.argsort)
+    clip = _method(np.clip)
+    conj = conjugate = _unary(np.conjugate)
+    copy = _method(np.copy)
+    cumprod, cumsum = _method(np.cumprod), _method(np.cumsum)
+    diagonal, trace = _method(np.diagonal), _method(np.trace)
+    dot = _method(np.dot)
+    flatten = ravel = _method(np.ravel)
+    max, min = _method(np.max), _method(np.min)
+    mean, std, var = _method(np.mean), _method(np.std), _method(np.var)
+    nonzero = _method(np.nonzero)
+    prod, sum = _method(np.prod), _method(np.sum)
+    repeat = _method(np.repeat)
+    round = _method(np.round)
+    searchsorted = _method(np.searchsorted)
+    squeeze = _method(np.squeeze)
+    swapaxes = _method(np.swapaxes)
+    take = _method(np.take)
+
+    def astype(
+        self, dtype: Any, order: str = "K", casting: str = "unsafe", subok: bool = True, copy: Any = True
+    ) -> Any:
+        """The array in another dtype; a constant where that is not a floating-point one."""
+        return TABLE[astype]((self, np.dtype(dtype)), _NO_KWARGS)
+
+    def reshape(self, *shape: Any, order: str = "C", copy: Any = None) -> Any:
+        """The array in another shape, given as one tuple or as integers."""
+        kwargs = _NO_KWARGS if order == "C" else {"order": order}
+        return apply(np.reshape, (self, shape[0] if len(shape) == 1 else shape), kwargs)
+
+    def transpose(self, *axes: Any) -> Any:
+        """The array with its axes permuted, reversed by default."""
+        return apply(np.transpose, (self, axes[0] if len(axes) == 1 else axes or None), _NO_KWARGS)
+
+
+def getitem(array: Any, key: Any) -> Any:
+    """array[key], as a function: a key of the table."""
+    return array[key]
+
+
+def astype(array: Any, dtype: Any) -> Any:
+    """array.astype(dtype), as a function: a key of the table."""
+    return array.astype(dtype)
+
+
+def _not_an_array(kind: str) -> TypeError:
+    return TypeError(
+        f"a recorded array must not become {kind} inside a loss, which would cut its gradient off; "
+        "use NumPy functions on it, numpy.stack to join several, or .value for its value as a constant."
+    )

@@ -1,0 +1,175 @@
+"""Derivatives of sums, means, extremes and their like."""
+
+# ruff: noqa: PLR0917  # the arguments of NumPy's functions, in their order
+
+import math
+from typing import Any
+
+import numpy as np
+
+from gpu_adam.autodiff.rules import composed, conj, constant, derivative, plain
+from gpu_adam.autodiff.table import TABLE
+
+
+def _axes(axis: Any, ndim: int) -> tuple[int, ...]:
+    if axis is None:
+        return tuple(range(ndim))
+    return tuple(a % ndim for a in (axis if isinstance(axis, tuple | list) else (axis,))) if ndim else ()
+
+
+def _kept(reduced: Any, like: Any, axis: Any) -> Any:
+    """A result with the reduced axes put back as length 1, ready to broadcast against `like`."""
+    if reduced.ndim in (0, like.ndim):
+        return reduced
+    axes = _axes(axis, like.ndim)
+    return reduced.reshape([1 if i in axes else n for i, n in enumerate(like.shape)])
+
+
+def _count(reduced: Any, like: Any) -> float:
+    """How many elements went into each result."""
+    return like.size / reduced.size if reduced.size else 0.0
+
+
+def _inverse(count: float) -> float:
+    return 1 / count if count > 0 else math.nan
+
+
+def _spread(g: Any, a: Any, axis: Any) -> Any:
+    """The same gradient for every element that went into a result."""
+    # Written out: faster than numpy.broadcast_to where calls are what costs, and never a view of another gradient.
+    full = np.empty_like(a, dtype=g.dtype)
+    full[...] = _kept(g, a, axis)
+    return full
+
+
+def _sum_vjp(
+    g: Any, y: Any, a: Any, axis: Any = None, dtype: Any = None, out: Any = None, keepdims: Any = False
+) -> Any:
+    return _spread(g, a, axis)
+
+
+def _mean_vjp(
+    g: Any, y: Any, a: Any, axis: Any = None, dtype: Any = None, out: Any = None, keepdims: Any = False
+) -> Any:
+    return _spread(g * _inverse(_count(y, a)), a, axis)
+
+
+def _deviation(a: Any, axis: Any) -> Any:
+    return a - a.mean(axis=axis, keepdims=True)
+
+
+def _var_vjp(
+    g: Any,
+    y: Any,
+    a: Any,
+    axis: Any = None,
+    dtype: Any = None,
+    out: Any = None,
+    ddof: Any = 0,
+    keepdims: Any = False,
+    *,
+    correction: Any = 0,
+) -> Any:
+    scale = 2 * _inverse(_count(y, a) - ddof - correction)
+    return _kept(g * scale, a, axis) * _deviation(a, axis)
+
+
+def _std_vjp(
+    g: Any,
+    y: Any,
+    a: Any,
+    axis: Any = None,
+    dtype: Any = None,
+    out: Any = None,
+    ddof: Any = 0,
+    keepdims: Any = False,
+    *,
+    correction: Any = 0,
+) -> Any:
+    scale = _inverse(_count(y, a) - ddof - correction)
+    safe = np.where(y == 0, 1, y)  # equal numbers: a corner, whose flat middle is 0
+    return _kept(g * scale / safe, a, axis) * _deviation(a, axis)
+
+
+def _extreme_vjp(g: Any, y: Any, a: Any, axis: Any = None, out: Any = None, keepdims: Any = False) -> Any:
+    if not a.ndim:
+        return g
+    chosen = a == _kept(y, a, axis)
+    # Equal extremes share; none is chosen where the extreme is NaN.
+    ties = np.maximum(chosen.sum(axis=_axes(axis, a.ndim), keepdims=True), 1).astype(g.dtype)
+    return np.where(chosen, _kept(g, a, axis) / ties, 0)
+
+
+def _prod_vjp(
+    g: Any, y: Any, a: Any, axis: Any = None, dtype: Any = None, out: Any = None, keepdims: Any = False
+) -> Any:
+    # The product of all others, from both sides: y / a would be 0/0 where a is 0.
+    axes = _axes(axis, a.ndim)
+    rest = [i for i in range(a.ndim) if i not in axes]
+    order = (*rest, *axes)
+    moved = a.transpose(order)
+    flat = moved.reshape((*moved.shape[: len(rest)], math.prod(moved.shape[len(rest) :])))
+    one = np.ones_like(flat[..., :1])
+    before = np.cumprod(np.concatenate((one, flat[..., :-1]), axis=-1), axis=-1)
+    after = np.cumprod(np.concatenate((one, flat[..., :0:-1]), axis=-1), axis=-1)[..., ::-1]
+    others = (before * after).reshape(moved.shape).transpose(tuple(np.argsort(order)))
+    return _kept(g, a, axis) * conj(others)
+
+
+def _cumsum_vjp(g: Any, y: Any, a: Any, axis: Any = None, dtype: Any = None, out: Any = None) -> Any:
+    along = 0 if axis is None else axis
+    return np.flip(np.cumsum(np.flip(g, along), along), along).reshape(a.shape)
+
+
+derivative(np.sum, _sum_vjp)
+derivative(np.mean, _mean_vjp)
+derivative(np.var, _var_vjp)
+derivative(np.std, _std_vjp)
+derivative(np.max, _extreme_vjp)
+derivative(np.min, _extreme_vjp)
+derivative(np.prod, _prod_vjp)
+derivative(np.cumsum, _cumsum_vjp)
+TABLE[np.amax], TABLE[np.amin] = TABLE[np.max], TABLE[np.min]
+
+
+@composed(np.logaddexp.reduce)
+def _logsumexp(a: Any, axis: Any = 0, dtype: Any = None, out: Any = None, keepdims: Any = False) -> Any:
+    top = np.max(plain(a), axis=axis, keepdims=True)
+    top = np.where(np.isfinite(top), top, 0)  # all -inf: not -inf - -inf
+    total = np.log(np.sum(np.exp(a - top), axis=axis, keepdims=keepdims))
+    return total + (top if keepdims else top.reshape(total.shape))
+
+
+@composed(np.average)
+def _average(a: Any, axis: Any = None, weights: Any = None, returned: bool = False, *, keepdims: Any = False) -> Any:
+    if weights is None:
+        mean = np.mean(a, axis=axis, keepdims=keepdims)
+        total = np.full_like(mean, plain(a).size / max(mean.size, 1))
+    else:
+        if weights.shape != a.shape:
+            weights = weights.reshape([n if i in _axes(axis, a.ndim) else 1 for i, n in enumerate(a.shape)])
+            weights = np.broadcast_to(weights, a.shape)
+        total = np.sum(weights, axis=axis, keepdims=keepdims)
+        mean = np.sum(a * weights, axis=axis, keepdims=keepdims) / total
+    return (mean, total) if returned else mean
+
+
+@composed(np.ptp)
+def _ptp(a: Any, axis: Any = None, out: Any = None, keepdims: Any = False) -> Any:
+    return np.max(a, axis=axis, keepdims=keepdims) - np.min(a, axis=axis, keepdims=keepdims)
+
+
+@composed(np.diff)
+def _diff(a: Any, n: int = 1, axis: int = -1) -> Any:
+    for _ in range(n):
+        ahead = [slice(None)] * a.ndim
+        behind = list(ahead)
+        ahead[axis], behind[axis] = slice(1, None), slice(None, -1)
+        a = a[tuple(ahead)] - a[tuple(behind)]
+    return a
+
+
+constant(
+    *(np.argmax, np.argmin, np.argsort, np.nanargmax, np.nanargmin, np.nonzero, np.flatnonzero, np.argwhere),
+    *(np.count_nonzero, np.any, np.all, np.searchsorted, np.digitize),
+)

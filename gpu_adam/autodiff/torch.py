@@ -1,0 +1,84 @@
+"""Losses computed by PyTorch, differentiated by PyTorch, on the memory of the variables.
+
+    from gpu_adam.autodiff.torch import view
+
+    optimizer.minimize(lambda: torch.mean((x @ view(w) - y) ** 2), [w])
+
+Nothing is copied: a view shares the variable's memory through DLPack, on the CPU and on CUDA devices, and so does a
+gradient that PyTorch hands back.  PyTorch's gradients of complex tensors point uphill, as here.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from gpu_adam.autodiff.picked import Picked
+from gpu_adam.autodiff.rules import namespace, plain
+from gpu_adam.autodiff.tape import Tape
+from gpu_adam.autodiff.upstream import check_kind, check_shape
+from gpu_adam.tracing import current_tracer
+from gpu_adam.variables import Variable
+
+
+def view(variable: Variable) -> torch.Tensor:
+    """A tensor over the memory of a variable.
+
+    Inside a loss that is being differentiated, a leaf that requires its gradient, the same one at every call.  It must
+    not be written to, and must not be kept: the next step changes its contents.
+    """
+    tape = current_tracer.get()
+    tensor = tape.views.get(id(variable)) if isinstance(tape, Tape) else None
+    if tensor is None:
+        tensor = _tensor(variable.value)
+        if isinstance(tape, Tape) and tape.operand(variable) is not variable.value:
+            tape.views[id(variable)] = tensor.requires_grad_()
+    return tensor
+
+
+def pull_back(tape: Tape, losses: list[Any], seeds: list[Any]) -> list[Any]:
+    """Add the gradients of PyTorch losses to the leaves of the tape; the losses' values."""
+    outputs, upstream = [], []
+    for loss, seed in zip(losses, seeds, strict=True):
+        kind = "c" if loss.is_complex() else "f" if loss.is_floating_point() else "i"
+        check_kind(kind, f"a tensor of dtype {loss.dtype}", seed)
+        if loss.requires_grad:
+            outputs.append(loss)
+            upstream.append(_upstream(loss, seed))
+    keys, tensors = list(tape.views), list(tape.views.values())
+    if outputs and tensors:
+        gradients = torch.autograd.grad(outputs, tensors, upstream, allow_unused=True)
+        for key, gradient in zip(keys, gradients, strict=True):
+            if gradient is not None:
+                leaf = tape.leaves[key]
+                contribution = _gradient(gradient, leaf.value)
+                leaf.gradient = contribution if leaf.gradient is None else leaf.gradient + contribution
+    return [loss.detach() for loss in losses]
+
+
+def _upstream(loss: torch.Tensor, seed: Any) -> torch.Tensor:
+    if seed is None:
+        return torch.ones_like(loss)
+    seed = plain(seed)
+    check_shape(tuple(getattr(seed, "shape", np.shape(seed))), tuple(loss.shape))
+    return torch.ones_like(loss) * torch.as_tensor(seed, dtype=loss.dtype, device=loss.device)
+
+
+def _tensor(array: Any) -> torch.Tensor:
+    if array.dtype.name == "bfloat16":  # which DLPack and NumPy do not know of each other
+        return torch.from_dlpack(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_dlpack(array)
+
+
+def _gradient(gradient: torch.Tensor, like: Any) -> Any:
+    if gradient.is_sparse:
+        indices, values = gradient._indices()[0], gradient._values()
+        return Picked(like, _array(indices, like), _array(values, like), rows=True)
+    return _array(gradient.resolve_conj().resolve_neg().contiguous(), like)
+
+
+def _array(tensor: torch.Tensor, like: Any) -> Any:
+    from_dlpack = namespace(like).from_dlpack
+    if tensor.dtype == torch.bfloat16:
+        return from_dlpack(tensor.view(torch.int16)).view(like.dtype)
+    return from_dlpack(tensor)

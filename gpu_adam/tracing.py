@@ -1,0 +1,34 @@
+"""The seam between a variable and a running differentiation: what a variable stands for when it is computed with.
+
+While a loss is being differentiated a tracer is set, and a variable hands itself to it; otherwise a variable is its
+value.  A context variable, so that each thread and each asynchronous task sees its own tracer and no other's.
+"""
+
+from contextvars import ContextVar
+from typing import Any, Protocol
+
+
+class Tracer(Protocol):
+    """What a running differentiation must answer."""
+
+    def operand(self, variable: Any) -> Any:
+        """What to compute with in place of `variable`: a recorded value, or the plain array."""
+
+    def refuse_overwrite(self, variable: Any) -> None:
+        """Raise if the value of `variable` must not change now."""
+
+
+current_tracer: ContextVar[Tracer | None] = ContextVar("gpu_adam_tracer", default=None)
+
+
+def operand(variable: Any) -> Any:
+    """The value of a variable, recorded where a differentiation is running."""
+    tracer = current_tracer.get()
+    return variable.value if tracer is None else tracer.operand(variable)
+
+
+def check_overwrite(variable: Any) -> None:
+    """To be called before the value of a variable changes."""
+    tracer = current_tracer.get()
+    if tracer is not None:
+        tracer.refuse_overwrite(variable)

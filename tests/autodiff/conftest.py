@@ -1,0 +1,33 @@
+"""Runs every test that asks for a `case` on the cases of its class that it applies to, and on the devices there are."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from gpu_adam.devices import find_device
+from gpu_adam.errors import DeviceError
+
+from .cases import Case
+from .duck import DuckArray
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "case" in metafunc.fixturenames:
+        applies: Callable[[Case], bool] = {
+            "test_hips_autograd": lambda case: case.hips,
+            "test_single_precision": lambda case: case.narrow,
+        }.get(metafunc.function.__name__, lambda case: True)
+        metafunc.parametrize("case", [case for case in metafunc.cls.cases if applies(case)], ids=str)
+    if "to_device" in metafunc.fixturenames:
+        chosen = metafunc.config.getoption("--device")
+        devices: dict[str, Callable[[Any], Any]] = {}
+        if chosen != "cuda":
+            devices["duck"] = DuckArray
+        try:
+            if chosen != "host":
+                devices["cuda"] = find_device("cuda").array
+        except DeviceError:
+            if chosen == "cuda":
+                raise
+        metafunc.parametrize("to_device", list(devices.values()), ids=list(devices))

@@ -1,0 +1,98 @@
+"""The tape frees what it holds."""
+
+import contextlib
+import gc
+import resource
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gpu_adam import Variable
+from gpu_adam.autodiff import value_and_grad
+from gpu_adam.autodiff.node import Node
+
+
+@pytest.fixture
+def no_collector() -> Iterator[None]:
+    """Only reference counts free memory: a cycle would keep it."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def loss_of(x: Variable) -> Any:
+    hidden = np.tanh(x @ np.ones((8, 8)))
+    return np.sum(np.logaddexp.reduce(hidden * x, axis=1)) + np.linalg.norm(hidden) + np.sum(np.take(x, [0, 1], axis=0))
+
+
+def recorded_objects() -> int:
+    return sum(type(o) is Node for o in gc.get_objects())
+
+
+@pytest.mark.usefixtures("no_collector")
+def test_nothing_is_left_after_a_step() -> None:
+    x = Variable(np.ones((4, 8)))
+    value_and_grad(lambda: loss_of(x), x)
+    assert recorded_objects() == 0
+
+
+@pytest.mark.usefixtures("no_collector")
+def test_arrays_are_freed_with_the_tape() -> None:
+    x = Variable(np.ones(1000))
+    kept: list[Any] = []
+
+    def loss() -> Any:
+        hidden: Any = np.exp(x)
+        kept.append(weakref.ref(hidden.value))
+        return np.sum(hidden * x)
+
+    value_and_grad(loss, x)
+    assert kept[0]() is None
+
+
+@pytest.mark.usefixtures("no_collector")
+def test_a_kept_result_keeps_its_value_only() -> None:
+    x = Variable(np.ones(1000))
+    kept: list[Any] = []
+
+    def loss() -> Any:
+        hidden: Any = np.exp(x)
+        kept.extend([weakref.ref(hidden.value), np.sum(hidden * x)])
+        return kept[1]
+
+    value_and_grad(loss, x)
+    assert kept[0]() is None
+    assert recorded_objects() == 1
+
+
+@pytest.mark.usefixtures("no_collector")
+def test_a_failed_loss_leaves_nothing() -> None:
+    x = Variable(np.ones((4, 8)))
+
+    def loss() -> Any:
+        loss_of(x)
+        raise KeyError
+
+    with contextlib.suppress(KeyError):
+        value_and_grad(loss, x)
+    assert recorded_objects() == 0
+
+
+def resident_bytes() -> int:
+    """Memory of this process now, not at its peak."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def test_many_steps_do_not_grow_the_process() -> None:
+    x = Variable(np.ones((4, 8)))
+    for _ in range(100):
+        value_and_grad(lambda: loss_of(x), x)
+    before = resident_bytes()
+    for _ in range(10_000):
+        value_and_grad(lambda: np.sum(np.tanh(x) * x) + np.sum(np.take(x, [0, 1], axis=0)), x)
+    assert resident_bytes() - before < 2**20
