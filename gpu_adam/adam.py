@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from gpu_adam.hyperparameters import DEFAULT_EPSILON, as_number, checked, evalua
 from gpu_adam.kernels import COMPLEX_MODES
 from gpu_adam.schedules import LearningRateSchedule
 from gpu_adam.slots import Slots, initialized
-from gpu_adam.variables import Variable
+from gpu_adam.variables import Variable, as_dtype
 
 _KEYWORDS = ("clipnorm", "clipvalue", "global_clipnorm", "lr", "decay", "complex_mode")
 
@@ -123,6 +124,73 @@ class Adam:
             Whatever it raises, nothing has changed.
         """
         return self._controller.step(grads_and_vars, self._hyper, amsgrad=bool(self.amsgrad), clip=self._clip)
+
+    def minimize(
+        self,
+        loss: Callable[[], Any] | None,
+        var_list: Any,
+        grad_loss: Any = None,
+        name: str | None = None,
+        *,
+        grad_fn: Callable[[], Iterable[Any]] | None = None,
+    ) -> int:
+        """Differentiate a loss and update variables by its gradients.
+
+        Args:
+            loss: a function without arguments that computes with variables by NumPy or CuPy calls, or by PyTorch's or
+                JAX's; called once. What it returns is summed.
+            var_list: a Variable, any nesting of lists, tuples and dicts of them, or a function that returns such and is
+                called after the loss.
+            grad_loss: multiplies the gradient: a number, or an array of the loss's shape; None is 1.
+            name: ignored, for compatibility with Keras.
+            grad_fn: a function without arguments that returns the gradients of the variables in their order, computed
+                by other means; then the loss is not called and may be None.
+
+        Returns:
+            The steps done, this one included.
+
+        Raises:
+            ArgumentTypeError: the loss is not callable, or returns no numbers.
+            ArgumentValueError: as `apply_gradients`; something else than Variables in `var_list`; no variable that the
+                loss depends on. Nothing has changed then.
+            NotImplementedError: the loss uses an operation whose derivative is not known.
+        """
+        if grad_fn is None:
+            _, pairs = _autodiff().gradients(loss, var_list, grad_loss)
+        else:
+            gradients = list(grad_fn())
+            variables = _autodiff().flatten(var_list() if callable(var_list) else var_list)
+            if len(gradients) != len(variables):
+                rule = f"must return one gradient for each of the {len(variables)} variables"
+                raise ArgumentValueError("grad_fn", rule, len(gradients), "return None where there is no gradient")
+            pairs = list(zip(gradients, variables, strict=True))
+        return self.apply_gradients(pairs, name)
+
+    def get_gradients(self, loss: Callable[[], Any], params: Any) -> list[Any]:
+        """The gradients of a loss, unclipped, in the order of the variables; no state changes.
+
+        Args:
+            loss, params: as `loss` and `var_list` of `minimize`.
+
+        Raises:
+            ArgumentValueError: the loss does not depend on one of the variables.
+            And as `minimize`.
+        """
+        _, pairs = _autodiff().gradients(loss, params)
+        without = [variable.name for gradient, variable in pairs if gradient is None]
+        if without:
+            rule = "must be differentiable with respect to every variable"
+            raise ArgumentValueError("loss", rule, f"no gradient for {without}", "leave those variables out of params")
+        return [gradient for gradient, _ in pairs]
+
+    def get_updates(self, loss: Callable[[], Any], params: Any) -> list[int]:
+        """Differentiate a loss and update every variable: a list of the one result of `apply_gradients`.
+
+        Raises:
+            As `get_gradients` and `apply_gradients`.
+        """
+        variables = _autodiff().flatten(params() if callable(params) else params)
+        return [self.apply_gradients(list(zip(self.get_gradients(loss, variables), variables, strict=True)))]
 
     def build(self, var_list: Iterable[Any]) -> None:
         """Create the slots of variables ahead of their first step, so that `set_weights` and `load` fit.
@@ -338,7 +406,7 @@ class Adam:
             rule = "must be 'auto', 'none' or 'on_write' for a trainable variable"
             raise ArgumentValueError("synchronization", rule, synchronization, "pass trainable=False")
         shape = (shape,) if isinstance(shape, int) else tuple(shape)
-        array = initialized(initializer, shape, np.dtype("float32" if dtype is None else dtype), find_device(None))
+        array = initialized(initializer, shape, as_dtype("float32" if dtype is None else dtype), find_device(None))
         if tuple(array.shape) != shape:
             raise ArgumentValueError("initializer", f"must give shape {shape}", tuple(array.shape), "reshape it")
         return Variable.over(array, find_device(None), name, not on_read if trainable is None else bool(trainable))
@@ -359,17 +427,18 @@ class Adam:
             ArgumentValueError: another number of arrays or other shapes; nothing has changed then.
         """
         arrays, slots = list(weights), self.weights
-        variables = len(slots) // 2
-        if len(slots) == 2 * variables + 1 and len(arrays) == 3 * variables + 1 and not self.amsgrad:
+        variables = self._slots.variable_count
+        if len(slots) == 2 * variables + 1 and len(arrays) == 3 * variables + 1:
             arrays = arrays[: len(slots)]
         if len(arrays) != len(slots):
             rule = f"must hold {len(slots)} arrays for optimizer {self._name!r}"
             raise ArgumentValueError("weights", rule, f"{len(arrays)}", "call build(variables) first, or pass the full list")
         for number, (array, slot) in enumerate(zip(arrays, slots, strict=True)):
-            if not hasattr(array, "shape") and not np.isscalar(array):
-                what = type(array).__name__
-                raise ArgumentTypeError(f"weights[{number}]", "must be an array", what, "pass get_weights()'s arrays")
-            shape = tuple(getattr(array, "shape", ()))
+            dtype = getattr(array, "dtype", None) or np.asarray(array).dtype
+            if dtype.kind in "OSUMm":
+                what = f"{type(array).__name__} of {dtype}"
+                raise ArgumentTypeError(f"weights[{number}]", "must consist of numbers", what, "pass get_weights()'s arrays")
+            shape = tuple(np.shape(array))
             if shape != slot.shape:
                 rule = f"must have shape {slot.shape} for {slot.name!r}"
                 raise ArgumentValueError(f"weights[{number}]", rule, shape, "pass the arrays in the order of get_weights()")
@@ -462,6 +531,11 @@ class Adam:
         self.__dict__.update(state)
         self._controller = Controller(self._slots, self._name)
         self._controller.registry = registry
+
+
+def _autodiff() -> Any:
+    """The package of derivatives, imported when a loss is to be differentiated: a process that brings its own starts faster."""
+    return importlib.import_module("gpu_adam.autodiff")
 
 
 def _is_zero(value: Any) -> bool:

@@ -101,8 +101,8 @@ class Controller:
             plan.allocate(self._slots)
         self._plans[key] = plan
         self._plans.move_to_end(key)
-        while len(self._plans) > _PLANS_KEPT:
-            self._plans.popitem(last=False)
+        for old in [key for key, kept in self._plans.items() if not kept.captured][:-_PLANS_KEPT]:
+            del self._plans[old]
         self._last = None if without else _Last(plan, [target for _, target in pairs])
         repeatable = plan.bind(checked)
         if self._last is not None and repeatable:
@@ -155,7 +155,9 @@ class Controller:
         return gradients, variables, without
 
     def _errors_of(self, variable: Variable) -> IndexErrors:
-        return self._index_errors.setdefault(variable, IndexErrors(variable))
+        if variable not in self._index_errors:
+            self._index_errors[variable] = IndexErrors(variable)
+        return self._index_errors[variable]
 
 
 class _Last:
@@ -184,8 +186,8 @@ class _Last:
         if types & {type(None), Variable}:
             return None
         if any(issubclass(kind, IndexedSlices) for kind in types) or True in self.plan.sparse:
-            if [isinstance(gradient, IndexedSlices) for gradient in gradients] != self.plan.sparse:
-                return None
+            sparse = [isinstance(gradient, IndexedSlices) for gradient in gradients]
+            return list(gradients) if sparse == self.plan.sparse else None
         return list(gradients)
 
     def bind(self, gradients: list[Any]) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 
 from gpu_adam import kernels
 from gpu_adam.devices import Array
+from gpu_adam.devices.base import PointerTable
 from gpu_adam.gradients import as_array, check_shape
 from gpu_adam.memory import Interval, memory_of
 from gpu_adam.slots import Slots, slot_names
@@ -49,6 +50,7 @@ class DenseUpdate:
         self.tensors = len(self._filled)
         self._nbytes = np.array([variable.size * variable.dtype.itemsize for variable in variables], np.uint64)
         self._last = np.zeros(self.tensors, np.uint64)
+        self._captured: list[PointerTable] = []
 
     def check(self, gradients: list[Any]) -> Bound:
         """The gradients' addresses; what is not an array of the right kind is converted or refused.
@@ -86,7 +88,7 @@ class DenseUpdate:
         self._table = device.array(table.view(np.uint8))
         self._chunk_tensor = device.array(np.repeat(np.arange(self.tensors, dtype=np.int32), per_tensor))
         self._gradients = device.pointer_table(max(1, self.tensors))
-        tensor_table = kernels.struct(
+        self._tensor_table = kernels.struct(
             kernels.TENSOR_TABLE,
             device.address(self._table),
             self._gradients.address,
@@ -98,12 +100,12 @@ class DenseUpdate:
         self._factors, self._stride = kernels.pointer(0), kernels.scalar(0)
         self._launch = device.prepare(
             kernels.dense(self.dtype, amsgrad=self._amsgrad, clip=self._clip),
-            [tensor_table, self._factors, self._stride, self._step],
+            [self._tensor_table, self._factors, self._stride, self._step],
         )
         if self._clip:
             self._clip_value, self._sums = np.zeros(1, real_dtype), kernels.pointer(0)
             self._square_sums = device.prepare(
-                kernels.norm(self.dtype, "square_sums"), [tensor_table, self._clip_value, self._sums]
+                kernels.norm(self.dtype, "square_sums"), [self._tensor_table, self._clip_value, self._sums]
             )
 
     def written(self, slots: Slots) -> list[Interval]:
@@ -135,6 +137,17 @@ class DenseUpdate:
         self._step[0] = step
         if self.chunks:
             self._launch(self.chunks)
+
+    def begin_capture(self) -> None:
+        """Read the gradients' addresses from a table of its own: a graph does so at every replay, after later steps."""
+        own = self.device.pointer_table(max(1, self.tensors))
+        own.write(self._last)
+        self._captured.append(own)
+        self._tensor_table["gradients"] = own.address
+
+    def end_capture(self) -> None:
+        """Go back to the table that steps rewrite."""
+        self._tensor_table["gradients"] = self._gradients.address
 
     # Norms of the gradients, for gradients.NormClipping.
 

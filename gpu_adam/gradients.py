@@ -40,16 +40,12 @@ def as_array(gradient: Any, variable: Variable, what: str = "gradient") -> Array
         array = _foreign(array, device, argument)
     if array.dtype != variable.dtype:
         raise ArgumentValueError(argument, f"must have dtype {variable.dtype}", array.dtype, "cast it with astype")
-    if device_of(array) is not device and device_of(array) != device and not _same_place(array, device):
-        raise ArgumentValueError(argument, f"must lie on {device.name}", device_of(array), "move it there")
+    place = device_of(array)
+    if place is None or place.name != device.name:
+        raise ArgumentValueError(argument, f"must lie on {device.name}", f"an array on {place}", "move it there")
     array = device.xp.ascontiguousarray(array) if array.ndim else array
     # The kernels load whole elements: a complex array may begin in the middle of one.
     return device.array(array) if array.size and device.address(array) % array.dtype.itemsize else array
-
-
-def _same_place(array: Array, device: Device) -> bool:
-    place = device_of(array)
-    return place is not None and place.name == device.name
 
 
 def _foreign(obj: Any, device: Device, argument: str) -> Array:
@@ -136,7 +132,7 @@ class _NormPass:
     def __init__(self, members: Sequence[Clippable], *, global_norm: bool) -> None:
         self._members, self._device = members, members[0].device
         self._capacity = 0
-        self._sums: Array = None
+        self._sums: list[Array] = []  # outgrown ones too: a captured graph may hold them
         self._sums_pointer, self._count = kernels.pointer(0), kernels.scalar(0)
         self._limit = kernels.struct(np.dtype([("limit", np.float64)]), 0.0)
         tensors = 1 if global_norm else members[0].tensors
@@ -160,12 +156,13 @@ class _NormPass:
         total = sum(counts)
         if total > self._capacity:
             self._capacity = max(total, 2 * self._capacity)
-            self._sums = self._device.empty(self._capacity, np.dtype(np.float64))
-            self._sums_pointer[0] = self._device.address(self._sums)
+            self._sums.append(self._device.empty(self._capacity, np.dtype(np.float64)))
+            self._sums_pointer[0] = self._device.address(self._sums[-1])
         address = int(self._sums_pointer[0])
         for member, count in zip(self._members, counts, strict=True):
             member.square_sums(address, clip_value)
             address += 8 * count
         self._count[0] = total
         self._limit["limit"] = limit
-        self._launch(self._blocks)
+        if self._blocks:
+            self._launch(self._blocks)

@@ -73,7 +73,7 @@ def as_number(name: str, value: Any) -> float:
 
 
 def evaluated(name: str, value: Any) -> float:
-    """The number that a stored callable, variable or 0-d array has now. (Schedules: see `Scalars`.)"""
+    """The number that a stored callable, variable or 0-d array has now; schedules are for `Scalars`."""
     return as_number(name, value() if callable(value) and not _is_live(value) else value)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -51,6 +52,9 @@ class Plan:
         sparse: whether each pair's gradient names rows.
         mode: which kernels.
         errors_of: the note of rows out of range of a variable.
+
+    Attributes:
+        captured: whether a graph holds the plan's launches, so that its memory must stay.
     """
 
     def __init__(
@@ -71,6 +75,7 @@ class Plan:
         self._updates = [self._update([variables[n] for n in m], sparse[m[0]], errors_of) for m in self._members]
         self._real_dtypes = [kernels.DTYPES[update.dtype].real_dtype for update in self._updates]
         self._norms: NormClipping | None = None
+        self.captured = False
 
     def _update(
         self, variables: list[Variable], sparse: bool, errors_of: Callable[[Variable], IndexErrors]
@@ -121,6 +126,21 @@ class Plan:
 
     def enqueue(self, steps: list[tuple[Any, ...]], clip: Clip) -> None:
         """Enqueue the whole step with the gradients bound last."""
+        if any(device.is_capturing() for device in self._written):
+            self._enqueue_captured(steps, clip)
+        else:
+            self._enqueue(steps, clip)
+
+    def _enqueue_captured(self, steps: list[tuple[Any, ...]], clip: Clip) -> None:
+        self.captured = True
+        dense = [update for update in self._updates if isinstance(update, DenseUpdate)]
+        for update in dense:
+            update.begin_capture()
+        self._enqueue(steps, clip)
+        for update in dense:
+            update.end_capture()
+
+    def _enqueue(self, steps: list[tuple[Any, ...]], clip: Clip) -> None:
         if self._norms is not None:
             self._norms.enqueue(clip)
         for update, step in zip(self._updates, steps, strict=True):
@@ -138,7 +158,7 @@ def check_overlap(variables: Sequence[Variable]) -> None:
     for device in {variable.device for variable in distinct}:
         placed = [(memory_of(device, v.value), v) for v in distinct if v.device is device and v.size]
         placed.sort(key=lambda pair: pair[0])
-        for ((_, end), one), ((begin, _), other) in zip(placed, placed[1:], strict=False):
+        for ((_, end), one), ((begin, _), other) in pairwise(placed):
             if begin < end:
                 raise ArgumentValueError(
                     f"variables {one.name!r} and {other.name!r}",

@@ -40,6 +40,11 @@ class Slots:
         self._iterations: Variable | None = None
 
     @property
+    def variable_count(self) -> int:
+        """How many variables have slots."""
+        return len(self._slots)
+
+    @property
     def steps_done(self) -> int:
         """Value of the iteration counter; 0 where it does not exist yet."""
         return 0 if self._iterations is None else int(self._iterations.value)

@@ -166,13 +166,13 @@ class RowSorter:
         self.indices = kernels.struct(kernels.INDICES, 0, 0, 0, rows)
         self.keys = kernels.struct(kernels.KEYS, 0, 0)
         self._a, self._b = kernels.struct(kernels.KEYS, 0, 0), kernels.struct(kernels.KEYS, 0, 0)
+        self._buffers: list[Array] = []  # outgrown ones too: a captured graph may hold them
+        self._by_runs: list[_SortByRuns] = []
         self._error_array = errors.array
         self.errors = kernels.pointer(device.address(errors.array))
-        self._count, self._starts = kernels.scalar(0), kernels.pointer(0)
         self._sort_rows = device.prepare(
             kernels.sort("sort_rows"), [self.indices, self._a, self._b, kernels.scalar(self._passes), self.errors]
         )
-        self._by_runs: _SortByRuns | None = None
 
     def bind(self, indices: Array) -> None:
         """Sort these indices from now on."""
@@ -183,20 +183,19 @@ class RowSorter:
 
     def _allocate(self, capacity: int) -> None:
         self._capacity = capacity
-        self._buffers = [self._device.empty(max(1, capacity), np.dtype(np.int64)) for _ in range(4)]
-        addresses = [self._device.address(buffer) for buffer in self._buffers]
+        self._buffers += [self._device.empty(max(1, capacity), np.dtype(np.int64)) for _ in range(4)]
+        addresses = [self._device.address(buffer) for buffer in self._buffers[-4:]]
         self._a[0], self._b[0] = tuple(addresses[:2]), tuple(addresses[2:])
         self.keys[0] = (self._a if self._passes % 2 == 0 else self._b)[0]
         if capacity > kernels.SORT_RUN:
-            self._by_runs = _SortByRuns(
-                self._device, self.indices, (self._a, self._b), capacity, self._passes, self.errors
-            )
+            sort = _SortByRuns(self._device, self.indices, (self._a, self._b), capacity, self._passes, self.errors)
+            self._by_runs.append(sort)
 
     def enqueue(self) -> None:
         """Enqueue the sort."""
         count = int(self.indices["count"][0])
-        if count > kernels.SORT_RUN and self._by_runs is not None:
-            self._by_runs.enqueue(count)
+        if count > kernels.SORT_RUN:
+            self._by_runs[-1].enqueue(count)
         elif count:
             self._sort_rows(1)
 
@@ -269,7 +268,10 @@ def _as_indices(indices: Any, variable: Variable) -> Array:
     device, argument = variable.device, f"IndexedSlices.indices of variable {variable.name!r}"
     array = indices.value if isinstance(indices, Variable) else indices
     if isinstance(array, (list, tuple)):
-        array = device.array(np.asarray(array, None if array else np.int64))
+        try:
+            array = device.array(np.asarray(array, None if array else np.int64))
+        except ValueError as error:
+            raise ArgumentTypeError(argument, "must consist of whole numbers", error, "pass an array") from error
     elif not isinstance(array, device.xp.ndarray):
         view = device.view(array)
         if view is None:

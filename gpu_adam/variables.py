@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -98,7 +99,8 @@ class Variable(NDArrayOperatorsMixin):
     @property
     def dtype(self) -> np.dtype:
         """Dtype of the array."""
-        return np.dtype(self._value.dtype)
+        dtype: np.dtype = self._value.dtype
+        return dtype
 
     @property
     def ndim(self) -> int:
@@ -230,22 +232,22 @@ class Variable(NDArrayOperatorsMixin):
 
     # In-place operators change the memory, where the mixin's would replace the object by an array.
 
-    def __iadd__(self, other: Any) -> Variable:  # type: ignore[misc]
+    def __iadd__(self, other: Any) -> Variable:
         check_overwrite(self)
         self._value[...] += _plain(other)
         return self
 
-    def __isub__(self, other: Any) -> Variable:  # type: ignore[misc]
+    def __isub__(self, other: Any) -> Variable:
         check_overwrite(self)
         self._value[...] -= _plain(other)
         return self
 
-    def __imul__(self, other: Any) -> Variable:  # type: ignore[misc]
+    def __imul__(self, other: Any) -> Variable:
         check_overwrite(self)
         self._value[...] *= _plain(other)
         return self
 
-    def __itruediv__(self, other: Any) -> Variable:  # type: ignore[misc]
+    def __itruediv__(self, other: Any) -> Variable:
         check_overwrite(self)
         self._value[...] /= _plain(other)
         return self
@@ -288,18 +290,26 @@ class IndexedSlices:
 
 
 def _initial_dtype(value: Any, dtype: Any) -> np.dtype | None:
+    """The dtype that the constructor's arguments mean; None leaves it to NumPy."""
+    found: np.dtype | None = None
     if dtype is not None:
-        try:
-            return np.dtype(dtype)
-        except TypeError as error:
-            raise ArgumentTypeError("dtype", "must be a NumPy dtype", repr(dtype), "pass 'float32', say") from error
-    if hasattr(value, "dtype"):
-        return np.dtype(value.dtype)
+        found = as_dtype(dtype)
+    elif hasattr(value, "dtype"):
+        found = np.dtype(value.dtype)
+    else:
+        with contextlib.suppress(TypeError, ValueError):
+            found = np.asarray(value).dtype
+            found = {"f": np.dtype(np.float32), "i": np.dtype(np.int32)}.get(found.kind, found)
+    return found
+
+
+def as_dtype(dtype: Any) -> np.dtype:
+    """`dtype` as NumPy's; ArgumentTypeError where it is none."""
     try:
-        kind = np.asarray(value).dtype
-    except (TypeError, ValueError):
-        return None
-    return {"f": np.dtype(np.float32), "i": np.dtype(np.int32)}.get(kind.kind, kind)
+        found: np.dtype = np.dtype(dtype)
+    except TypeError as error:
+        raise ArgumentTypeError("dtype", "must be a NumPy dtype", repr(dtype), "pass 'float32', say") from error
+    return found
 
 
 def _plain(obj: Any) -> Any:
@@ -333,7 +343,10 @@ class Registry:
         variable = self.known.get(id(obj))
         if variable is None:
             variable = obj if isinstance(obj, Variable) else over_raw_array(obj, argument)
-            variable = self._by_memory.setdefault(_memory_key(variable), variable)
+            known = self._by_memory.get(_memory_key(variable))
+            if known is not None:
+                return known  # another object over the same memory; not kept, or a new view in every step would pile up
+            self._by_memory[_memory_key(variable)] = variable
             self._add(obj, variable)
         return variable
 
@@ -344,9 +357,7 @@ class Registry:
     def forget(self, count: int) -> None:
         """Keep only the first `count` objects: what a rejected call has brought is dropped again."""
         for obj in self._objects[count:]:
-            variable = self.known.pop(id(obj))
-            if not any(kept is variable for kept in self.known.values()):
-                self._by_memory.pop(_memory_key(variable), None)
+            del self._by_memory[_memory_key(self.known.pop(id(obj)))]
         del self._objects[count:]
 
     def __len__(self) -> int:

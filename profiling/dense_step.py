@@ -47,7 +47,8 @@ def pytorch(sizes: list[int]) -> Callable[[], Any]:
         gradient, parameter = rng.standard_normal(n, np.float32), rng.standard_normal(n, np.float32)
         parameters.append(torch.from_numpy(parameter).clone().requires_grad_())
         parameters[-1].grad = torch.from_numpy(gradient).clone()
-    return torch.optim.Adam(parameters, fused=True, eps=1e-7).step
+    optimizer = torch.optim.Adam(parameters, fused=True, eps=1e-7)
+    return lambda: optimizer.step()
 
 
 def main() -> None:

@@ -30,11 +30,11 @@ def measured(count: int, repetitions: int) -> dict[str, float]:
     def fresh() -> list[Any]:
         return [(np.ones(1, np.float32), variable) for variable in variables]
 
-    same, new = fresh(), [fresh(), fresh()]
+    same = fresh()
     seconds: dict[str, list[float]] = {"same": [], "new": []}
-    for kind, pairs in (("same", lambda _: same), ("new", lambda step: new[step % 2])):
+    for kind, turns in (("same", [same]), ("new", [fresh(), fresh()])):
         for step in range(repetitions + 5):
-            chosen = pairs(step)
+            chosen = turns[step % len(turns)]
             start = time.perf_counter()
             optimizer.apply_gradients(chosen)
             seconds[kind].append(time.perf_counter() - start)

@@ -17,6 +17,7 @@ __all__ = ["Array", "Device", "HostDevice", "describe", "device_of", "find_devic
 
 _log = logging.getLogger("gpu_adam")
 _chosen: Device | None = None
+_CUDA_KINDS = (2, 13)  # DLPack: device memory and managed memory
 
 
 def set_device(device: str | Device) -> Device:
@@ -63,14 +64,14 @@ def find_device(device: str | Device | None) -> Device:
 
 def device_of(obj: Any) -> Device | None:
     """The device in whose memory an array-like object lies; None where it is no array."""
-    if hasattr(obj, "__cuda_array_interface__"):
-        interface_device = getattr(getattr(obj, "device", None), "id", None)
-        if interface_device is None:
-            interface_device = getattr(getattr(obj, "device", None), "index", None)
-        return _cuda(interface_device)
+    if hasattr(obj, "__cuda_array_interface__"):  # which does not tell the device: CuPy's is .device.id, torch's .index
+        place = getattr(obj, "device", None)
+        return _cuda(getattr(place, "id", getattr(place, "index", None)))
     if hasattr(obj, "__dlpack_device__"):
-        kind, index = obj.__dlpack_device__()
-        return {1: _host, 2: lambda: _cuda(index)}.get(kind, lambda: None)()
+        kind, index = (int(number) for number in obj.__dlpack_device__())
+        if kind in _CUDA_KINDS:
+            return _cuda(index)
+        return _host() if kind == 1 else None
     return _host() if hasattr(obj, "__array_interface__") else None
 
 
@@ -107,13 +108,12 @@ def _automatic() -> Device:
 
 def _cuda(index: int | None) -> Device:
     count = _cuda_count()
-    from gpu_adam.devices import cuda  # noqa: PLC0415  (imports CuPy, which may be missing)
+    from gpu_adam.devices.cuda import cuda_device, current_index  # noqa: PLC0415  (imports CuPy, which may be missing)
 
-    if index is None:
-        index = int(cuda.cupy.cuda.runtime.getDevice())
+    index = current_index() if index is None else index
     if not 0 <= index < count:
         raise DeviceError(f"device 'cuda:{index}'", f"must be one of the {count} CUDA devices", index, "count from 0")
-    return cuda.cuda_device(index)
+    return cuda_device(index)
 
 
 @functools.cache

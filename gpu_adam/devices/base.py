@@ -98,6 +98,10 @@ class Device(ABC):
         """
 
     @abstractmethod
+    def is_capturing(self) -> bool:
+        """Whether what is enqueued now becomes part of a graph, to run at every replay."""
+
+    @abstractmethod
     def synchronize(self) -> None:
         """Wait until everything enqueued on the current stream is done."""
 

@@ -63,7 +63,7 @@ class CudaDevice(Device):
             array = obj
         elif hasattr(obj, "__cuda_array_interface__"):
             array = cupy.asarray(obj)
-        elif hasattr(obj, "__dlpack_device__") and obj.__dlpack_device__()[0] == 2:
+        elif hasattr(obj, "__dlpack_device__") and int(obj.__dlpack_device__()[0]) in (2, 13):
             array = cupy.from_dlpack(obj)
         return array if array is not None and array.device.id == self.index else None
 
@@ -99,6 +99,11 @@ class CudaDevice(Device):
         """Compile `kernel` if need be and bind `arguments`."""
         return _CudaLaunch(self.index, _raw_kernel(kernel, self.index), tuple(arguments))
 
+    def is_capturing(self) -> bool:
+        """Whether the current stream is being captured."""
+        with self.current():
+            return bool(cupy.cuda.get_current_stream().is_capturing())
+
     def synchronize(self) -> None:
         """Wait for the current stream."""
         with self.current():
@@ -120,6 +125,11 @@ class CudaDevice(Device):
             ("CuPy", cupy.__version__),
             ("NVRTC", "{}.{}".format(*cupy.cuda.nvrtc.getVersion())),
         ]
+
+
+def current_index() -> int:
+    """Number of CuPy's current device."""
+    return int(cupy.cuda.runtime.getDevice())
 
 
 @functools.cache
@@ -155,7 +165,7 @@ class _CudaLaunch:
         self._index, self._kernel, self._arguments = index, kernel, arguments
 
     def __call__(self, blocks: int) -> None:
-        if cupy.cuda.runtime.getDevice() == self._index:
+        if current_index() == self._index:
             self._kernel((blocks,), (BLOCK_SIZE,), self._arguments)
         else:
             with cupy.cuda.Device(self._index):
@@ -165,8 +175,8 @@ class _CudaLaunch:
 class _CudaPointers:
     """Addresses in device memory, written through a ring of pinned buffers.
 
-    A pinned buffer must not be rewritten before its copy has run. Rather than wait for that, the ring grows. In a stream
-    capture the copy runs at every replay, so its buffer is never used again.
+    A pinned buffer must not be rewritten before its copy has run. Rather than wait for that, the ring grows. A copy that
+    is captured runs at every replay, so its buffer is never used again.
     """
 
     def __init__(self, device: CudaDevice, size: int) -> None:

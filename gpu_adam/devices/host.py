@@ -25,13 +25,13 @@ from gpu_adam.devices.base import PACK_BYTES, AddressReader, Array, Device, Laun
 from gpu_adam.errors import ArgumentValueError, DeviceError, KernelCompileError
 from gpu_adam.kernels import Kernel, Source
 
-_FLAGS = (
-    "-std=c++17 -O3 -march=native -fPIC -shared -pthread "
+_FLAGS = [
+    *("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-pthread"),
     # The bits: no contraction to multiply-add. The speed: without errno and traps the loops become vector code.
-    "-ffp-contract=off -fno-math-errno -fno-trapping-math "
+    *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
     # 16-byte packs look at arrays of numbers, as they do in CUDA.
-    "-fno-strict-aliasing"
-).split()
+    "-fno-strict-aliasing",
+]
 
 
 _LARGE = 2**20  # bytes
@@ -117,6 +117,10 @@ class HostDevice(Device):
     def prepare(self, kernel: Kernel, arguments: Sequence[np.ndarray]) -> Launch:
         """Compile `kernel` if need be and bind `arguments`."""
         return _HostLaunch(self, kernel, arguments)
+
+    def is_capturing(self) -> bool:
+        """Never."""
+        return False
 
     def synchronize(self) -> None:
         """Nothing to wait for: a launch returns when its blocks are done."""
