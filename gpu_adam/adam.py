@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -123,6 +124,73 @@ class Adam:
             Whatever it raises, nothing has changed.
         """
         return self._controller.step(grads_and_vars, self._hyper, amsgrad=bool(self.amsgrad), clip=self._clip)
+
+    def minimize(
+        self,
+        loss: Callable[[], Any] | None,
+        var_list: Any,
+        grad_loss: Any = None,
+        name: str | None = None,
+        *,
+        grad_fn: Callable[[], Iterable[Any]] | None = None,
+    ) -> int:
+        """Differentiate a loss and update variables by its gradients.
+
+        Args:
+            loss: a function without arguments that computes with variables by NumPy or CuPy calls, or by PyTorch's or
+                JAX's; called once. What it returns is summed.
+            var_list: a Variable, any nesting of lists, tuples and dicts of them, or a function that returns such and is
+                called after the loss.
+            grad_loss: multiplies the gradient: a number, or an array of the loss's shape; None is 1.
+            name: ignored, for compatibility with Keras.
+            grad_fn: a function without arguments that returns the gradients of the variables in their order, computed
+                by other means; then the loss is not called and may be None.
+
+        Returns:
+            The steps done, this one included.
+
+        Raises:
+            ArgumentTypeError: the loss is not callable, or returns no numbers.
+            ArgumentValueError: as `apply_gradients`; something else than Variables in `var_list`; no variable that the
+                loss depends on. Nothing has changed then.
+            NotImplementedError: the loss uses an operation whose derivative is not known.
+        """
+        if grad_fn is None:
+            _, pairs = _autodiff().gradients(loss, var_list, grad_loss)
+        else:
+            gradients = list(grad_fn())
+            variables = _autodiff().flatten(var_list() if callable(var_list) else var_list)
+            if len(gradients) != len(variables):
+                rule = f"must return one gradient for each of the {len(variables)} variables"
+                raise ArgumentValueError("grad_fn", rule, len(gradients), "return None where there is no gradient")
+            pairs = list(zip(gradients, variables, strict=True))
+        return self.apply_gradients(pairs, name)
+
+    def get_gradients(self, loss: Callable[[], Any], params: Any) -> list[Any]:
+        """The gradients of a loss, unclipped, in the order of the variables; no state changes.
+
+        Args:
+            loss, params: as `loss` and `var_list` of `minimize`.
+
+        Raises:
+            ArgumentValueError: the loss does not depend on one of the variables.
+            And as `minimize`.
+        """
+        _, pairs = _autodiff().gradients(loss, params)
+        without = [variable.name for gradient, variable in pairs if gradient is None]
+        if without:
+            rule = "must be differentiable with respect to every variable"
+            raise ArgumentValueError("loss", rule, f"no gradient for {without}", "leave those variables out of params")
+        return [gradient for gradient, _ in pairs]
+
+    def get_updates(self, loss: Callable[[], Any], params: Any) -> list[int]:
+        """Differentiate a loss and update every variable: a list of the one result of `apply_gradients`.
+
+        Raises:
+            As `get_gradients` and `apply_gradients`.
+        """
+        variables = _autodiff().flatten(params() if callable(params) else params)
+        return [self.apply_gradients(list(zip(self.get_gradients(loss, variables), variables, strict=True)))]
 
     def build(self, var_list: Iterable[Any]) -> None:
         """Create the slots of variables ahead of their first step, so that `set_weights` and `load` fit.
@@ -463,6 +531,11 @@ class Adam:
         self.__dict__.update(state)
         self._controller = Controller(self._slots, self._name)
         self._controller.registry = registry
+
+
+def _autodiff() -> Any:
+    """The package of derivatives, imported when a loss is to be differentiated: a process that brings its own starts faster."""
+    return importlib.import_module("gpu_adam.autodiff")
 
 
 def _is_zero(value: Any) -> bool:
