@@ -1,5 +1,7 @@
 """gpu_adam: tf.keras.optimizers.Adam of TensorFlow 2.0 as CUDA kernels, on NVIDIA GPUs and on the CPU."""
 
+from typing import TYPE_CHECKING, Any
+
 from gpu_adam import schedules
 from gpu_adam.adam import Adam
 from gpu_adam.devices import get_device, set_device
@@ -24,6 +26,9 @@ from gpu_adam.schedules import (
 )
 from gpu_adam.variables import IndexedSlices, Variable
 
+if TYPE_CHECKING:
+    from gpu_adam.autodiff import register_vjp, value_and_grad
+
 __version__ = "0.1.0"
 
 __all__ = [
@@ -46,6 +51,17 @@ __all__ = [
     "SparseIndexError",
     "Variable",
     "get_device",
+    "register_vjp",
     "schedules",
     "set_device",
+    "value_and_grad",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # The derivatives take as long to import as all the rest; a process that brings its own gradients does without.
+    if name in ("register_vjp", "value_and_grad"):
+        from gpu_adam import autodiff  # noqa: PLC0415
+
+        return getattr(autodiff, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
