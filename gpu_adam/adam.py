@@ -19,6 +19,7 @@ from gpu_adam.hyperparameters import DEFAULT_EPSILON, as_number, checked, evalua
 from gpu_adam.kernels import COMPLEX_MODES
 from gpu_adam.schedules import LearningRateSchedule
 from gpu_adam.slots import Slots, initialized
+from gpu_adam.tracing import current_tracer
 from gpu_adam.variables import Variable, as_dtype
 
 _KEYWORDS = ("clipnorm", "clipvalue", "global_clipnorm", "lr", "decay", "complex_mode")
@@ -123,6 +124,9 @@ class Adam:
             SparseIndexError: on the host, an index outside its variable. (On CUDA see `check_errors`.)
             Whatever it raises, nothing has changed.
         """
+        if current_tracer.get() is not None:
+            rule = "must not be called while a loss is being differentiated"
+            raise ArgumentValueError("apply_gradients", rule, "a call inside the loss", "move it behind the loss")
         return self._controller.step(grads_and_vars, self._hyper, amsgrad=bool(self.amsgrad), clip=self._clip)
 
     def minimize(
