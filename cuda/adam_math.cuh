@@ -45,18 +45,11 @@ __device__ inline Element adam(Element e, Value g, const Step& step) {
     return e;
 }
 
-// What clipping by a norm does to every element of a gradient: multiply, then divide. Mirrored by
-// gpu_adam.kernels.CLIP_FACTOR; written by norm.cu, which has the equations.
-struct ClipFactor {
-    double multiplier;
-    double divisor;
-};
-
-// Clip by value, then by norm. Compiled out where nothing is clipped.
-__device__ inline Value clipped(Value g, const Step& step, const ClipFactor& factor) {
+// Clip by value, then by norm: `factor` is the one that norm.cu computed, which has the equations. Compiled out where
+// nothing is clipped.
+__device__ inline Value clipped(Value g, const Step& step, double factor) {
 #if GPU_ADAM_CLIP
-    const Value bounded = clamped(g, real(step.clip_value));
-    return (bounded * Converted<Real>::from(factor.multiplier)) / Converted<Real>::from(factor.divisor);
+    return scaled(clamped(g, real(step.clip_value)), factor);
 #else
     return g;
 #endif

@@ -11,7 +11,7 @@
 #include "tensor_table.cuh"
 
 extern "C" __global__ void __launch_bounds__(256)
-dense(const TensorTable table, const ClipFactor* factors, const long long factor_stride, const Step step) {
+dense(const TensorTable table, const double* factors, const long long factor_stride, const Step step) {
     for (long long index = blockIdx.x; index < table.chunks; index += gridDim.x) {
         const Chunk chunk = chunk_at(table, index);
         const Tensor tensor = table.tensors[chunk.tensor];
@@ -25,7 +25,7 @@ dense(const TensorTable table, const ClipFactor* factors, const long long factor
         const Stored* const g = in_global_memory(table.gradients[chunk.tensor]) + chunk.begin;
         const bool packed = aligned(g + head_size(range.theta, chunk.size));
         // One factor per tensor (stride 1), or one for all (stride 0, the global norm).
-        const ClipFactor factor = factors ? factors[chunk.tensor * factor_stride] : ClipFactor{1.0, 1.0};
+        const double factor = factors ? factors[chunk.tensor * factor_stride] : 1.0;
         update_range(range, GlobalGradient{g, packed, factor}, step);
     }
 }

@@ -66,7 +66,7 @@ struct Range {
 struct GlobalGradient {
     const Stored* __restrict__ g;
     bool packed;  // g + head is 16-byte aligned
-    ClipFactor factor;
+    double factor;
 
     template <int N>
     __device__ Pack<Stored, N> pack(int i) const { return gradient_pack<N>(g + i, packed); }

@@ -89,32 +89,30 @@ square_sums_of(const Stored* values, const long long size, const StoredReal clip
     }
 }
 
-__device__ inline bool is_finite(double x) { return x - x == 0.0; }
+// min(1, c / n), the factor that takes a gradient of norm n to at most c; NaN where n is not finite.
+__device__ inline double clip_factor(double norm, double clipnorm) {
+    const double ratio = clipnorm / norm;
+    return norm - norm == 0.0 ? (ratio < 1.0 ? ratio : 1.0) : norm - norm;
+}
 
-// g' = g c / max(n, c), with n = ||g||_2 of each tensor: factors[t]. Tensor t's sums are [ends[t - 1], ends[t]); null
-// ends mean one tensor with `count` sums.
+// factors[t] for n = ||g||_2 of each tensor. Tensor t's sums are [ends[t - 1], ends[t]); null ends mean one tensor with
+// `count` sums.
 extern "C" __global__ void __launch_bounds__(256)
 clip_by_norm(const double* sums, const long long* ends, const long long tensors, const long long count,
-             const double clipnorm, ClipFactor* factors) {
+             const double clipnorm, double* factors) {
     __shared__ double lanes[LANES];
     for (long long t = blockIdx.x; t < tensors; t += gridDim.x) {
         const long long begin = t == 0 ? 0 : ends[t - 1];
         const long long end = ends ? ends[t] : count;
         const double norm = sqrt(ordered_sum(end - begin, Partials{sums + begin}, lanes));
-        if (threadIdx.x == 0) {
-            factors[t] = is_finite(norm) ? ClipFactor{clipnorm, norm < clipnorm ? clipnorm : norm}
-                                      : ClipFactor{norm - norm, 1.0};
-        }
+        if (threadIdx.x == 0) factors[t] = clip_factor(norm, clipnorm);
     }
 }
 
-// g' = g c min(1/n, 1/c), with n = the norm over all `count` sums: one factor.
+// The one factor for n = the norm over all `count` sums.
 extern "C" __global__ void __launch_bounds__(256)
-clip_by_global_norm(const double* sums, const long long count, const double clipnorm, ClipFactor* factor) {
+clip_by_global_norm(const double* sums, const long long count, const double clipnorm, double* factor) {
     __shared__ double lanes[LANES];
     const double norm = sqrt(ordered_sum(count, Partials{sums}, lanes));
-    if (threadIdx.x == 0) {
-        const double scale = clipnorm * (1.0 / norm < 1.0 / clipnorm ? 1.0 / norm : 1.0 / clipnorm);
-        *factor = is_finite(norm) ? ClipFactor{scale, 1.0} : ClipFactor{norm - norm, 1.0};
-    }
+    if (threadIdx.x == 0) *factor = clip_factor(norm, clipnorm);
 }

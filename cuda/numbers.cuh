@@ -81,11 +81,18 @@ __device__ inline Complex<Real> clamped(Complex<Real> x, Real bound) {
     return bound < length ? x * (bound / length) : x;
 }
 
+// x times a float64 factor, rounded once: neither the factor nor the norm it comes from need fit into float32.
+__device__ inline float scaled(float x, double factor) { return static_cast<float>(static_cast<double>(x) * factor); }
+__device__ inline Double scaled(Double x, double factor) { return flush(x.x * factor); }
+template <typename Real>
+__device__ inline Complex<Real> scaled(Complex<Real> x, double factor) {
+    return {scaled(x.re, factor), scaled(x.im, factor)};
+}
+
 // Memory <-> registers.
 template <typename To> struct Converted;
 template <> struct Converted<float> {
     __device__ static float from(float x) { return x; }
-    __device__ static float from(double x) { return static_cast<float>(x); }
 };
 template <> struct Converted<Double> {
     __device__ static Double from(double x) { return flush(x); }

@@ -61,7 +61,7 @@ __device__ inline Tile tile_at(const Table& table, long long index) {
 // gradient[row, column] of the tile = the sum of its occurrences; keys [begin, end) are those of the tile's rows. Groups
 // of threads take a row each, threads of a group its columns.
 __device__ inline void sum_rows(const Tile& tile, const Keys keys, long long begin, long long end, const Stored* values,
-                                long long row_size, const ClipFactor& factor, const Step& step, Value* gradient) {
+                                long long row_size, double factor, const Step& step, Value* gradient) {
     const int lanes = tile.columns < static_cast<int>(blockDim.x) ? tile.columns : blockDim.x;
     const int groups = blockDim.x / lanes;
     const int group = threadIdx.x / lanes, lane = threadIdx.x % lanes;
@@ -84,11 +84,11 @@ __device__ inline void sum_rows(const Tile& tile, const Keys keys, long long beg
 }
 
 extern "C" __global__ void __launch_bounds__(256)
-sparse(const Table table, const Indices indices, const Keys keys, const Stored* values, const ClipFactor* factors,
+sparse(const Table table, const Indices indices, const Keys keys, const Stored* values, const double* factors,
        const Step step, IndexErrors* errors) {
     __shared__ alignas(16) Value gradient[GPU_ADAM_TILE];
     if (blockIdx.x == 0 && threadIdx.x == 0) record_first(errors, indices);
-    const ClipFactor factor = factors ? *factors : ClipFactor{1.0, 1.0};
+    const double factor = factors ? *factors : 1.0;
 
     for (long long index = blockIdx.x; index < table.tiles; index += gridDim.x) {
         const Tile tile = tile_at(table, index);

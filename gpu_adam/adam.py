@@ -14,8 +14,15 @@ from gpu_adam import checkpoint, schedules
 from gpu_adam.controller import Controller
 from gpu_adam.devices import find_device
 from gpu_adam.errors import ArgumentTypeError, ArgumentValueError, CheckpointError
-from gpu_adam.gradients import Clip
-from gpu_adam.hyperparameters import DEFAULT_EPSILON, as_number, checked, evaluated
+from gpu_adam.hyperparameters import (
+    DEFAULT_EPSILON,
+    NO_CLIPPING,
+    Bound,
+    Hyperparameter,
+    as_number,
+    checked,
+    evaluated,
+)
 from gpu_adam.kernels import COMPLEX_MODES
 from gpu_adam.schedules import LearningRateSchedule
 from gpu_adam.slots import Slots, initialized
@@ -71,7 +78,9 @@ class Adam:
         for keyword in kwargs:
             if keyword not in _KEYWORDS:
                 known = ", ".join(_KEYWORDS)
-                raise ArgumentTypeError(f"keyword {keyword!r}", f"must be one of {known}", "another", "correct or drop it")
+                raise ArgumentTypeError(
+                    f"keyword {keyword!r}", f"must be one of {known}", "another", "correct or drop it"
+                )
         if name is not None and not isinstance(name, str):
             raise ArgumentTypeError("name", "must be a str", type(name).__name__, "pass a str or None")
         if kwargs.get("lr") is not None:
@@ -89,7 +98,7 @@ class Adam:
             "decay": checked("decay", decay),
         }
         self.amsgrad = amsgrad
-        self._clip = Clip()
+        self._clip = NO_CLIPPING
         for keyword in ("clipvalue", "clipnorm", "global_clipnorm"):
             setattr(self, keyword, kwargs.get(keyword))
         complex_mode = kwargs.get("complex_mode", COMPLEX_MODES[0])
@@ -227,105 +236,24 @@ class Adam:
         """The optimizer's name."""
         return self._name
 
-    @property
-    def learning_rate(self) -> Any:
-        """The learning rate: a float; the schedule; the 0-d array or variable; what a callable returns now."""
-        return self._current("learning_rate")
-
-    @learning_rate.setter
-    def learning_rate(self, value: Any) -> None:
-        self._assign("learning_rate", value)
-
-    @property
-    def lr(self) -> Any:
-        """Another name of learning_rate."""
-        return self._current("learning_rate")
-
-    @lr.setter
-    def lr(self, value: Any) -> None:
-        self._assign("learning_rate", value)
-
-    @property
-    def beta_1(self) -> Any:
-        """Decay of the mean of gradients, in [0, 1)."""
-        return self._current("beta_1")
-
-    @beta_1.setter
-    def beta_1(self, value: Any) -> None:
-        self._assign("beta_1", value)
-
-    @property
-    def beta_2(self) -> Any:
-        """Decay of the mean of squared gradients, in [0, 1)."""
-        return self._current("beta_2")
-
-    @beta_2.setter
-    def beta_2(self, value: Any) -> None:
-        self._assign("beta_2", value)
-
-    @property
-    def epsilon(self) -> Any:
-        """Added to the root of v, >= 0. Assigned here, 0 is 0."""
-        return self._current("epsilon")
-
-    @epsilon.setter
-    def epsilon(self, value: Any) -> None:
-        self._assign("epsilon", value)
-
-    @property
-    def decay(self) -> float:
-        """The learning rate is divided by 1 + decay (t - 1); >= 0."""
-        return float(self._hyper["decay"])
-
-    @decay.setter
-    def decay(self, value: Any) -> None:
-        self._assign("decay", value)
+    learning_rate = Hyperparameter(
+        "learning_rate", "The learning rate: a float; the schedule; the 0-d array or variable; what a callable returns now."
+    )
+    lr = Hyperparameter("learning_rate", "Another name of learning_rate.")
+    beta_1 = Hyperparameter("beta_1", "Decay of the mean of gradients, in [0, 1).")
+    beta_2 = Hyperparameter("beta_2", "Decay of the mean of squared gradients, in [0, 1).")
+    epsilon = Hyperparameter("epsilon", "Added to the root of v, >= 0. Assigned here, 0 is 0.")
+    decay = Hyperparameter("decay", "The learning rate is divided by 1 + decay (t - 1); >= 0.")
+    clipvalue = Bound("clipvalue", "Bound of every gradient element's absolute value, > 0, or None.")
+    clipnorm = Bound("clipnorm", "Bound of each gradient's L2 norm, > 0, or None. Applied after clipvalue.")
+    global_clipnorm = Bound(
+        "global_clipnorm", "Bound of the L2 norm over all gradients of a step, > 0, or None. Applied after clipvalue."
+    )
 
     @property
     def complex_mode(self) -> str:
         """How complex variables are updated: "abs2" or "real_imag"."""
         return self._slots.complex_mode
-
-    @property
-    def clipvalue(self) -> float | None:
-        """Bound of every gradient element's absolute value, > 0, or None."""
-        return self._clip.value
-
-    @clipvalue.setter
-    def clipvalue(self, value: Any) -> None:
-        self._clip = self._clip._replace(value=None if value is None else checked("clipvalue", value))
-
-    @property
-    def clipnorm(self) -> float | None:
-        """Bound of each gradient's L2 norm, > 0, or None. Applied after clipvalue."""
-        return self._clip.norm
-
-    @clipnorm.setter
-    def clipnorm(self, value: Any) -> None:
-        self._clip = _one_norm(self._clip._replace(norm=None if value is None else checked("clipnorm", value)))
-
-    @property
-    def global_clipnorm(self) -> float | None:
-        """Bound of the L2 norm over all gradients of a step, > 0, or None. Applied after clipvalue."""
-        return self._clip.global_norm
-
-    @global_clipnorm.setter
-    def global_clipnorm(self, value: Any) -> None:
-        number = None if value is None else checked("global_clipnorm", value)
-        self._clip = _one_norm(self._clip._replace(global_norm=number))
-
-    def _current(self, name: str) -> Any:
-        value = self._hyper[name]
-        if callable(value) and not isinstance(value, LearningRateSchedule):
-            return evaluated(name, value)
-        return value
-
-    def _assign(self, name: str, value: Any) -> None:
-        new, old = checked(name, value), self._hyper[name]
-        if isinstance(old, Variable) and type(new) is float:
-            old.assign(new)  # a variable given as hyperparameter is shared with whoever gave it
-        else:
-            self._hyper[name] = new
 
     # State.
 
@@ -340,7 +268,9 @@ class Adam:
             self._slots.adopt_iterations(value)
             return
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-            raise ArgumentTypeError("iterations", "must be an int", type(value).__name__, "pass the number of steps done")
+            raise ArgumentTypeError(
+                "iterations", "must be an int", type(value).__name__, "pass the number of steps done"
+            )
         if value < 0:
             raise ArgumentValueError("iterations", "must be >= 0", value, "pass the number of steps done")
         self.iterations.assign(np.int64(value))
@@ -436,16 +366,22 @@ class Adam:
             arrays = arrays[: len(slots)]
         if len(arrays) != len(slots):
             rule = f"must hold {len(slots)} arrays for optimizer {self._name!r}"
-            raise ArgumentValueError("weights", rule, f"{len(arrays)}", "call build(variables) first, or pass the full list")
+            raise ArgumentValueError(
+                "weights", rule, f"{len(arrays)}", "call build(variables) first, or pass the full list"
+            )
         for number, (array, slot) in enumerate(zip(arrays, slots, strict=True)):
             dtype = getattr(array, "dtype", None) or np.asarray(array).dtype
             if dtype.kind in "OSUMm":
                 what = f"{type(array).__name__} of {dtype}"
-                raise ArgumentTypeError(f"weights[{number}]", "must consist of numbers", what, "pass get_weights()'s arrays")
+                raise ArgumentTypeError(
+                    f"weights[{number}]", "must consist of numbers", what, "pass get_weights()'s arrays"
+                )
             shape = tuple(np.shape(array))
             if shape != slot.shape:
                 rule = f"must have shape {slot.shape} for {slot.name!r}"
-                raise ArgumentValueError(f"weights[{number}]", rule, shape, "pass the arrays in the order of get_weights()")
+                raise ArgumentValueError(
+                    f"weights[{number}]", rule, shape, "pass the arrays in the order of get_weights()"
+                )
         for array, slot in zip(arrays, slots, strict=True):
             slot.assign(array)
 
@@ -475,7 +411,9 @@ class Adam:
         names = [weight.name for weight in self.weights] or "none: no variable is known yet"
         if meta["names"] != names:
             rule = f"must hold this optimizer's weights {names}"
-            raise CheckpointError(str(path), rule, meta["names"], "call build(variables) with the same variables, in order")
+            raise CheckpointError(
+                str(path), rule, meta["names"], "call build(variables) with the same variables, in order"
+            )
         try:
             self.set_weights([arrays[f"weights/{n}"] for n in range(len(names))])
         except (KeyError, ValueError) as error:
@@ -489,7 +427,10 @@ class Adam:
         return {
             "name": self._name,
             **{name: bound for name, bound in clips.items() if bound is not None},
-            **{name: _serialized(name, self._hyper[name]) for name in ("learning_rate", "decay", "beta_1", "beta_2", "epsilon")},
+            **{
+                name: _serialized(name, self._hyper[name])
+                for name in ("learning_rate", "decay", "beta_1", "beta_2", "epsilon")
+            },
             "amsgrad": bool(self.amsgrad),
             **({} if self.complex_mode == COMPLEX_MODES[0] else {"complex_mode": self.complex_mode}),
         }
@@ -544,13 +485,6 @@ def _autodiff() -> Any:
 
 def _is_zero(value: Any) -> bool:
     return isinstance(value, (int, float, np.number)) and value == 0
-
-
-def _one_norm(clip: Clip) -> Clip:
-    if clip.norm is not None and clip.global_norm is not None:
-        rule = "must not be set together with global_clipnorm"
-        raise ArgumentValueError("clipnorm", rule, f"{clip.norm} and {clip.global_norm}", "set one of them to None")
-    return clip
 
 
 def _serialized(name: str, value: Any) -> Any:

@@ -11,8 +11,7 @@ from typing import Any
 
 from gpu_adam import kernels
 from gpu_adam.errors import ArgumentTypeError, ArgumentValueError
-from gpu_adam.gradients import Clip
-from gpu_adam.hyperparameters import Scalars
+from gpu_adam.hyperparameters import Clip, Scalars
 from gpu_adam.plan import Mode, Plan, check_overlap
 from gpu_adam.slots import Slots, slot_names
 from gpu_adam.sparse import IndexErrors
@@ -59,7 +58,13 @@ class Controller:
             ArgumentTypeError, ArgumentValueError, SparseIndexError: nothing has changed then.
         """
         pairs = _listed(grads_and_vars)
-        mode = Mode(self._slots.complex_mode, amsgrad, clip.value is not None, clip.norm is not None, clip.global_norm is not None)
+        mode = Mode(
+            self._slots.complex_mode,
+            amsgrad,
+            clip.clipvalue is not None,
+            clip.clipnorm is not None,
+            clip.global_clipnorm is not None,
+        )
         last = self._last
         gradients = None if last is None or last.plan.mode != mode else last.gradients_of(pairs)
         if last is None or gradients is None:
@@ -94,7 +99,9 @@ class Controller:
             self.registry.forget(known)
             raise
         if without:
-            warnings.warn(f"no gradient for the variables {without}; they are left as they are", UserWarning, stacklevel=4)
+            warnings.warn(
+                f"no gradient for the variables {without}; they are left as they are", UserWarning, stacklevel=4
+            )
         self._slots.iterations(self._prefix)
         if is_new:
             self._slots.ensure(variables, slot_names(mode.amsgrad), self._prefix)
@@ -135,7 +142,9 @@ class Controller:
         without: list[str] = []
         for number, pair in enumerate(pairs):
             if not isinstance(pair, (tuple, list)) or len(pair) != 2:
-                got = f"{type(pair).__name__} of length {len(pair)}" if hasattr(pair, "__len__") else type(pair).__name__
+                got = (
+                    f"{type(pair).__name__} of length {len(pair)}" if hasattr(pair, "__len__") else type(pair).__name__
+                )
                 rule = "must be a (gradient, variable) pair"
                 raise ArgumentTypeError(f"grads_and_vars[{number}]", rule, got, "pass a list of pairs")
             gradient, target = pair
@@ -215,5 +224,7 @@ def _listed(grads_and_vars: Iterable[Any]) -> Sequence[Any]:
         iterator = iter(grads_and_vars)
     except TypeError as error:
         rule = "must be an iterable of (gradient, variable) pairs"
-        raise ArgumentTypeError("grads_and_vars", rule, type(grads_and_vars).__name__, "pass a list of pairs") from error
+        raise ArgumentTypeError(
+            "grads_and_vars", rule, type(grads_and_vars).__name__, "pass a list of pairs"
+        ) from error
     return list(iterator)

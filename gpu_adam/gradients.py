@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from gpu_adam import kernels
 from gpu_adam.devices import Array, Device, device_of
 from gpu_adam.errors import ArgumentTypeError, ArgumentValueError
+from gpu_adam.hyperparameters import Clip
 from gpu_adam.variables import Variable
 
 
@@ -66,20 +67,6 @@ def check_shape(array: Array, shape: tuple[int, ...], variable: Variable, what: 
         )
 
 
-class Clip(NamedTuple):
-    """How the gradients of a step are clipped: by value, then by norm.
-
-    Attributes:
-        value: bound of every element's absolute value, or None.
-        norm: bound of each gradient's L2 norm, or None.
-        global_norm: bound of the L2 norm over all gradients together, or None.
-    """
-
-    value: float | None = None
-    norm: float | None = None
-    global_norm: float | None = None
-
-
 class Clippable(Protocol):
     """What a norm is taken of: the gradients that one kernel launch updates with."""
 
@@ -122,10 +109,9 @@ class NormClipping:
 
     def enqueue(self, clip: Clip) -> None:
         """Enqueue both passes for the members' present gradients."""
-        bound = np.inf if clip.value is None else clip.value
-        limit = clip.norm if clip.global_norm is None else clip.global_norm
+        limit = clip.clipnorm if clip.global_clipnorm is None else clip.global_clipnorm
         for norm_pass in self._passes:
-            norm_pass.enqueue(bound, limit)
+            norm_pass.enqueue(clip, limit)
 
 
 class _NormPass:
@@ -134,10 +120,10 @@ class _NormPass:
         self._capacity = 0
         self._sums: list[Array] = []  # outgrown ones too: a captured graph may hold them
         self._sums_pointer, self._count = kernels.pointer(0), kernels.scalar(0)
-        self._limit = kernels.struct(np.dtype([("limit", np.float64)]), 0.0)
+        self._limit = kernels.scalar(0, np.float64)
         tensors = 1 if global_norm else members[0].tensors
         self._blocks = tensors
-        self._factors = self._device.empty(2 * tensors, np.dtype(np.float64))
+        self._factors = self._device.empty(tensors, np.dtype(np.float64))
         factors = kernels.pointer(self._device.address(self._factors))
         for member in members:
             member.set_factors(self._device.address(self._factors), 0 if global_norm else 1)
@@ -151,7 +137,7 @@ class _NormPass:
             arguments = [self._sums_pointer, ends, kernels.scalar(tensors), self._count, self._limit, factors]
         self._launch = self._device.prepare(kernel, arguments)
 
-    def enqueue(self, clip_value: float, limit: float | None) -> None:
+    def enqueue(self, clip: Clip, limit: float | None) -> None:
         counts = [member.sum_count() for member in self._members]
         total = sum(counts)
         if total > self._capacity:
@@ -160,9 +146,9 @@ class _NormPass:
             self._sums_pointer[0] = self._device.address(self._sums[-1])
         address = int(self._sums_pointer[0])
         for member, count in zip(self._members, counts, strict=True):
-            member.square_sums(address, clip_value)
+            member.square_sums(address, clip.value_in(kernels.DTYPES[member.dtype].real_dtype))
             address += 8 * count
         self._count[0] = total
-        self._limit["limit"] = limit
+        self._limit[0] = limit
         if self._blocks:
             self._launch(self._blocks)

@@ -7,7 +7,7 @@ import ctypes.util
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,7 +17,14 @@ from gpu_adam.variables import Variable
 
 DEFAULT_EPSILON = 1e-7
 _ONE = np.float32(1)
-_SMALLEST = float(np.finfo(np.float32).tiny)
+
+
+class _Limits(NamedTuple):
+    tiny: float
+    max: float
+
+
+_LIMITS = {name: _Limits(float(np.finfo(name).tiny), float(np.finfo(name).max)) for name in ("float32", "float64")}
 
 # (holds, rule, remedy) of each hyperparameter.
 _RULES: dict[str, tuple[Callable[[float], bool], str, str]] = {
@@ -86,6 +93,86 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 60 else f"{type(value).__name__} {text[:40]}..."
 
 
+class Clip(NamedTuple):
+    """How the gradients of a step are clipped: by value, then by norm.
+
+    Attributes:
+        clipvalue: bound of every element's absolute value, or None.
+        clipnorm: bound of each gradient's L2 norm, or None.
+        global_clipnorm: bound of the L2 norm over all gradients together, or None.
+    """
+
+    clipvalue: float | None
+    clipnorm: float | None
+    global_clipnorm: float | None
+
+    def value_in(self, dtype: str) -> float:
+        """`clipvalue` as the kernels of a dtype take it: infinite where nothing is bounded.
+
+        Raises:
+            ArgumentValueError: the dtype would flush it to 0.
+        """
+        value, limits = self.clipvalue, _LIMITS[dtype]
+        if value is None or value > limits.max:
+            return math.inf
+        if value < limits.tiny:
+            rule = f"must be at least {limits.tiny:.3g}, the smallest {dtype} that is not flushed to 0"
+            raise ArgumentValueError("clipvalue", rule, value, "pass None for no clipping, or a larger bound")
+        return value
+
+
+NO_CLIPPING = Clip(None, None, None)
+
+
+class Hyperparameter:
+    """An attribute of an optimizer that reads as its present value and may be assigned at any time.
+
+    Args:
+        name: under which the optimizer stores it in `_hyper`.
+        doc: what it is.
+    """
+
+    def __init__(self, name: str, doc: str) -> None:
+        self.name, self.__doc__ = name, doc
+
+    def __get__(self, optimizer: Any, owner: type | None = None) -> Any:
+        if optimizer is None:
+            return self
+        value = optimizer._hyper[self.name]
+        is_function = callable(value) and not isinstance(value, LearningRateSchedule)
+        return evaluated(self.name, value) if is_function else value
+
+    def __set__(self, optimizer: Any, value: Any) -> None:
+        new, old = checked(self.name, value), optimizer._hyper[self.name]
+        if isinstance(old, Variable) and type(new) is float:
+            old.assign(new)  # a variable given as hyperparameter is shared with whoever gave it
+        else:
+            optimizer._hyper[self.name] = new
+
+
+class Bound:
+    """An attribute of an optimizer that bounds its gradients; None where it does not.
+
+    Args:
+        name: the field of `Clip`, which the optimizer stores as `_clip`.
+        doc: what it is.
+    """
+
+    def __init__(self, name: str, doc: str) -> None:
+        self.name, self.__doc__ = name, doc
+
+    def __get__(self, optimizer: Any, owner: type | None = None) -> Any:
+        return self if optimizer is None else getattr(optimizer._clip, self.name)
+
+    def __set__(self, optimizer: Any, value: Any) -> None:
+        clip = optimizer._clip._replace(**{self.name: None if value is None else checked(self.name, value)})
+        if clip.clipnorm is not None and clip.global_clipnorm is not None:
+            rule = "must not be set together with global_clipnorm"
+            got = f"{clip.clipnorm} and {clip.global_clipnorm}"
+            raise ArgumentValueError("clipnorm", rule, got, "set one of them to None")
+        optimizer._clip = clip
+
+
 class Scalars:
     """The hyperparameters' values at one step, each evaluated once.
 
@@ -121,11 +208,15 @@ class Scalars:
         """
         if dtype == "float64":
             return self._float64()
-        beta_1, beta_2, one_minus_beta_1, one_minus_beta_2, epsilon = _in_float32(self.beta_1, self.beta_2, self.epsilon)
+        constants = _in_float32(self.beta_1, self.beta_2, self.epsilon, self.decay)
+        beta_1, beta_2, one_minus_beta_1, one_minus_beta_2, epsilon, decay = constants
+        if abs(self.learning_rate) > _LIMITS["float32"].max:
+            rule = "must be finite in float32"
+            raise ArgumentValueError("learning_rate", rule, self.learning_rate, "pass less, or use float64 variables")
         f, t, power = np.float32, self.iterations + 1, _powf()
         rate = f(self.learning_rate)
-        if self.decay > 0:
-            rate = rate / (_ONE + f(self.decay) * f(self.iterations))
+        if decay > 0:
+            rate = rate / (_ONE + decay * f(self.iterations))
         alpha = (rate * np.sqrt(_ONE - f(power(beta_2, t)))) / (_ONE - f(power(beta_1, t)))
         return alpha, one_minus_beta_1, one_minus_beta_2, epsilon
 
@@ -142,17 +233,19 @@ def _now(name: str, value: Any) -> float:
 
 
 @functools.lru_cache(64)
-def _in_float32(beta_1: float, beta_2: float, epsilon: float) -> tuple[float, float, np.float32, np.float32, np.float32]:
-    """beta_1, beta_2, 1 - beta_1, 1 - beta_2 and epsilon rounded to float32; refused where the rounding breaks a rule."""
-    rounded = np.float32(beta_1), np.float32(beta_2)
-    for name, given, number in (("beta_1", beta_1, rounded[0]), ("beta_2", beta_2, rounded[1])):
-        if number == 1:
+def _in_float32(beta_1: float, beta_2: float, epsilon: float, decay: float) -> tuple[Any, ...]:
+    """beta_1, beta_2, 1 - beta_1, 1 - beta_2, epsilon and decay in float32; refused where rounding breaks a rule."""
+    tiny, largest = _LIMITS["float32"]
+    for name, value in (("beta_1", beta_1), ("beta_2", beta_2)):
+        if np.float32(value) == 1:
             rule = "must be below 1 after rounding to float32"
-            raise ArgumentValueError(name, rule, given, "pass at most 0.9999999, or use float64 variables")
-    if 0 < epsilon < _SMALLEST:
-        rule = f"must be 0 or at least {_SMALLEST:.3g}, the smallest float32 that is not flushed to 0"
-        raise ArgumentValueError("epsilon", rule, epsilon, "pass 1e-7, say, or use float64 variables")
-    return float(rounded[0]), float(rounded[1]), _ONE - rounded[0], _ONE - rounded[1], np.float32(epsilon)
+            raise ArgumentValueError(name, rule, value, "pass at most 0.9999999, or use float64 variables")
+    for name, value in (("epsilon", epsilon), ("decay", decay)):
+        if value > largest or (name == "epsilon" and 0 < value < tiny):
+            rule = f"must be 0 or at least {tiny:.3g}, and at most {largest:.3g}, for float32 variables"
+            raise ArgumentValueError(name, rule, value, "pass another value, or use float64 variables")
+    rounded = np.float32(beta_1), np.float32(beta_2)
+    return *map(float, rounded), _ONE - rounded[0], _ONE - rounded[1], np.float32(epsilon), np.float32(decay)
 
 
 @functools.cache

@@ -25,7 +25,9 @@ SORT_RUN = 4096
 BLOCK_SIZE = 256
 """CUDA threads of a block."""
 
-_TILE_BYTES = 16384  # of shared memory for the gradient of a sparse tile: all 2048 threads of a multiprocessor stay resident
+_TILE_BYTES = (
+    16384  # of shared memory for the gradient of a sparse tile: all 2048 threads of a multiprocessor stay resident
+)
 
 
 @dataclass(frozen=True)
@@ -175,7 +177,9 @@ def variants() -> list[Source]:
 
 def kernel_names(file: str) -> list[str]:
     """The ``__global__`` functions that a file of ``cuda/`` defines, in order."""
-    return re.findall(r'^extern "C" __global__ void __launch_bounds__\(\d+\)\s+(\w+)\(', (directory() / file).read_text(), re.M)
+    return re.findall(
+        r'^extern "C" __global__ void __launch_bounds__\(\d+\)\s+(\w+)\(', (directory() / file).read_text(), re.M
+    )
 
 
 @functools.cache
@@ -220,9 +224,6 @@ def step_dtype(real_dtype: str) -> np.dtype:
     return np.dtype([(name, real_dtype) for name in names], align=True)
 
 
-CLIP_FACTOR = np.dtype([("multiplier", np.float64), ("divisor", np.float64)], align=True)
-"""``ClipFactor`` of adam_math.cuh."""
-
 TENSOR = np.dtype(
     [(name, _POINTER) for name in ("theta", "m", "v", "vhat")] + [("size", _INTEGER), ("first_chunk", _INTEGER)],
     align=True,
@@ -241,9 +242,7 @@ TABLE = np.dtype(
 )
 """``Table`` of sparse.cu."""
 
-INDICES = np.dtype(
-    [("data", _POINTER), ("wide", _INTEGER), ("count", _INTEGER), ("rows", _INTEGER)], align=True
-)
+INDICES = np.dtype([("data", _POINTER), ("wide", _INTEGER), ("count", _INTEGER), ("rows", _INTEGER)], align=True)
 """``Indices`` of sort.cuh."""
 
 KEYS = np.dtype([("row", _POINTER), ("position", _POINTER)], align=True)

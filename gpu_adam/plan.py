@@ -6,14 +6,12 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from gpu_adam import kernels
 from gpu_adam.dense import DenseUpdate
 from gpu_adam.devices import Device
 from gpu_adam.errors import ArgumentValueError
-from gpu_adam.gradients import Clip, NormClipping
-from gpu_adam.hyperparameters import Scalars
+from gpu_adam.gradients import NormClipping
+from gpu_adam.hyperparameters import Clip, Scalars
 from gpu_adam.memory import Interval, Intervals, memory_of
 from gpu_adam.slots import Slots
 from gpu_adam.sparse import IndexErrors, SparseUpdate
@@ -120,8 +118,7 @@ class Plan:
 
     def steps(self, scalars: Scalars, clip: Clip) -> list[tuple[Any, ...]]:
         """The scalars that each launch gets, in its dtype. Raises where they break a rule in that dtype."""
-        bound = np.inf if clip.value is None else clip.value
-        by_dtype = {dtype: (*scalars.for_real(dtype), bound) for dtype in set(self._real_dtypes)}
+        by_dtype = {dtype: (*scalars.for_real(dtype), clip.value_in(dtype)) for dtype in set(self._real_dtypes)}
         return [by_dtype[dtype] for dtype in self._real_dtypes]
 
     def enqueue(self, steps: list[tuple[Any, ...]], clip: Clip) -> None:

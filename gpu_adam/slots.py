@@ -136,14 +136,19 @@ def initialized(initializer: Any, shape: tuple[int, ...], dtype: np.dtype, devic
     if isinstance(initializer, str):
         if initializer not in _FILLS:
             raise ArgumentValueError(
-                "initializer", f"must be one of {list(_FILLS)}", f"unknown initializer {initializer!r}", "pass a callable"
+                "initializer",
+                f"must be one of {list(_FILLS)}",
+                f"unknown initializer {initializer!r}",
+                "pass a callable",
             )
         array = device.zeros(shape, dtype)
         with device.current():
             array.fill(_FILLS[initializer])
         return array
     if initializer is None:
-        raise ArgumentValueError("initializer", "must make an array", None, "pass 'zeros', 'ones', a callable or a value")
+        raise ArgumentValueError(
+            "initializer", "must make an array", None, "pass 'zeros', 'ones', a callable or a value"
+        )
     value = initializer(shape=shape, dtype=dtype) if callable(initializer) else initializer
     value = value.value if isinstance(value, Variable) else value
     try:

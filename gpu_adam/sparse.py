@@ -42,7 +42,9 @@ class SparseUpdate:
     ) -> None:
         if variable.ndim == 0:
             raise ArgumentValueError(
-                f"gradient of variable {variable.name!r}", "must be dense for a variable without rows", "IndexedSlices",
+                f"gradient of variable {variable.name!r}",
+                "must be dense for a variable without rows",
+                "IndexedSlices",
                 "pass an array",
             )
         self.variables = [variable]
@@ -81,7 +83,14 @@ class SparseUpdate:
             rows_per_tile -= rows_per_tile % PACK_BYTES  # so that tiles of an aligned variable begin aligned
         self._tiles = pieces * -(-self._rows // rows_per_tile) if row_size else 0
         table = kernels.struct(
-            kernels.TABLE, *addresses, *([0] * (4 - len(addresses))), self._rows, row_size, rows_per_tile, pieces, self._tiles
+            kernels.TABLE,
+            *addresses,
+            *([0] * (4 - len(addresses))),
+            self._rows,
+            row_size,
+            rows_per_tile,
+            pieces,
+            self._tiles,
         )
         real_dtype = kernels.DTYPES[self.dtype].real_dtype
         self._values, self._factors = kernels.pointer(0), kernels.pointer(0)
@@ -89,7 +98,15 @@ class SparseUpdate:
         self._step = np.zeros(1, kernels.step_dtype(real_dtype))
         self._launch = device.prepare(
             kernels.sparse(self.dtype, amsgrad=self._amsgrad, clip=self._clip),
-            [table, self._sorter.indices, self._sorter.keys, self._values, self._factors, self._step, self._sorter.errors],
+            [
+                table,
+                self._sorter.indices,
+                self._sorter.keys,
+                self._values,
+                self._factors,
+                self._step,
+                self._sorter.errors,
+            ],
         )
         if self._clip:
             self._clip_value, self._sums = np.zeros(1, real_dtype), kernels.pointer(0)
@@ -275,7 +292,9 @@ def _as_indices(indices: Any, variable: Variable) -> Array:
     elif not isinstance(array, device.xp.ndarray):
         view = device.view(array)
         if view is None:
-            raise ArgumentTypeError(argument, f"must be an array on {device.name}", type(array).__name__, "move it there")
+            raise ArgumentTypeError(
+                argument, f"must be an array on {device.name}", type(array).__name__, "move it there"
+            )
         array = view
     if array.dtype not in (np.int32, np.int64):
         raise ArgumentValueError(argument, "must have dtype int32 or int64", array.dtype, "cast them with astype")

@@ -156,7 +156,9 @@ class Variable(NDArrayOperatorsMixin):
             if tuple(array.shape) == self.shape:
                 return array.real.astype(self.dtype) if self.dtype.kind != "c" else array.astype(self.dtype)
         except (TypeError, ValueError) as error:
-            raise ArgumentValueError(argument, f"must be numbers for variable {self._name!r}", error, "cast it") from error
+            raise ArgumentValueError(
+                argument, f"must be numbers for variable {self._name!r}", error, "cast it"
+            ) from error
         raise ArgumentValueError(
             f"{argument} for variable {self._name!r}",
             f"must have the variable's shape {self.shape}",
@@ -402,13 +404,19 @@ def over_raw_array(obj: Any, argument: str) -> Variable:
             argument, "must share its memory", error, "detach it, or wrap a copy in gpu_adam.Variable"
         ) from error
     if array is None:
-        raise ArgumentTypeError(argument, f"must lie on {device.name}", type(obj).__name__, "wrap it in gpu_adam.Variable")
+        raise ArgumentTypeError(
+            argument, f"must lie on {device.name}", type(obj).__name__, "wrap it in gpu_adam.Variable"
+        )
     flags = array.flags
     if not flags.c_contiguous:
-        raise ArgumentValueError(argument, "must be C-contiguous", f"strides {array.strides}", "pass a contiguous array")
+        raise ArgumentValueError(
+            argument, "must be C-contiguous", f"strides {array.strides}", "pass a contiguous array"
+        )
     if array.size and device.address(array) % array.dtype.itemsize:
         rule = f"must begin at a multiple of {array.dtype.itemsize} bytes"
         raise ArgumentValueError(argument, rule, hex(device.address(array)), "wrap a copy in gpu_adam.Variable")
     if device.xp is np and not flags.writeable:
-        raise ArgumentValueError(argument, "must be writeable", "a read-only array", "pass a writeable array, or a Variable")
+        raise ArgumentValueError(
+            argument, "must be writeable", "a read-only array", "pass a writeable array, or a Variable"
+        )
     return Variable.over(array, device)

@@ -58,7 +58,9 @@ def find_device(device: str | Device | None) -> Device:
         return _automatic()
     match = re.fullmatch(r"cuda(?::(\d+))?", device)
     if match is None:
-        raise ArgumentValueError("device", "must be 'auto', 'host', 'cuda' or 'cuda:N'", repr(device), "pass one of them")
+        raise ArgumentValueError(
+            "device", "must be 'auto', 'host', 'cuda' or 'cuda:N'", repr(device), "pass one of them"
+        )
     return _cuda(None if match[1] is None else int(match[1]))
 
 

@@ -247,7 +247,16 @@ def _address_function() -> Any:
     # PyDLL: the function works on Python objects, under the interpreter's lock.
     read = ctypes.PyDLL(_built(text, "the address look-up"))["array_addresses"]
     pointer = ctypes.c_void_p
-    read.argtypes = (ctypes.py_object, ctypes.c_ssize_t, pointer, ctypes.c_char, ctypes.c_int, pointer, pointer, pointer)
+    read.argtypes = (
+        ctypes.py_object,
+        ctypes.c_ssize_t,
+        pointer,
+        ctypes.c_char,
+        ctypes.c_int,
+        pointer,
+        pointer,
+        pointer,
+    )
     read.restype = None
     return read
 
@@ -272,7 +281,9 @@ def _built(text: str, what: str) -> str:
     """Path of the library of a source text, from the cache or compiled into it."""
     command = compiler()
     shims = "".join(path.read_text() for path in sorted((kernels.directory() / "host").glob("*.h")))
-    identity = "\0".join((text, shims, *command, *_FLAGS, _compiler_version(tuple(command)), _processor_name(full=True)))
+    identity = "\0".join(
+        (text, shims, *command, *_FLAGS, _compiler_version(tuple(command)), _processor_name(full=True))
+    )
     directory = cache_directory()
     path = directory / f"host-{hashlib.sha256(identity.encode()).hexdigest()[:32]}.so"
     if not path.exists():
