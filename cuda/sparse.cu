@@ -86,7 +86,7 @@ __device__ inline void sum_rows(const Tile& tile, const Keys keys, long long beg
 extern "C" __global__ void __launch_bounds__(256)
 sparse(const Table table, const Indices indices, const Keys keys, const Stored* values, const double* factors,
        const Step step, IndexErrors* errors) {
-    __shared__ alignas(16) Value gradient[GPU_ADAM_TILE];
+    alignas(16) __shared__ Value gradient[GPU_ADAM_TILE];
     if (blockIdx.x == 0 && threadIdx.x == 0) record_first(errors, indices);
     const double factor = factors ? *factors : 1.0;
 

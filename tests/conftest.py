@@ -14,7 +14,9 @@ from gpu_adam.errors import DeviceError
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--device", choices=["host", "cuda"], help="run device tests there only; default: wherever they can")
+    parser.addoption(
+        "--device", choices=["host", "cuda"], help="run device tests there only; default: wherever they can"
+    )
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

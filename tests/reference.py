@@ -84,7 +84,8 @@ class Adam:
 def flushed(x: Any) -> Array:
     """Denormal numbers as zeros of their sign."""
     x = np.asarray(x)
-    return np.where(np.abs(x) < np.finfo(x.dtype).tiny, np.copysign(x.dtype.type(0), x), x)
+    kept: Array = np.where(np.abs(x) < np.finfo(x.dtype).tiny, np.copysign(x.dtype.type(0), x), x)
+    return kept
 
 
 def densified(values: Any, indices: Any, like: Array) -> Array:
@@ -95,13 +96,13 @@ def densified(values: Any, indices: Any, like: Array) -> Array:
 
 
 def clipped_by_norm(gradient: Any, clipnorm: float) -> Array:
-    """g c / max(|g|, c) in float64."""
+    """Return g c / max(|g|, c) in float64."""
     g = np.asarray(gradient, np.float64)
     return g * clipnorm / max(float(np.sqrt(np.sum(g * g))), clipnorm)
 
 
 def clipped_by_global_norm(gradients: Sequence[Any], clipnorm: float) -> list[Array]:
-    """g c / max(n, c) in float64, with one norm n over all gradients."""
+    """Return g c / max(n, c) in float64, with one norm n over all gradients."""
     doubles = [np.asarray(gradient, np.float64) for gradient in gradients]
     norm = math.sqrt(sum(float(np.sum(g * g)) for g in doubles))
     return [g * clipnorm / max(norm, clipnorm) for g in doubles]

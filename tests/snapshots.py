@@ -10,9 +10,10 @@ from gpu_adam.devices import device_of
 
 def contents(array: Any) -> tuple[str, tuple[int, ...], bytes]:
     """Dtype, shape and bytes of a Variable, or of an array on any device."""
-    variable = isinstance(array, gpu_adam.Variable)
-    device = array.device if variable else device_of(array)
-    values = device.numpy(array.value if variable else array)
+    array = array.value if isinstance(array, gpu_adam.Variable) else array
+    device = device_of(array)
+    assert device is not None
+    values = device.numpy(array)
     return values.dtype.str, values.shape, values.tobytes()
 
 

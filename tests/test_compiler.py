@@ -116,7 +116,9 @@ def test_processes_that_start_together(tmp_path: Path, warm: tuple[Path, str, Pa
     cxx = warm[0].parent / "compiler"
     together = [processes.start(STEP, GPU_ADAM_CACHE=tmp_path / "cache", CXX=cxx) for _ in range(2)]
     assert [processes.output_of(process) for process in together] == [warm[1]] * 2
-    assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == sorted(path.name for path in warm[0].iterdir())
+    assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == sorted(
+        path.name for path in warm[0].iterdir()
+    )
 
 
 def test_another_compiler_has_files_of_its_own(tmp_path: Path, warm: tuple[Path, str, Path]) -> None:
@@ -143,7 +145,9 @@ else:
     os._exit(0)
 """  # fmt: skip
     alone = processes.run(STEP, GPU_ADAM_THREADS=1)
-    before, *after = processes.run("import sys; sys.stdout.reconfigure(line_buffering=True)\n" + code, GPU_ADAM_THREADS=4).splitlines()
+    before, *after = processes.run(
+        "import sys; sys.stdout.reconfigure(line_buffering=True)\n" + code, GPU_ADAM_THREADS=4
+    ).splitlines()
     assert before != alone
     assert after == [alone, alone]
 

@@ -171,7 +171,9 @@ def test_a_pickle_of_objects_with_an_array_interface() -> None:
 def test_unpickled_and_new_variables_in_one_step(device: Device) -> None:
     """They are on one device still, which finds overlaps among all of them."""
     memory = device.array(np.arange(6, dtype=np.float32))
-    optimizer, old, read_memory = pickle.loads(pickle.dumps((gpu_adam.Adam(), Variable(np.ones(6, np.float32)), memory)))
+    optimizer, old, read_memory = pickle.loads(
+        pickle.dumps((gpu_adam.Adam(), Variable(np.ones(6, np.float32)), memory))
+    )
     new = Variable(np.ones(6, np.float32))
     assert old.device.name == new.device.name
     before = [old.numpy(), new.numpy()]

@@ -1,16 +1,21 @@
 """Choosing a device by name, environment and arrays; what is missing where there is none; what an import brings in."""
 
+import copy
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import processes
 import pytest
+import reference
+from reference import assert_same_bits
+from snapshots import unchanged
 
 import gpu_adam
-from gpu_adam import Variable, devices
+from gpu_adam import IndexedSlices, Variable, devices
 from gpu_adam.devices import Device, HostDevice, find_device
-from gpu_adam.errors import ArgumentTypeError, ArgumentValueError
+from gpu_adam.errors import ArgumentTypeError, ArgumentValueError, DeviceError
 
 SHOW = """
 import gpu_adam
@@ -87,11 +92,12 @@ def test_devices_of_arrays(device: Device) -> None:
 def test_arrays_of_a_device(device: Device) -> None:
     """The interface that everything else is written against."""
     values = np.arange(6.0).reshape(2, 3)
-    array = device.array(values[:, ::2], np.dtype(np.float32))
+    array: Any = device.array(values[:, ::2], np.dtype(np.float32))
     assert array.flags.c_contiguous
     assert device.numpy(array).tolist() == [[0, 2], [3, 5]]
     assert device.numpy(array).dtype == np.float32
-    assert device.view(array) is array
+    same: Any = device.view(array)
+    assert same is array
     assert device.view([1.0]) is None
     assert device.address(array[1:]) == device.address(array) + 8
     assert device.address(device.empty(3, np.dtype(np.float64))) % 16 == 0
@@ -104,6 +110,56 @@ def test_arrays_of_a_device(device: Device) -> None:
     assert all(labels.values())
 
 
+def neighbour(device: Device) -> Device:
+    """The second device of this kind, where there are two; else the device itself."""
+    try:
+        return device if device.name == "host" else find_device("cuda:1")
+    except DeviceError:
+        return device
+
+
+def test_variables_of_several_devices_in_one_step(device: Device) -> None:
+    """Each is updated where it lies, whichever device is current."""
+    places = [device, neighbour(device), find_device("host"), device]
+    initial = [np.linspace(-1, 1, 5) + k for k in range(4)]
+    variables = [Variable(x, device=place) for x, place in zip(initial, places, strict=True)]
+    optimizer, oracle = gpu_adam.Adam(0.1, amsgrad=True), reference.Adam(initial, 0.1, amsgrad=True)
+    rows = np.array([4, 0, 4])
+    for _ in range(2):
+        slices = IndexedSlices(places[1].array(initial[2][:3]), places[1].array(rows))
+        gradients = [initial[1], reference.densified(initial[2][:3], rows, initial[0]), initial[3], initial[0]]
+        placed = [place.array(g) for g, place in zip(gradients, places, strict=True)]
+        optimizer.apply_gradients(zip([placed[0], slices, *placed[2:]], variables, strict=True))
+        oracle.step(gradients)
+    for variable, place, expected in zip(variables, places, oracle.variables, strict=True):
+        assert variable.device is place
+        assert optimizer.get_slot(variable, "m").device is place
+        assert_same_bits(variable.numpy(), expected)
+    variables[1].assign(np.zeros(5)).assign_add(np.ones(5))
+    assert variables[1].numpy().tolist() == [1] * 5
+    optimizer.set_weights(optimizer.get_weights())
+    assert copy.deepcopy(optimizer).get_slot(variables[1], "v").device is places[1]
+
+
+def test_parts_of_a_gradient_on_another_device(device: Device) -> None:
+    """Nothing is copied between devices without being asked for: not even row numbers."""
+    other = neighbour(device)
+    variable, optimizer = Variable(np.ones((3, 2)), device=device), gpu_adam.Adam()
+    for values_place, rows_place, whole_place in (
+        (other, device, device),
+        (device, other, device),
+        (device, device, other),
+    ):
+        slices = IndexedSlices(values_place.array(np.ones((2, 2))), rows_place.array(np.array([0, 2])))
+        whole = whole_place.array(np.ones((3, 2)))
+        pairs = [(slices, variable), (whole, variable)]
+        if other is device:
+            optimizer.apply_gradients(pairs)
+        else:
+            with unchanged(optimizer, variable), pytest.raises(ArgumentValueError, match=f"must lie on {device.name}"):
+                optimizer.apply_gradients(pairs)
+
+
 # In processes of their own.
 
 
@@ -111,7 +167,17 @@ def test_an_import_brings_in_nothing_heavy() -> None:
     code = processes.STEP + "import sys, json; print(json.dumps(sorted(sys.modules)))"
     modules = set(json.loads(processes.run(code).splitlines()[-1]))
     assert "numpy" in modules
-    assert not modules & {"cupy", "rich", "typer", "ml_dtypes", "torch", "jax", "zipfile", "gpu_adam.cli", "gpu_adam.devices.cuda"}
+    assert not modules & {
+        "cupy",
+        "rich",
+        "typer",
+        "ml_dtypes",
+        "torch",
+        "jax",
+        "zipfile",
+        "gpu_adam.cli",
+        "gpu_adam.devices.cuda",
+    }
 
 
 def test_the_environment_chooses(tmp_path: Path) -> None:
@@ -140,7 +206,9 @@ def test_auto_takes_cuda_where_it_answers_and_says_so_once(tmp_path: Path) -> No
     text = processes.run(code, standin(tmp_path))
     assert text.splitlines() == ["INFO:gpu_adam:device: cuda:1", "cuda:1", "cuda:1"]
     said, *names = processes.run(WITHOUT_CUPY + code, GPU_ADAM_DEVICE="auto").splitlines()
-    assert said.startswith("INFO:gpu_adam:device: host, because device 'cuda' needs an NVIDIA driver, CuPy and NVRTC (got no")
+    assert said.startswith(
+        "INFO:gpu_adam:device: host, because device 'cuda' needs an NVIDIA driver, CuPy and NVRTC (got no"
+    )
     assert names == ["host", "host"]
 
 
@@ -151,14 +219,23 @@ INSTALL = 'pip install "gpu-adam[cuda13]"'
     ("more", "missing", "remedy"),
     [
         (None, "no CuPy", INSTALL),
-        ("raise ImportError('libcudart.so.13: cannot open')", "CuPy does not import: libcudart.so.13: cannot open", INSTALL),
         (
-            "def fail(): raise cuda.runtime.CUDARuntimeError('cudaErrorInsufficientDriver')\ncuda.runtime.getDeviceCount = fail",
+            "raise ImportError('libcudart.so.13: cannot open')",
+            "CuPy does not import: libcudart.so.13: cannot open",
+            INSTALL,
+        ),
+        (
+            "def fail(): raise cuda.runtime.CUDARuntimeError('cudaErrorInsufficientDriver')\n"
+            "cuda.runtime.getDeviceCount = fail",
             "cudaErrorInsufficientDriver",
             "install NVIDIA's driver",
         ),
         ("cuda.runtime.getDeviceCount = lambda: 0", "a driver without devices", "check CUDA_VISIBLE_DEVICES"),
-        ("def fail(): raise RuntimeError('libnvrtc.so')\ncuda.nvrtc.getVersion = fail", "no NVRTC: libnvrtc.so", INSTALL),
+        (
+            "def fail(): raise RuntimeError('libnvrtc.so')\ncuda.nvrtc.getVersion = fail",
+            "no NVRTC: libnvrtc.so",
+            INSTALL,
+        ),
     ],
 )
 def test_what_is_missing_for_cuda(tmp_path: Path, more: str | None, missing: str, remedy: str) -> None:
@@ -189,7 +266,9 @@ def test_threads_of_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     assert HostDevice(threads=2).threads == 2
     for wrong in ("0", "-1", "x", "1.5", ""):
         monkeypatch.setenv("GPU_ADAM_THREADS", wrong)
-        with pytest.raises(ArgumentValueError, match=rf"GPU_ADAM_THREADS must be a whole number >= 1 \(got '{wrong}'\); set"):
+        with pytest.raises(
+            ArgumentValueError, match=rf"GPU_ADAM_THREADS must be a whole number >= 1 \(got '{wrong}'\); set"
+        ):
             HostDevice()
     monkeypatch.delenv("GPU_ADAM_THREADS")
     assert HostDevice().threads >= 1

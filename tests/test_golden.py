@@ -1,8 +1,9 @@
-"""Trajectories recorded from TensorFlow: the same bits where the operations are the same, else within what rounding gives.
+"""Trajectories recorded from TensorFlow: the same bits where the operations are the same, else near, by derived bounds.
 
 A case is replayed as soon as kernels.DTYPES has all its dtypes; a dtype that rounds otherwise needs its own row here.
 """
 
+from contextlib import nullcontext
 from typing import Any
 
 import golden
@@ -52,7 +53,7 @@ class Replay:
         specs = enumerate(case["vars"])
         self.variables = [gpu_adam.Variable(inputs[f"x0/{k}"], name=spec["name"], device=device) for k, spec in specs]
         config = {"learning_rate": 0.001, "beta_1": 0.9, "beta_2": 0.999, **case["config"]}
-        with pytest.warns(DeprecationWarning) if "lr" in config else _nothing():
+        with pytest.warns(DeprecationWarning, match="lr") if "lr" in config else nullcontext():
             self.optimizer = gpu_adam.Adam(**{key: self._hyper(key, value) for key, value in config.items()})
         if case.get("iterations0"):
             self.optimizer.iterations = case["iterations0"]
@@ -70,6 +71,7 @@ class Replay:
         return float(np.float32(value)) if rounded else value
 
     def step(self) -> None:
+        """Take the next step."""
         row = self.done % self.case["period"]
         self.optimizer.apply_gradients(
             [(self._gradient(number, row), self.variables[k]) for number, k in enumerate(self.case["pairs"])]
@@ -82,14 +84,6 @@ class Replay:
         count = int(self.inputs[f"gn/{number}"][row])
         values, indices = (self.inputs[f"{part}/{number}"][row][:count] for part in ("gv", "gi"))
         return gpu_adam.IndexedSlices(self.device.array(values), self.device.array(indices))
-
-
-class _nothing:  # noqa: N801  (a context manager in the place of pytest.warns)
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *exception: object) -> None:
-        pass
 
 
 def assert_close(actual: Any, expected: Any, slack: Any, what: str) -> None:
@@ -126,7 +120,7 @@ def test_recorded_trajectory(recorded: Case, device: Device) -> None:
         before = [variable.numpy() for variable in replay.variables] if has_schedule(case) else []
         replay.step()
         for path, old, variable in zip(paths, before, replay.variables, strict=False):
-            path += np.abs(variable.numpy() - old)
+            np.add(path, np.abs(variable.numpy() - old), out=path)
         if replay.done in checkpoints:
             _compare(replay, outputs, paths)
     # (A counter made before the first step is "iter" there.)

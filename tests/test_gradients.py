@@ -16,8 +16,8 @@ from gpu_adam.errors import ArgumentValueError
 
 REAL = ["float32", "float64"]
 SHAPES = [(), (3,), (5, 7), (0, 3), (kernels.CHUNK - 1,), (kernels.CHUNK + 1,), (3, kernels.CHUNK)]
-# Multiplier, divisor, product and quotient round once in the dtype. In float64 so do the squares and their sums, here in
-# lanes of a chunk and two binary trees and in the oracle in NumPy's order; the root halves that.
+# Multiplier, divisor, product and quotient round once in the dtype. In float64 so do the squares and their sums, here
+# in lanes of a chunk and two binary trees and in the oracle in NumPy's order; the root halves that.
 ROUNDINGS = {"float32": 4, "float64": 4 + 20}
 
 
@@ -81,7 +81,7 @@ def test_by_value_first(device: Device, dtype: str) -> None:
 
 
 def test_the_norm_over_all_dtypes_and_slices(device: Device) -> None:
-    """One norm over float32 and float64, whole gradients and the raw values of slices, in which a row may come twice."""
+    """One norm over float32 and float64, whole gradients and raw values of slices, in which a row may come twice."""
     rng = np.random.default_rng(5)
     single, double = rng.standard_normal((9, 4)).astype(np.float32), rng.standard_normal(5000)
     values, indices = rng.standard_normal((700, 6)).astype(np.float32), rng.integers(0, 90, 700)
@@ -89,11 +89,14 @@ def test_the_norm_over_all_dtypes_and_slices(device: Device) -> None:
     gradients: list[Any] = [single, IndexedSlices(device.array(values), device.array(indices)), double]
     gradients.append(IndexedSlices(device.array(more), device.array(rows)))
     shapes: list[Any] = [(9, 4), (90, 6), (5000,), (4,)]
-    dtypes = [np.float32, np.float32, np.float64, np.float64]
+    dtypes = ["float32", "float32", "float64", "float64"]
     variables = [Variable(np.zeros(shape, dtype)) for shape, dtype in zip(shapes, dtypes, strict=True)]
     for limit in (2.0, 1e5):
         optimizer = gpu_adam.Adam(beta_1=0.0, global_clipnorm=limit)
-        pairs = [(g if isinstance(g, IndexedSlices) else device.array(g), v) for g, v in zip(gradients, variables, strict=True)]
+        pairs = [
+            (g if isinstance(g, IndexedSlices) else device.array(g), v)
+            for g, v in zip(gradients, variables, strict=True)
+        ]
         optimizer.apply_gradients(pairs)
         clipped = clipped_by_global_norm([single, values, double, more], limit)
         for k in (0, 2):
@@ -102,7 +105,7 @@ def test_the_norm_over_all_dtypes_and_slices(device: Device) -> None:
             expected = densified(clipped[k], where, np.zeros(shapes[k]))
             summed = densified(np.abs(clipped[k]), where, np.zeros(shapes[k]))
             # The sum of a row rounds once more for each of its occurrences.
-            eps = float(np.finfo(dtypes[k]).eps) * (np.bincount(where).max() + ROUNDINGS[dtypes[k].__name__])
+            eps = float(np.finfo(dtypes[k]).eps) * (np.bincount(where).max() + ROUNDINGS[dtypes[k]])
             assert (np.abs(optimizer.get_slot(variables[k], "m").numpy() - expected) <= eps * summed).all()
 
 
@@ -110,7 +113,11 @@ def test_the_norm_over_all_dtypes_and_slices(device: Device) -> None:
 def test_slices_are_clipped_before_they_are_summed(device: Device, dtype: str) -> None:
     """Two equal rows of norm 1: the raw values have the norm √2, their sum would have 2."""
     values = np.array([[0.6, 0.8], [0.6, 0.8]], dtype)
-    for config, factor in (({"clipnorm": 1.0}, 2 / math.sqrt(2)), ({"clipnorm": 1.5}, 2.0), ({"global_clipnorm": 1.0}, 2 / math.sqrt(2))):
+    root = math.sqrt(2)
+    cases: list[tuple[dict[str, Any], float]] = [
+        ({"clipnorm": 1.0}, 2 / root), ({"clipnorm": 1.5}, 2.0), ({"global_clipnorm": 1.0}, 2 / root),
+    ]  # fmt: skip
+    for config, factor in cases:
         variable, optimizer = Variable(np.zeros((3, 2), dtype)), gpu_adam.Adam(beta_1=0.0, **config)
         optimizer.apply_gradients([(IndexedSlices(device.array(values), device.array(np.array([1, 1]))), variable)])
         m = optimizer.get_slot(variable, "m").numpy()
@@ -135,12 +142,13 @@ def test_a_norm_that_float32_cannot_hold(device: Device) -> None:
 @pytest.mark.parametrize("dtype", REAL)
 @pytest.mark.parametrize("kind", ["clipnorm", "global_clipnorm"])
 def test_zeros_stay_zeros(device: Device, dtype: str, kind: str) -> None:
+    limit: dict[str, Any] = {kind: 1.0}
     gradients = [np.zeros(5, dtype), np.zeros((0, 3), dtype)]
-    for clipped in used(device, gradients, **{kind: 1.0}):
+    for clipped in used(device, gradients, **limit):
         assert not clipped.any()
     for g in gradients:
-        used(device, [g], **{kind: 1.0})
-    variable, optimizer = Variable(np.ones((4, 2), dtype)), gpu_adam.Adam(**{kind: 1.0})
+        used(device, [g], **limit)
+    variable, optimizer = Variable(np.ones((4, 2), dtype)), gpu_adam.Adam(**limit)
     slices = IndexedSlices(device.array(np.zeros((0, 2), dtype)), device.array(np.zeros(0, np.int64)))
     optimizer.apply_gradients([(slices, variable)])
     assert variable.numpy().tolist() == np.ones((4, 2)).tolist()
@@ -166,7 +174,7 @@ def test_norms_that_are_not_finite_make_nan(device: Device, dtype: str, bad: flo
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_values_that_are_not_finite(device: Device, bad: float) -> None:
-    """clipvalue bounds infinity and keeps NaN; a norm after it sees what it left."""
+    """A clipvalue bounds infinity and keeps NaN; a norm after it sees what it left."""
     g = np.array([bad, 0.5, -9], np.float32)
     bounded = np.clip(g, np.float32(-1), np.float32(1))
     assert_same_bits(used(device, [g], clipvalue=1)[0], bounded)
@@ -207,7 +215,8 @@ def test_steps_with_clipping_have_the_bits_of_clipped_gradients(device: Device) 
 
 def test_gradients_are_left_as_they_are(device: Device) -> None:
     variable, g = Variable(np.zeros(3)), device.array(np.array([3.0, 4, 5]))
-    for config in ({"clipvalue": 1}, {"clipnorm": 1}, {"global_clipnorm": 1}):
+    configs: list[dict[str, Any]] = [{"clipvalue": 1}, {"clipnorm": 1}, {"global_clipnorm": 1}]
+    for config in configs:
         with unchanged(gpu_adam.Adam(), g):
             gpu_adam.Adam(**config).apply_gradients([(g, variable)])
 

@@ -34,8 +34,15 @@ class Calls:
         self.value, self.count = value, 0
 
     def __call__(self) -> Any:
+        """Count, and return it."""
         self.count += 1
         return self.value
+
+
+def adam_with(name: str, value: Any) -> gpu_adam.Adam:
+    """An optimizer with this value of a hyperparameter."""
+    arguments: dict[str, Any] = {name: value}
+    return gpu_adam.Adam(**arguments)
 
 
 def run(device: Device, optimizer: gpu_adam.Adam, variable: Variable, steps: int = 1) -> None:
@@ -57,7 +64,7 @@ def bits_of_constant(device: Device, steps: int, **config: Any) -> reference.Arr
 def test_callables_are_called_once_per_step(device: Device, name: str) -> None:
     """However many variables, dtypes and launches there are."""
     calls = Calls(0.25)
-    optimizer = gpu_adam.Adam(**{name: calls})
+    optimizer = adam_with(name, calls)
     assert calls.count == 0
     variables = [Variable(np.ones(3, dtype)) for dtype in ("float32", "float64", "float32")]
     gradients = [device.array(np.ones(3, v.dtype)) for v in variables]
@@ -76,7 +83,7 @@ def test_callables_are_called_once_per_step(device: Device, name: str) -> None:
     "kind", [lambda: 0.25, lambda: np.float32(0.25), lambda: np.array(0.25), lambda: Variable(0.25)], ids=range(4)
 )
 def test_what_a_callable_may_return(device: Device, name: str, kind: Any) -> None:
-    variable, optimizer = Variable(np.ones(3, np.float32)), gpu_adam.Adam(**{name: kind})
+    variable, optimizer = Variable(np.ones(3, np.float32)), adam_with(name, kind)
     run(device, optimizer, variable, 3)
     assert_same_bits(variable.numpy(), bits_of_constant(device, 3, **{name: 0.25}))
 
@@ -120,10 +127,12 @@ def test_schedules_get_the_steps_done(device: Device) -> None:
 
 
 @pytest.mark.parametrize("name", MAY_BE_CALLABLE)
-@pytest.mark.parametrize("make", [np.array, lambda x: Variable(x, dtype="float64"), np.float32], ids=["0-d", "Variable", "np"])
+@pytest.mark.parametrize(
+    "make", [np.array, lambda x: Variable(x, dtype="float64"), np.float32], ids=["0-d", "Variable", "np"]
+)
 def test_arrays_and_variables(device: Device, name: str, make: Any) -> None:
     value = make(0.25)
-    variable, optimizer = Variable(np.ones(3, np.float32)), gpu_adam.Adam(**{name: value})
+    variable, optimizer = Variable(np.ones(3, np.float32)), adam_with(name, value)
     run(device, optimizer, variable, 2)
     assert_same_bits(variable.numpy(), bits_of_constant(device, 2, **{name: 0.25}))
     assert float(getattr(optimizer, name)) == 0.25
@@ -146,7 +155,7 @@ def test_an_array_on_the_device_as_hyperparameter(device: Device) -> None:
 def test_a_variable_is_shared_and_written_into(name: str) -> None:
     """Assigning a number writes it into the variable that was given; anything else takes its place."""
     shared = Variable(np.float64(0.25), device="host")
-    optimizer = gpu_adam.Adam(**{name: shared})
+    optimizer = adam_with(name, shared)
     assert getattr(optimizer, name) is shared
     setattr(optimizer, name, 0.5)
     assert getattr(optimizer, name) is shared
@@ -164,7 +173,7 @@ def test_a_variable_is_shared_and_written_into(name: str) -> None:
 @pytest.mark.parametrize("name", ALL)
 def test_numbers_are_read_as_floats(name: str) -> None:
     for value in (np.float32(0.5), np.array(0.5), np.float16(0.5)):
-        optimizer = gpu_adam.Adam(**{name: value})
+        optimizer = adam_with(name, value)
         assert float(getattr(optimizer, name)) == 0.5
         assert type(optimizer.get_config()[name]) is float
     optimizer = gpu_adam.Adam(learning_rate=1)
@@ -174,8 +183,15 @@ def test_numbers_are_read_as_floats(name: str) -> None:
 
 
 def test_every_kind_may_follow_every_other(device: Device) -> None:
-    """lr and learning_rate are one attribute."""
-    kinds = [0.5, lambda: 0.5, np.array(0.5), Variable(np.float64(0.5)), PiecewiseConstantDecay([1], [0.5, 0.5]), np.float32(0.5)]
+    """And lr and learning_rate are one attribute."""
+    kinds = [
+        0.5,
+        lambda: 0.5,
+        np.array(0.5),
+        Variable(np.float64(0.5)),
+        PiecewiseConstantDecay([1], [0.5, 0.5]),
+        np.float32(0.5),
+    ]
     variable, optimizer = Variable(np.ones(3, np.float32)), gpu_adam.Adam()
     steps = 0
     for first in kinds:
@@ -232,12 +248,12 @@ def test_float64_variables_see_full_precision(device: Device) -> None:
 def test_values_outside_their_rule(name: str, value: float, rule: str) -> None:
     message = rf"^{name} {rule} \(got {float(value)}\); "
     with pytest.raises(ArgumentValueError, match=message):
-        gpu_adam.Adam(**{name: value})
-    optimizer = gpu_adam.Adam(**{name: GOOD[name]})
+        adam_with(name, value)
+    optimizer = adam_with(name, GOOD[name])
     for wrong in (value, np.float64(value), np.array(value)):
         with pytest.raises(ArgumentValueError, match=message):
             setattr(optimizer, name, wrong)
-        assert optimizer.get_config() == gpu_adam.Adam(**{name: GOOD[name]}).get_config()
+        assert optimizer.get_config() == adam_with(name, GOOD[name]).get_config()
 
 
 @pytest.mark.parametrize(("name", "value", "rule"), [case for case in BAD if case[0] in MAY_BE_CALLABLE])
@@ -247,7 +263,7 @@ def test_values_outside_their_rule_at_the_step(device: Device, name: str, value:
     for steps in (0, 1, 2):
         calls, shared, array = Calls(0.5), Variable(np.float64(0.5)), np.array(0.5)
         for given in (calls, shared, array):
-            variable, optimizer = Variable(np.ones(3, np.float32)), gpu_adam.Adam(**{name: given})
+            variable, optimizer = Variable(np.ones(3, np.float32)), adam_with(name, given)
             run(device, optimizer, variable, steps)
             calls.value = array[...] = value
             shared.assign(value)
@@ -269,25 +285,32 @@ def test_a_schedule_outside_its_rule_at_the_step(device: Device) -> None:
 
     variable, optimizer = Variable(np.ones(3)), gpu_adam.Adam(Growing())
     run(device, optimizer, variable, 2)
-    with unchanged(optimizer, variable), pytest.raises(ArgumentValueError, match=r"learning_rate must be finite \(got inf\)"):
+    with (
+        unchanged(optimizer, variable),
+        pytest.raises(ArgumentValueError, match=r"learning_rate must be finite \(got inf\)"),
+    ):
         run(device, optimizer, variable)
 
 
 @pytest.mark.parametrize("name", ALL)
-@pytest.mark.parametrize("value", ["0.1", b"0.1", [0.1], np.array([0.1, 0.2]), {}, object(), 1j, np.array("x")], ids=repr)
+@pytest.mark.parametrize(
+    "value", ["0.1", b"0.1", [0.1], np.array([0.1, 0.2]), {}, object(), 1j, np.array("x")], ids=repr
+)
 def test_what_is_no_number(name: str, value: Any) -> None:
     with pytest.raises(ArgumentTypeError, match=rf"^{name} must be a real number"):
-        gpu_adam.Adam(**{name: value})
+        adam_with(name, value)
     optimizer = gpu_adam.Adam()
     with pytest.raises(ArgumentTypeError, match=rf"^{name} must be a real number"):
         setattr(optimizer, name, value)
     assert optimizer.get_config() == gpu_adam.Adam().get_config()
 
 
-@pytest.mark.parametrize("name", [name for name in ALL if name not in ("epsilon", "clipvalue", "clipnorm", "global_clipnorm")])
+@pytest.mark.parametrize(
+    "name", [name for name in ALL if name not in ("epsilon", "clipvalue", "clipnorm", "global_clipnorm")]
+)
 def test_none_is_no_number(name: str) -> None:
     with pytest.raises(ArgumentTypeError, match=rf"^{name} must be a real number.*\(got None\)"):
-        gpu_adam.Adam(**{name: None})
+        adam_with(name, None)
     with pytest.raises(ArgumentTypeError, match=rf"^{name} must be a real number.*\(got None\)"):
         setattr(gpu_adam.Adam(), name, None)
 
@@ -295,19 +318,19 @@ def test_none_is_no_number(name: str) -> None:
 @pytest.mark.parametrize("name", ["decay", "clipvalue", "clipnorm", "global_clipnorm"])
 def test_not_every_number_may_be_callable(name: str) -> None:
     with pytest.raises(ArgumentTypeError, match=rf"^{name} must be a real number \(got function"):
-        gpu_adam.Adam(**{name: lambda: 0.5})
+        adam_with(name, lambda: 0.5)
 
 
 @pytest.mark.parametrize("name", [name for name in ALL if name != "learning_rate"])
 def test_only_a_learning_rate_may_be_a_schedule(name: str) -> None:
     with pytest.raises(ArgumentTypeError, match=rf"^{name} must be a real number"):
-        gpu_adam.Adam(**{name: ExponentialDecay(0.1, 1, 0.5)})
+        adam_with(name, ExponentialDecay(0.1, 1, 0.5))
 
 
 @pytest.mark.parametrize("name", MAY_BE_CALLABLE)
 @pytest.mark.parametrize("value", [None, "0.1", [0.1], np.ones(2), lambda: 0.1, 1j], ids=repr)
 def test_a_callable_that_returns_no_number(device: Device, name: str, value: Any) -> None:
-    variable, optimizer = Variable(np.ones(3)), gpu_adam.Adam(**{name: lambda: value})
+    variable, optimizer = Variable(np.ones(3)), adam_with(name, lambda: value)
     with unchanged(optimizer, variable), pytest.raises(ArgumentTypeError, match=rf"^{name} must be a real number"):
         run(device, optimizer, variable)
 
@@ -362,7 +385,7 @@ def test_the_other_hyperparameters_stand_where_one_is_refused() -> None:
 )
 def test_values_that_float32_does_not_hold(device: Device, name: str, value: float, rule: str) -> None:
     """They are fine for float64 variables, and refused for float32 ones, before anything changes."""
-    optimizer, double, single = gpu_adam.Adam(**{name: value}), Variable(np.ones(3)), Variable(np.ones(3, np.float32))
+    optimizer, double, single = adam_with(name, value), Variable(np.ones(3)), Variable(np.ones(3, np.float32))
     run(device, optimizer, double, 2)
     for _ in range(2):
         with unchanged(optimizer, single, double), pytest.raises(GpuAdamError, match=rule):
@@ -372,11 +395,13 @@ def test_values_that_float32_does_not_hold(device: Device, name: str, value: flo
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("beta_1", 1 - 2**-24), ("beta_2", 1 - 2**-24), ("epsilon", 1.1754944e-38), ("learning_rate", 3e38)]
+    ("name", "value"),
+    [("beta_1", 1 - 2**-24), ("beta_2", 1 - 2**-24), ("epsilon", 1.1754944e-38), ("learning_rate", 3e38)],
 )
 def test_values_that_float32_just_holds(device: Device, name: str, value: float) -> None:
-    variable, optimizer = Variable(np.ones(3, np.float32)), gpu_adam.Adam(**{name: value})
-    oracle = reference.Adam([np.ones(3, np.float32)], **{name: value})
+    variable, optimizer = Variable(np.ones(3, np.float32)), adam_with(name, value)
+    config: dict[str, Any] = {name: value}
+    oracle = reference.Adam([np.ones(3, np.float32)], **config)
     run(device, optimizer, variable)
     oracle.step([np.arange(1, 4).astype(np.float32)])
     assert_same_bits(variable.numpy(), oracle.variables[0])

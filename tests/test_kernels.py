@@ -32,7 +32,7 @@ def mirrors(dtype: str) -> dict[str, np.dtype[Any]]:
     """The NumPy dtype of every C struct that crosses the border, for one row of the dtype table."""
     return {
         "Step": kernels.step_dtype(kernels.DTYPES[dtype].real_dtype),
-        "ClipFactor": kernels.CLIP_FACTOR,
+        
         "Tensor": kernels.TENSOR,
         "TensorTable": kernels.TENSOR_TABLE,
         "Table": kernels.TABLE,
@@ -515,7 +515,7 @@ def factors(device: HostDevice, dtype: str, sums: list[Array], clipnorm: float, 
     """Pass 2: (multiplier, divisor) of each tensor, or of all."""
     flat = np.concatenate(sums)
     ends = np.cumsum([len(part) for part in sums])
-    out = np.full(1 if global_norm else len(sums), np.nan, kernels.CLIP_FACTOR)
+    out = np.full(1 if global_norm else len(sums), np.nan)
     limit, count = np.array([clipnorm]), kernels.scalar(len(flat))
     pointer = kernels.pointer(flat.ctypes.data)
     if global_norm:

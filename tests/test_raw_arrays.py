@@ -125,7 +125,9 @@ def test_arrays_that_are_not_contiguous(device: Device) -> None:
     for strided in (base[::2, :3], base.T, base[:, ::2], base[::-1]):
         message = r"the variable of grads_and_vars\[1\] must be C-contiguous \(got strides"
         with unchanged(optimizer, good, base), pytest.raises(ArgumentValueError, match=message):
-            optimizer.apply_gradients([(device.array(G), good), (device.array(np.zeros(strided.shape, np.float32)), strided)])
+            optimizer.apply_gradients(
+                [(device.array(G), good), (device.array(np.zeros(strided.shape, np.float32)), strided)]
+            )
     assert optimizer.apply_gradients([(device.array(np.zeros((2, 6), np.float32)), base[2:])]) == 1
 
 
@@ -155,13 +157,12 @@ def test_a_subclass_of_numpys_array() -> None:
 
 
 def test_an_array_at_an_odd_address() -> None:
+    """A processor reads it; a GPU would not, and kernels are the same."""
     memory = np.zeros(4 * X.size + 1, np.uint8)
     raw = memory[1:].view(np.float32).reshape(X.shape)
-    raw[...] = X
-    optimizer = gpu_adam.Adam(0.1)
-    for step in (1, 2):
+    optimizer = gpu_adam.Adam()
+    with unchanged(optimizer, memory), pytest.raises(ArgumentValueError, match="must begin at a multiple of 4 bytes"):
         optimizer.apply_gradients([(G, raw)])
-        assert_same_bits(raw.copy(), oracle_after(step))
 
 
 def test_an_array_interface_alone() -> None:

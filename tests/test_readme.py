@@ -9,6 +9,7 @@ import typer.main
 import gpu_adam
 from gpu_adam import cli
 from gpu_adam.devices import Device
+from gpu_adam.kernels import DTYPES
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -70,6 +71,11 @@ def test_services_and_environment_variables_are_real() -> None:
     assert services == re.findall(r"^  ([\w-]+):\n    build:", compose, re.M)
     sources = "".join(path.read_text() for path in (ROOT / "gpu_adam").rglob("*.py"))
     assert set(re.findall(r"`(GPU_ADAM_[A-Z]+)`", README)) == set(re.findall(r'"(GPU_ADAM_[A-Z]+)"', sources))
+
+
+def test_dtypes_are_real() -> None:
+    (listed,) = re.findall(r"^- Variables are (.*?)\. ", README, re.M)
+    assert re.findall(r"`(\w+)`", listed) == list(DTYPES)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)

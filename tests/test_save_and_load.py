@@ -1,4 +1,4 @@
-"""Adam.save and Adam.load: what continues from a file has the bits of what never stopped; other files change nothing."""
+"""Adam.save and Adam.load: what continues from a file has the bits of what never stopped; other files are refused."""
 
 import json
 import os
@@ -27,6 +27,7 @@ class Training:
         self.variables = [Variable(v, name=name) for v, name in zip(start or values, "abc", strict=True)]
 
     def step(self) -> None:
+        """Take the next step, every other one with slices."""
         t = int(self.optimizer.iterations)
         rng = np.random.default_rng(t)
         pairs: list[Any] = [
@@ -126,7 +127,7 @@ def test_files_of_others(device: Device, tmp_path: Path) -> None:
     with unchanged(training.optimizer), pytest.raises(FileNotFoundError):
         training.optimizer.load(tmp_path / "none")
     fresh = gpu_adam.Adam()
-    with unchanged(fresh), pytest.raises(CheckpointError, match="none: no variable is known yet.*call build"):
+    with unchanged(fresh), pytest.raises(CheckpointError, match=r"none: no variable is known yet.*call build"):
         fresh.load(tmp_path / "good")
     with pytest.raises(FileNotFoundError):
         training.optimizer.save(tmp_path / "none" / "state")

@@ -21,7 +21,9 @@ def started(device: Device, *, amsgrad: bool = False, steps: int = 1) -> tuple[g
     variables = [Variable(np.ones(shape, np.float32), name=name) for name, shape in zip("abc", SHAPES, strict=True)]
     optimizer = gpu_adam.Adam(0.1, amsgrad=amsgrad)
     for _ in range(steps):
-        optimizer.apply_gradients([(device.array(rng.standard_normal(v.shape).astype(np.float32)), v) for v in variables])
+        optimizer.apply_gradients(
+            [(device.array(rng.standard_normal(v.shape).astype(np.float32)), v) for v in variables]
+        )
     return optimizer, variables
 
 
@@ -70,7 +72,9 @@ def test_slots_of_dead_variables_stay(device: Device) -> None:
 
 def test_a_slot_that_does_not_exist(device: Device) -> None:
     optimizer, variables = started(device)
-    with pytest.raises(SlotNotFoundError, match=r"slot 'vhat' of variable 'a' must exist \(got slots \['m', 'v'\]\); call build"):
+    with pytest.raises(
+        SlotNotFoundError, match=r"slot 'vhat' of variable 'a' must exist \(got slots \['m', 'v'\]\); call build"
+    ):
         optimizer.get_slot(variables[0], "vhat")
     with pytest.raises(SlotNotFoundError, match=r"slot 'm' of variable 'new' .*slots \[\]"):
         optimizer.get_slot(Variable(np.ones(2), name="new"), "m")
@@ -86,7 +90,7 @@ def test_iterations_count_steps(device: Device) -> None:
     optimizer, _ = started(device, steps=3)
     counter = optimizer.iterations
     assert isinstance(counter, Variable)
-    assert (counter.dtype, counter.shape, counter.trainable, counter.device.name) == (np.int64, (), False, "host")
+    assert (counter.dtype.name, counter.shape, counter.trainable, counter.device.name) == ("int64", (), False, "host")
     assert int(counter) == 3
     assert counter is optimizer.iterations is optimizer.weights[0]
     fresh = gpu_adam.Adam()
@@ -117,7 +121,10 @@ def test_iterations_that_are_no_number_of_steps(device: Device) -> None:
     for value in (2.5, "3", None, True, [1], np.array(3)):
         with unchanged(optimizer, *variables), pytest.raises(ArgumentTypeError, match="iterations must be an int"):
             optimizer.iterations = value
-    with unchanged(optimizer, *variables), pytest.raises(ArgumentValueError, match=r"iterations must be >= 0 \(got -1\)"):
+    with (
+        unchanged(optimizer, *variables),
+        pytest.raises(ArgumentValueError, match=r"iterations must be >= 0 \(got -1\)"),
+    ):
         optimizer.iterations = -1
 
 
@@ -128,7 +135,10 @@ def test_a_counter_of_the_callers_own(device: Device) -> None:
     assert optimizer.apply_gradients([(device.array(np.ones(2)), variable)]) == 8
     assert optimizer.iterations is counter is optimizer.weights[0]
     assert int(counter) == 8
-    with unchanged(optimizer, variable), pytest.raises(ArgumentValueError, match="must be set before the counter exists"):
+    with (
+        unchanged(optimizer, variable),
+        pytest.raises(ArgumentValueError, match="must be set before the counter exists"),
+    ):
         optimizer.iterations = Variable(np.int64(0), device="host")
     for wrong in (Variable(np.int32(0), device="host"), Variable(np.zeros(1, np.int64), device="host"), Variable(0.0)):
         fresh = gpu_adam.Adam()
@@ -171,7 +181,7 @@ def test_weights_of_every_kind(device: Device) -> None:
     assert m.numpy().tolist() == [1.5, 2]
     assert m.dtype == np.float32
     assert device.address(m.value) == place
-    optimizer.set_weights([5, device.array(np.zeros(2, np.float32)), device.array(np.ones(2, np.float32))])
+    optimizer.set_weights([5, [0.0, 0.0], device.array(np.ones(2, np.float32))])
     assert int(optimizer.iterations) == 5
     assert optimizer.get_slot(variable, "v").numpy().tolist() == [1, 1]
 
@@ -192,8 +202,13 @@ def test_weights_that_do_not_fit(device: Device) -> None:
     ):
         with unchanged(optimizer, *variables), pytest.raises((ArgumentValueError, ArgumentTypeError), match=message):
             optimizer.set_weights(wrong)
-    for wrong in ([*good[:5], [1.0] * 5, good[6]], [*good[:6], None], [*good[:6], object()]):
-        with unchanged(optimizer, *variables), pytest.raises(ArgumentTypeError, match="must be an array"):
+    for wrong in (
+        [*good[:5], [[1.0], [1.0, 2.0]], good[6]],
+        [*good[:6], None],
+        [*good[:6], object()],
+        [*good[:6], "x"],
+    ):
+        with unchanged(optimizer, *variables), pytest.raises(ArgumentTypeError, match="must consist of numbers"):
             optimizer.set_weights(wrong)
     fresh = gpu_adam.Adam()
     for wrong in (good, [np.int64(3)]):
@@ -303,11 +318,21 @@ def test_slots_that_cannot_be_added(device: Device) -> None:
     optimizer, variables = started(device)
     other = Variable(np.ones((3, 2), np.float32), name="other")
     cases: list[tuple[Any, str, Any, str]] = [
-        (variables[0], "note", "bogus", r"initializer must be one of \['zeros', 'ones'\] \(got unknown initializer 'bogus'\)"),
+        (
+            variables[0],
+            "note",
+            "bogus",
+            r"initializer must be one of \['zeros', 'ones'\] \(got unknown initializer 'bogus'\)",
+        ),
         (variables[0], "note", None, r"initializer must make an array \(got None\)"),
         (variables[0], "note", object(), "initializer must give numbers"),
         (variables[0], "note", [[1], [1, 2]], "initializer must give numbers"),
-        (other, "m", np.ones(3), r"slot 'm' for variable 'other' must give the variable's shape \(3, 2\) \(got \(3,\)\)"),
+        (
+            other,
+            "m",
+            np.ones(3),
+            r"slot 'm' for variable 'other' must give the variable's shape \(3, 2\) \(got \(3,\)\)",
+        ),
         (other, "vhat", 1.0, r"slot 'vhat' for variable 'other' must give the variable's shape"),
         ("x", "note", "zeros", "var must be a Variable"),
     ]
@@ -319,7 +344,7 @@ def test_slots_that_cannot_be_added(device: Device) -> None:
 def test_add_weight(device: Device) -> None:
     optimizer = gpu_adam.Adam()
     weight = optimizer.add_weight("note", (2, 3))
-    assert (weight.name, weight.shape, weight.dtype, weight.trainable) == ("note", (2, 3), np.float32, True)
+    assert (weight.name, weight.shape, weight.dtype.name, weight.trainable) == ("note", (2, 3), "float32", True)
     assert weight.device is device
     assert not weight.numpy().any()
     assert optimizer.add_weight("note", 4, np.float64, "ones").numpy().tolist() == [1] * 4
@@ -328,9 +353,14 @@ def test_add_weight(device: Device) -> None:
     made = optimizer.add_weight("n", (2,), "float64", lambda shape, dtype: np.full(shape, 5, dtype))
     assert made.numpy().tolist() == [5, 5]
     assert optimizer.add_weight("n", 1, synchronization="on_read").trainable is False
-    assert optimizer.add_weight("n", 1, synchronization="VariableSynchronization.ON_READ", trainable=False).trainable is False
+    assert (
+        optimizer.add_weight("n", 1, synchronization="VariableSynchronization.ON_READ", trainable=False).trainable
+        is False
+    )
     assert optimizer.weights == []
-    with pytest.raises(ArgumentValueError, match="synchronization must be 'auto', 'none' or 'on_write' for a trainable"):
+    with pytest.raises(
+        ArgumentValueError, match="synchronization must be 'auto', 'none' or 'on_write' for a trainable"
+    ):
         optimizer.add_weight("n", 1, trainable=True, synchronization="on_read")
     with pytest.raises(ArgumentValueError, match=r"initializer must give shape \(2,\) \(got \(3,\)\)"):
         optimizer.add_weight("n", 2, initializer=np.ones(3))

@@ -1,5 +1,6 @@
 """IndexedSlices give the bits of the same gradient written out, whatever the rows; what does not fit is refused."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,8 +20,10 @@ Slices = tuple[Array, Array]
 
 
 def numbers(rng: np.random.Generator, shape: Any, dtype: str) -> Array:
-    real = rng.standard_normal(shape)
-    return (real + 1j * rng.standard_normal(shape)).astype(dtype) if np.dtype(dtype).kind == "c" else real.astype(dtype)
+    values: Array = rng.standard_normal(shape)
+    if np.dtype(dtype).kind == "c":
+        values = values + 1j * rng.standard_normal(shape)
+    return values.astype(dtype)
 
 
 def on(device: Device, values: Any, indices: Any) -> IndexedSlices:
@@ -43,7 +46,7 @@ def assert_equals_dense(
 
 
 def rows_of(kind: str, rows: int, rng: np.random.Generator) -> npt.NDArray[np.int64]:
-    return {
+    makers: dict[str, Callable[[], npt.NDArray[np.int64]]] = {
         "one": lambda: np.array([rows - 1]),
         "one, often": lambda: np.full(9, rows // 2),
         "all": lambda: np.arange(rows),
@@ -51,7 +54,8 @@ def rows_of(kind: str, rows: int, rng: np.random.Generator) -> npt.NDArray[np.in
         "some": lambda: rng.permutation(rows)[: max(1, rows // 2)],
         "some, often": lambda: rng.integers(0, rows, 3 * rows),
         "none": lambda: np.zeros(0, np.int64),
-    }[kind]()
+    }
+    return makers[kind]()
 
 
 KINDS = ["one", "one, often", "all", "all, backwards", "some", "some, often", "none"]
@@ -78,7 +82,9 @@ def test_first_step_without_rows_moves_nothing(device: Device, dtype: str) -> No
 
 
 @pytest.mark.parametrize("dtype", REAL)
-@pytest.mark.parametrize("config", [{"amsgrad": True}, {"clipvalue": 0.5}, {"amsgrad": True, "clipvalue": 0.25}], ids=str)
+@pytest.mark.parametrize(
+    "config", [{"amsgrad": True}, {"clipvalue": 0.5}, {"amsgrad": True, "clipvalue": 0.25}], ids=str
+)
 def test_variants(device: Device, dtype: str, config: dict[str, Any]) -> None:
     """With clipvalue every occurrence of a row is bounded by itself, and their sum is not."""
     rng = np.random.default_rng(3)
@@ -120,7 +126,9 @@ def test_every_number_of_sorting_passes(device: Device, rows: int) -> None:
     assert_equals_dense(device, numbers(rng, rows, "float32"), [(numbers(rng, 44, "float32"), indices)])
 
 
-@pytest.mark.parametrize("count", [kernels.SORT_RUN - 1, kernels.SORT_RUN, kernels.SORT_RUN + 1, 2 * kernels.SORT_RUN + 7])
+@pytest.mark.parametrize(
+    "count", [kernels.SORT_RUN - 1, kernels.SORT_RUN, kernels.SORT_RUN + 1, 2 * kernels.SORT_RUN + 7]
+)
 @pytest.mark.parametrize("rows", [5, 300])
 def test_many_indices(device: Device, count: int, rows: int) -> None:
     rng = np.random.default_rng(7)
@@ -281,14 +289,19 @@ def test_slices_that_do_not_fit(device: Device, values: Any, indices: Any, error
     good = on(device, ONES, np.array([0, 1]))
     for _ in range(2):  # a fresh optimizer, and one that has stepped
         with unchanged(optimizer, variable, other), pytest.raises(error, match=message):
-            optimizer.apply_gradients([(device.array(np.ones(2, np.float32)), other), (on(device, values, indices), variable)])
+            optimizer.apply_gradients(
+                [(device.array(np.ones(2, np.float32)), other), (on(device, values, indices), variable)]
+            )
         optimizer.apply_gradients([(device.array(np.ones(2, np.float32)), other), (good, variable)])
 
 
 @pytest.mark.parametrize("indices", [None, "rows", object(), 1, [[0], [1, 2]], ["a", "b"]], ids=repr)
 def test_indices_that_are_no_array(device: Device, indices: Any) -> None:
     variable, optimizer = Variable(np.zeros((4, 3), np.float32)), gpu_adam.Adam()
-    with unchanged(optimizer, variable), pytest.raises((ArgumentTypeError, ArgumentValueError), match="indices of variable"):
+    with (
+        unchanged(optimizer, variable),
+        pytest.raises((ArgumentTypeError, ArgumentValueError), match="indices of variable"),
+    ):
         optimizer.apply_gradients([(IndexedSlices(device.array(ONES), indices), variable)])
 
 
@@ -352,6 +365,10 @@ def test_the_first_index_out_of_range_is_named(device: Device) -> None:
 def test_no_index_fits_a_variable_without_rows(device: Device) -> None:
     variable, optimizer = Variable(np.zeros((0, 3), np.float32)), gpu_adam.Adam()
     slices = on(device, np.ones((1, 3), np.float32), np.array([0]))
-    with pytest.raises(SparseIndexError, match=r"must lie in \[0, 0\)"):
+
+    def step_and_wait() -> None:
         optimizer.apply_gradients([(slices, variable)])
         optimizer.check_errors()
+
+    with pytest.raises(SparseIndexError, match=r"must lie in \[0, 0\)"):
+        step_and_wait()

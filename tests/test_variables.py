@@ -11,7 +11,7 @@ from reference import assert_same_bits
 import gpu_adam
 from gpu_adam import Variable
 from gpu_adam.devices import Device, find_device
-from gpu_adam.errors import ArgumentTypeError, ArgumentValueError, GpuAdamError
+from gpu_adam.errors import ArgumentTypeError, ArgumentValueError
 
 X = np.arange(1, 7, dtype=np.float32).reshape(2, 3)
 
@@ -63,13 +63,13 @@ def test_defaults_and_attributes(device: Device) -> None:
     variable = Variable(X)
     assert (variable.name, variable.trainable) == ("Variable", True)
     named = Variable(X, False, "w", "float64", device)
-    assert (named.name, named.trainable, named.dtype, named.device) == ("w", False, np.float64, device)
+    assert (named.name, named.trainable, named.dtype.name, named.device) == ("w", False, "float64", device)
     assert Variable(X, name="").name == ""
     assert repr(named) == f"<Variable 'w' shape=(2, 3) dtype=float64 device={device.name}>"
     assert type(variable.value) is device.xp.ndarray
     with pytest.raises(AttributeError):
         variable.name = "other"  # type: ignore[misc]
-    with pytest.raises(AttributeError, match="'Variable' object has no attribute 'gradient'"):
+    with pytest.raises(AttributeError, match="has no attribute 'gradient'"):
         print(variable.gradient)
 
 
@@ -83,19 +83,32 @@ def test_the_initial_value_is_copied(device: Device) -> None:
     assert_same_bits(other.numpy(), X)
 
 
-def test_what_makes_no_variable(device: Device) -> None:
-    for value in (None, "abc", b"abc", object(), ["a", "b"], [[1], [2, 3]], {"a": 1}, np.array(["a"]), [None], np.array("2020", "M8")):
-        with pytest.raises((ArgumentTypeError, ArgumentValueError), match="initial_value must"):
-            Variable(value, device=device)
-    for name in (3, b"w"):
-        with pytest.raises(ArgumentTypeError, match="name must be a str"):
-            Variable(X, name=name)  # type: ignore[arg-type]
-    with pytest.raises(ArgumentTypeError, match="dtype must be a NumPy dtype"):
-        Variable(X, dtype="bogus")
-    with pytest.raises(ArgumentTypeError, match="device must be a name or a device"):
-        Variable(X, device=3)  # type: ignore[arg-type]
-    with pytest.raises(ArgumentValueError, match="device must be 'auto', 'host', 'cuda' or 'cuda:N'"):
-        Variable(X, device="tpu")
+NO_NUMBERS = [
+    None, "abc", b"abc", object(), ["a", "b"], [[1], [2, 3]], {"a": 1}, [None], np.array(["a"]),
+    np.array("2020", "M8[Y]"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("value", NO_NUMBERS, ids=repr)
+def test_what_makes_no_variable(device: Device, value: Any) -> None:
+    with pytest.raises((ArgumentTypeError, ArgumentValueError), match="initial_value must"):
+        Variable(value, device=device)
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "error", "rule"),
+    [
+        ("name", 3, ArgumentTypeError, "must be a str"),
+        ("name", b"w", ArgumentTypeError, "must be a str"),
+        ("dtype", "bogus", ArgumentTypeError, "must be a NumPy dtype"),
+        ("dtype", 3, ArgumentTypeError, "must be a NumPy dtype"),
+        ("device", 3, ArgumentTypeError, "must be a name or a device"),
+        ("device", "tpu", ArgumentValueError, "must be 'auto', 'host', 'cuda' or 'cuda:N'"),
+    ],
+)
+def test_arguments_that_break_their_rule(device: Device, argument: str, value: Any, error: Any, rule: str) -> None:
+    with pytest.raises(error, match=f"^{argument} {rule}"):
+        Variable(X, **{"device": device, argument: value})
 
 
 def test_device_argument(device: Device) -> None:
@@ -173,10 +186,10 @@ def plain(device: Device, result: Any) -> Any:
 def test_arithmetic(device: Device) -> None:
     v, w, a = Variable(X), Variable(X + 1), device.array(X + 1)
     for result, expected in (
-        (v + w, X + (X + 1)), (v - a, X - (X + 1)), (a - v, (X + 1) - X), (2 * v, 2 * X), (v * 2, X * 2), (v / w, X / (X + 1)),
-        (1 / v, 1 / X), (v**2, X**2), (2**v, 2**X), (-v, -X), (+v, X), (abs(-v), X), (v // 2, X // 2), (v % 2, X % 2),
-        (v @ w.value.T, X @ (X + 1).T), (v == w, np.zeros((2, 3), bool)), (v < w, np.ones((2, 3), bool)), (v != v, X != X),
-        (v >= 3, X >= 3),
+        (v + w, X + (X + 1)), (v - a, X - (X + 1)), (a - v, (X + 1) - X), (2 * v, 2 * X), (v * 2, X * 2),
+        (v / w, X / (X + 1)), (1 / v, 1 / X), (v**2, X**2), (-v, -X), (+v, X), (abs(-v), X), (v // 2, X // 2),
+        (v % 2, X % 2), (v @ w.value.T, X @ (X + 1).T), (v == w, np.zeros((2, 3), bool)), (v < w, X < X + 1),
+        (v != a, np.ones((2, 3), bool)), (v >= 3, X >= 3),
     ):  # fmt: skip
         assert_same_bits(plain(device, result), np.asarray(expected))
 
@@ -239,7 +252,8 @@ def test_universal_functions(device: Device) -> None:
         assert_same_bits(plain(device, function(v)), function(X))
     assert_same_bits(plain(device, np.add(v, w)), X + (X + 1))
     assert_same_bits(plain(device, np.maximum(v, 3)), np.maximum(X, 3))
-    result = np.multiply(v, 2, out=w)
+    multiply: Any = np.multiply  # NumPy's types know no other `out`
+    result = multiply(v, 2, out=w)
     assert not isinstance(result, Variable)
     assert_same_bits(w.numpy(), X * 2)
     both = np.divmod(v, 2)
@@ -308,9 +322,3 @@ def test_copies(device: Device) -> None:
     scalar, empty = copy.deepcopy((Variable(2.0), Variable(np.zeros((0, 3)))))
     assert float(scalar) == 2.0
     assert empty.shape == (0, 3)
-
-
-def test_every_error_is_one_of_ours(device: Device) -> None:
-    for make in (lambda: Variable("x"), lambda: Variable(X).assign(1), lambda: Variable(X, device="x")):
-        with pytest.raises(GpuAdamError, match=r"\(got .*\); "):
-            make()
