@@ -1,0 +1,106 @@
+"""The shape of the package: who imports whom, read from the sources."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import gpu_adam
+from gpu_adam import kernels
+
+PACKAGE = Path(gpu_adam.__file__).parent
+ROOT = "gpu_adam"
+
+# A module imports only from lower floors, or from below it on its own floor: the order within a floor counts as well.
+FLOORS = [
+    ["errors", "tracing"],
+    ["kernels"],
+    ["schedules", "devices.base", "devices.host", "devices.cuda", "devices"],
+    ["variables", "memory", "hyperparameters"],
+    ["slots", "gradients"],
+    ["dense", "sparse"],
+    ["plan"],
+    ["controller"],
+    # What is differentiated knows nothing of optimizers.
+    ["autodiff.table", "autodiff.node", "autodiff.rules", "autodiff.picked", "autodiff.tape", "autodiff.upstream"],
+    [f"autodiff.{rules}" for rules in ("einsum", "elementwise", "fft", "indexing", "linalg", "reductions", "shapes")],
+    ["autodiff.gradients", "autodiff.jax", "autodiff.torch", "autodiff"],
+    ["checkpoint", "adam"],
+    [""],
+    ["demos", "demos.digits", "demos.words"],
+    ["cli"],
+    ["__main__"],
+]
+ORDER = [module for floor in FLOORS for module in floor]
+
+
+def module_of(path: Path) -> str:
+    """Dotted name below the package; "" is the package itself."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+SOURCES = {module_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def imports_of(module: str) -> set[str]:
+    """Full dotted names that a module imports, anywhere in it; of `from a import b` a.b where that is a module."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(SOURCES[module].read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module} has a relative import"
+            base = node.module or ""
+            for alias in node.names:
+                below = f"{base}.{alias.name}".removeprefix(f"{ROOT}.")
+                found.add(f"{ROOT}.{below}" if base.split(".")[0] == ROOT and below in SOURCES else base)
+    return found
+
+
+def own_imports_of(module: str) -> set[str]:
+    """The package's own modules among them, without the package's name."""
+    names = {name for name in imports_of(module) if name.split(".")[0] == ROOT}
+    return {name.removeprefix(ROOT).removeprefix(".") for name in names}
+
+
+def test_every_module_has_a_floor() -> None:
+    assert sorted(SOURCES) == sorted(ORDER)
+
+
+@pytest.mark.parametrize("module", [module for module in ORDER if module], ids=str)
+def test_imports_go_down(module: str) -> None:
+    above = {name for name in own_imports_of(module) if ORDER.index(name) >= ORDER.index(module)}
+    assert not above, f"{module} imports {sorted(above)}, which lie above it"
+
+
+def test_the_package_imports_no_display() -> None:
+    assert not own_imports_of("") & {"cli", "__main__", "demos", "demos.digits", "demos.words"}
+    for module in SOURCES:
+        if module not in ("cli", "__main__"):
+            assert not {name.split(".")[0] for name in imports_of(module)} & {"rich", "typer"}, module
+
+
+def test_one_module_imports_cupy() -> None:
+    """The others work where it is not installed, and do not wait for it where it is."""
+    importing = [module for module in SOURCES if "cupy" in {name.split(".")[0] for name in imports_of(module)}]
+    assert importing == ["devices.cuda"]
+
+
+def test_differentiation_stands_alone() -> None:
+    """It uses variables and errors, and nothing of the optimizer."""
+    for module in SOURCES:
+        if module.startswith("autodiff"):
+            others = {name for name in own_imports_of(module) if not name.startswith("autodiff")}
+            assert others <= {"errors", "tracing", "variables"}, module
+
+
+def test_nobody_asks_which_device_it_is() -> None:
+    """Controller, updates and optimizer know devices by their interface: no branch on a device's name or kind."""
+    for module in ("controller", "plan", "dense", "sparse", "gradients", "slots", "adam"):
+        assert not {"devices.cuda", "devices.host"} & own_imports_of(module), module
+
+
+def test_cuda_is_no_package() -> None:
+    """CuPy imports the namespace package `cuda`, which a regular one of that name would hide."""
+    assert not list(kernels.directory().rglob("*.py"))

@@ -1,0 +1,82 @@
+"""The public surface: exactly these names, on the package and on its classes."""
+
+import inspect
+from typing import Any
+
+import gpu_adam
+from gpu_adam import errors, schedules
+
+ERRORS = {
+    "ArgumentTypeError", "ArgumentValueError", "CheckpointError", "DeviceError", "GpuAdamError", "KernelCompileError",
+    "SlotNotFoundError", "SparseIndexError",
+}  # fmt: skip
+SCHEDULES = {
+    "CosineDecay", "CosineDecayRestarts", "ExponentialDecay", "InverseTimeDecay", "LearningRateSchedule",
+    "PiecewiseConstantDecay", "PolynomialDecay",
+}  # fmt: skip
+OTHERS = {
+    "Adam", "IndexedSlices", "Variable", "get_device", "register_vjp", "schedules", "set_device", "value_and_grad",
+}  # fmt: skip
+
+ADAM = {
+    "add_slot", "add_weight", "amsgrad", "apply_gradients", "beta_1", "beta_2", "build", "check_errors", "clipnorm",
+    "clipvalue", "complex_mode", "decay", "epsilon", "from_config", "get_config", "get_gradients", "get_slot",
+    "get_slot_names", "get_updates", "get_weights", "global_clipnorm", "iterations", "learning_rate", "load", "lr",
+    "minimize", "name", "save", "set_weights", "synchronize", "variables", "weights",
+}  # fmt: skip
+VARIABLE = {
+    "assign", "assign_add", "assign_sub", "device", "dtype", "name", "ndim", "numpy", "over", "shape", "size",
+    "trainable", "value",
+}  # fmt: skip
+
+
+def public(obj: Any) -> set[str]:
+    return {name for name in dir(obj) if not name.startswith("_")}
+
+
+def test_names_of_the_package() -> None:
+    assert set(gpu_adam.__all__) == ERRORS | SCHEDULES | OTHERS
+    assert gpu_adam.__all__ == sorted(gpu_adam.__all__)
+    assert all(getattr(gpu_adam, name) is getattr(errors, name) for name in ERRORS)
+    assert all(getattr(gpu_adam, name) is getattr(schedules, name) for name in SCHEDULES)
+    assert gpu_adam.__version__.count(".") == 2
+    modules = {name for name in public(gpu_adam) if inspect.ismodule(getattr(gpu_adam, name))}
+    assert public(gpu_adam) - modules - {"Any", "TYPE_CHECKING"} <= set(gpu_adam.__all__), "the rest is not meant"
+    assert all(callable(getattr(gpu_adam, name)) for name in set(gpu_adam.__all__) - {"schedules"})
+
+
+def test_names_of_the_classes() -> None:
+    assert public(gpu_adam.Adam()) == ADAM
+    assert public(gpu_adam.Variable(1.0, device="host")) == VARIABLE
+    assert public(gpu_adam.IndexedSlices([1.0], [0])) == {"values", "indices", "dense_shape"}
+
+
+def test_everything_public_says_what_it_does() -> None:
+    for name in set(gpu_adam.__all__) - {"schedules"}:
+        assert inspect.getdoc(getattr(gpu_adam, name)), name
+    for kind, names in ((gpu_adam.Adam, ADAM - {"amsgrad"}), (gpu_adam.Variable, VARIABLE - {"trainable"})):
+        for name in names:
+            assert inspect.getdoc(getattr(kind, name)), name
+
+
+def test_parameters() -> None:
+    """Names and order of what users write by keyword or by position."""
+    expected: dict[Any, list[str]] = {
+        gpu_adam.Adam.apply_gradients: ["self", "grads_and_vars", "name"],
+        gpu_adam.Adam.build: ["self", "var_list"],
+        gpu_adam.Adam.add_slot: ["self", "var", "slot_name", "initializer"],
+        gpu_adam.Adam.add_weight: [
+            "self", "name", "shape", "dtype", "initializer", "trainable", "synchronization", "aggregation",
+        ],
+        gpu_adam.Adam.get_slot: ["self", "var", "slot_name"],
+        gpu_adam.Adam.set_weights: ["self", "weights"],
+        gpu_adam.Adam.save: ["self", "path"],
+        gpu_adam.Adam.load: ["self", "path"],
+        gpu_adam.Adam.from_config: ["config", "custom_objects"],
+        gpu_adam.Variable: ["initial_value", "trainable", "name", "dtype", "device"],
+        gpu_adam.IndexedSlices: ["values", "indices", "dense_shape"],
+        gpu_adam.set_device: ["device"],
+        gpu_adam.get_device: [],
+    }  # fmt: skip
+    for function, names in expected.items():
+        assert list(inspect.signature(function).parameters) == names, function

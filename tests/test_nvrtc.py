@@ -1,0 +1,184 @@
+"""NVRTC compiles every kernel for every GPU generation, without a GPU; registers, spills and width of loads in the result.
+
+All code is made; what is looked at is one generation's, and every generation's for the float32 updates. The rest is
+compiled with less optimisation, which halves a first run of about a minute. The results are kept in the kernel cache.
+"""
+
+import functools
+import hashlib
+import importlib.util
+import itertools
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gpu_adam import kernels
+from gpu_adam.devices import host
+
+cupy = pytest.importorskip("cupy", reason="needs CuPy and NVRTC, of the extra cuda13 or cuda12", exc_type=ImportError)
+if getattr(cupy, "__emulated__", False):
+    pytest.skip("needs the real CuPy: the emulation makes no machine code", allow_module_level=True)
+
+from cupy.cuda import nvrtc  # noqa: E402  (after the check that it is there)
+
+from gpu_adam.devices import cuda  # noqa: E402
+
+try:
+    VERSION = nvrtc.getVersion()
+except RuntimeError as missing:
+    pytest.skip(f"needs NVRTC, of the extra cuda13 or cuda12: {missing}", allow_module_level=True)
+
+ARCHITECTURES = ["sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"]
+
+SWITCHES = list(itertools.product((False, True), repeat=2))
+DENSE_FLOAT32 = [kernels.dense("float32", amsgrad=amsgrad, clip=clip).source for amsgrad, clip in SWITCHES]
+EXAMINED = {*DENSE_FLOAT32, kernels.sparse("float32", amsgrad=True, clip=True).source}
+
+# NVRTC's way to make worse code in half the time.
+QUICKLY = ("--Ofast-compile=max",) if VERSION[0] >= 13 else ()
+
+
+def kept(identity: str, suffix: str, make: Callable[[], bytes]) -> bytes:
+    """What `make` returns, from the kernel cache or put there."""
+    path = host.cache_directory() / f"test-{hashlib.sha256(identity.encode()).hexdigest()[:32]}{suffix}"
+    if not path.exists():
+        result = make()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f"{path.name}.{os.getpid()}")
+        partial.write_bytes(result)
+        partial.replace(path)
+    return path.read_bytes()
+
+
+def identity_of(source: kernels.Source, architecture: str) -> str:
+    return "\0".join([source.text, *options(source, architecture), str(VERSION)])
+
+
+def examined(source: kernels.Source, architecture: str) -> bool:
+    """Whether tests look at the machine code, or only that there is some."""
+    return architecture == "sm_90" or source in EXAMINED
+
+
+def options(source: kernels.Source, architecture: str) -> tuple[str, ...]:
+    """What CuPy passes to NVRTC on such a GPU; quicker where nobody looks at the result."""
+    quickly = () if examined(source, architecture) else QUICKLY
+    return (*cuda.options(source.defines), "-ftz=true", f"-arch={architecture}", *quickly)
+
+
+@functools.cache
+def cubin(source: kernels.Source, architecture: str) -> bytes:
+    """The machine code of a source's kernels: an ELF file."""
+
+    def compiled() -> bytes:
+        program = nvrtc.createProgram(source.text, source.file, (), ())
+        try:
+            nvrtc.compileProgram(program, options(source, architecture))
+            return bytes(nvrtc.getCUBIN(program)) + b"\0"  # CuPy drops the last byte
+        except nvrtc.NVRTCError as error:
+            raise AssertionError(f"{source}: {nvrtc.getProgramLog(program)}") from error
+        finally:
+            nvrtc.destroyProgram(program)
+
+    return kept(identity_of(source, architecture), ".cubin", compiled)
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def architecture(request: pytest.FixtureRequest) -> str:
+    """A GPU generation, all variants compiled for it side by side."""
+    name = str(request.param)
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()) as pool:
+        list(pool.map(lambda source: cubin(source, name), kernels.variants()))
+    return name
+
+
+@functools.cache
+def tool(name: str) -> str:
+    """Path of one of NVIDIA's binary tools; the test is skipped where it is not installed."""
+    spec = importlib.util.find_spec("nvidia")
+    places = [] if spec is None else list(spec.submodule_search_locations or ())
+    folders = [str(path) for place in places for path in sorted(Path(place).glob("*/bin"))]
+    found = shutil.which(name, path=os.pathsep.join([*folders, os.environ.get("PATH", "")]))
+    if found is None:
+        pytest.skip(f"needs {name}, of the extra dev")
+    return found
+
+
+def output(name: str, *arguments: str) -> str:
+    folder = str(Path(tool(name)).parent)  # cuobjdump calls others of them
+    environment = {**os.environ, "PATH": os.pathsep.join([folder, os.environ.get("PATH", "")])}
+    result = subprocess.run([tool(name), *arguments], capture_output=True, text=True, env=environment, check=False)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def resources(source: kernels.Source, architecture: str, folder: Path) -> dict[str, dict[str, int]]:
+    """REG, STACK, SHARED and LOCAL of every kernel: registers, and bytes."""
+    (folder / "kernel.cubin").write_bytes(cubin(source, architecture))
+    text = output("cuobjdump", "-res-usage", str(folder / "kernel.cubin"))
+    found = re.findall(r"Function (\w+):\s*(REG:.*)", text)
+    return {name: {label: int(n) for label, n in re.findall(r"([A-Z]+):(\d+)", figures)} for name, figures in found}
+
+
+def sass(source: kernels.Source, architecture: str, folder: Path) -> str:
+    """The instructions, as text."""
+
+    def disassembled() -> bytes:
+        (folder / "kernel.cubin").write_bytes(cubin(source, architecture))
+        return output("nvdisasm", "-c", "-ndf", str(folder / "kernel.cubin")).encode()
+
+    return kept(f"{identity_of(source, architecture)}\0sass", ".sass", disassembled).decode()
+
+
+def test_every_variant_compiles(architecture: str) -> None:
+    for source in kernels.variants():
+        code = cubin(source, architecture)
+        assert code.startswith(b"\x7fELF")
+        for name in kernels.kernel_names(source.file):
+            assert f".text.{name}\0".encode() in code
+
+
+def test_dense_float32_kernels_take_at_most_64_registers(architecture: str, tmp_path: Path) -> None:
+    """Or fewer than 1024 threads fit on a multiprocessor, and latency shows."""
+    for source in DENSE_FLOAT32:
+        assert 0 < resources(source, architecture, tmp_path)["dense"]["REG"] <= 64
+
+
+def test_nothing_spills(architecture: str, tmp_path: Path) -> None:
+    """float32 and float64 updates have no stack at all; elsewhere a register or two is the compiler's choice."""
+    for source in kernels.variants():
+        if not examined(source, architecture):
+            continue
+        used = resources(source, architecture, tmp_path)
+        assert set(used) == set(kernels.kernel_names(source.file))
+        for name, figures in used.items():
+            strict = name in ("dense", "sparse") and source.defines[0] in ("GPU_ADAM_STORED=float", "GPU_ADAM_STORED=double")
+            assert figures["STACK"] <= (0 if strict else 16), (source, name, figures)
+            assert figures["LOCAL"] == 0, (source, name, figures)
+
+
+@pytest.mark.parametrize("update", [kernels.dense, kernels.sparse], ids=["dense", "sparse"])
+@pytest.mark.parametrize(
+    ("architecture", "dtype"),
+    [*itertools.product(["sm_75", "sm_90", "sm_120"], ["float32"]), *(("sm_90", d) for d in kernels.DTYPES if d != "float32")],
+    indirect=["architecture"],
+)
+def test_global_loads_and_stores_are_16_bytes_wide(
+    architecture: str, dtype: str, update: Callable[..., kernels.Kernel], tmp_path: Path
+) -> None:
+    """One load and one store at least for each array; none by the generic path, which looks up what memory is meant."""
+    kernel = update(dtype, amsgrad=True, clip=True)
+    assert examined(kernel.source, architecture)
+    instructions = re.findall(r"\b((?:LD|ST)G?\.E[\w.]*)", sass(kernel.source, architecture, tmp_path))
+    wide = np.dtype(kernels.DTYPES[dtype].real_dtype).itemsize == np.dtype(dtype).itemsize
+    written = 4 if wide else 2  # theta and m; v and vhat, unless an element of theirs is half as wide
+    read = written + (1 if kernel.name == "dense" else 0)  # the gradient, which sparse has in shared memory
+    assert sum(name.startswith("LDG.E.128") for name in instructions) >= read, instructions
+    assert sum(name.startswith("STG.E.128") for name in instructions) >= written, instructions
+    assert [name for name in instructions if not name.startswith(("LDG", "STG"))] == []
