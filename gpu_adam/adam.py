@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -145,7 +145,7 @@ class Adam:
         grad_loss: Any = None,
         name: str | None = None,
         *,
-        grad_fn: Callable[[], Iterable[Any]] | None = None,
+        grad_fn: Callable[[], Sequence[Any]] | None = None,
     ) -> int:
         """Differentiate a loss and update variables by its gradients.
 
@@ -154,7 +154,8 @@ class Adam:
                 JAX's; called once. What it returns is summed.
             var_list: a Variable, any nesting of lists, tuples and dicts of them, or a function that returns such and is
                 called after the loss.
-            grad_loss: multiplies the gradient: a number, or an array of the loss's shape; None is 1.
+            grad_loss: multiplies the gradient: a number, or an array of the loss's shape; None is 1. Not with
+                `grad_fn`.
             name: ignored, for compatibility with Keras.
             grad_fn: a function without arguments that returns the gradients of the variables in their order, computed
                 by other means; then the loss is not called and may be None.
@@ -163,7 +164,7 @@ class Adam:
             The steps done, this one included.
 
         Raises:
-            ArgumentTypeError: the loss is not callable, or returns no numbers.
+            ArgumentTypeError: the loss is not callable, or returns no numbers; `grad_fn` is not, or returns no list.
             ArgumentValueError: as `apply_gradients`; something else than Variables in `var_list`; no variable that the
                 loss depends on. Nothing has changed then.
             NotImplementedError: the loss uses an operation whose derivative is not known.
@@ -171,7 +172,7 @@ class Adam:
         if grad_fn is None:
             _, pairs = _autodiff().gradients(loss, var_list, grad_loss)
         else:
-            gradients = list(grad_fn())
+            gradients = _given_gradients(grad_fn, grad_loss)
             variables = _autodiff().flatten(var_list() if callable(var_list) else var_list)
             if len(gradients) != len(variables):
                 rule = f"must return one gradient for each of the {len(variables)} variables"
@@ -183,18 +184,14 @@ class Adam:
         """The gradients of a loss, unclipped, in the order of the variables; no state changes.
 
         Args:
-            loss, params: as `loss` and `var_list` of `minimize`.
+            loss: as for `minimize`.
+            params: as `var_list` of `minimize`.
 
         Raises:
             ArgumentValueError: the loss does not depend on one of the variables.
             And as `minimize`.
         """
-        _, pairs = _autodiff().gradients(loss, params)
-        without = [variable.name for gradient, variable in pairs if gradient is None]
-        if without:
-            rule = "must be differentiable with respect to every variable"
-            raise ArgumentValueError("loss", rule, f"no gradient for {without}", "leave those variables out of params")
-        return [gradient for gradient, _ in pairs]
+        return [gradient for gradient, _ in _all_gradients(loss, params)]
 
     def get_updates(self, loss: Callable[[], Any], params: Any) -> list[int]:
         """Differentiate a loss and update every variable: a list of the one result of `apply_gradients`.
@@ -202,8 +199,7 @@ class Adam:
         Raises:
             As `get_gradients` and `apply_gradients`.
         """
-        variables = _autodiff().flatten(params() if callable(params) else params)
-        return [self.apply_gradients(list(zip(self.get_gradients(loss, variables), variables, strict=True)))]
+        return [self.apply_gradients(_all_gradients(loss, params))]
 
     def build(self, var_list: Iterable[Any]) -> None:
         """Create the slots of variables ahead of their first step, so that `set_weights` and `load` fit.
@@ -479,8 +475,33 @@ class Adam:
 
 
 def _autodiff() -> Any:
-    """The package of derivatives, imported when a loss is to be differentiated: a process that brings its own starts faster."""
+    """The package of derivatives, imported with the first loss: a process that brings its gradients starts faster."""
     return importlib.import_module("gpu_adam.autodiff")
+
+
+def _given_gradients(grad_fn: Any, grad_loss: Any) -> list[Any]:
+    """What `grad_fn` returns, checked to be a list or tuple: an array is one gradient, not one for each of its rows."""
+    if not callable(grad_fn):
+        got = type(grad_fn).__name__
+        raise ArgumentTypeError("grad_fn", "must be a callable without arguments", got, "pass a function")
+    if grad_loss is not None:
+        rule = "must be left out together with grad_fn"
+        raise ArgumentValueError("grad_loss", rule, type(grad_loss).__name__, "multiply the gradients by it yourself")
+    gradients = grad_fn()
+    if not isinstance(gradients, (list, tuple)):
+        got = type(gradients).__name__
+        raise ArgumentTypeError("grad_fn()", "must return a list or tuple of gradients", got, "return them in a list")
+    return list(gradients)
+
+
+def _all_gradients(loss: Callable[[], Any], params: Any) -> list[tuple[Any, Variable]]:
+    """(gradient, variable) pairs; raises where a variable has no gradient."""
+    _, pairs = _autodiff().gradients(loss, params)
+    without = [variable.name for gradient, variable in pairs if gradient is None]
+    if without:
+        rule = "must be differentiable with respect to every variable"
+        raise ArgumentValueError("loss", rule, f"no gradient for {without}", "leave those variables out of params")
+    return list(pairs)
 
 
 def _is_zero(value: Any) -> bool:

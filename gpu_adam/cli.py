@@ -21,6 +21,7 @@ import gpu_adam
 from gpu_adam import devices
 from gpu_adam.demos import Demo
 from gpu_adam.demos.digits import Digits
+from gpu_adam.demos.ptychography import Ptychography, require
 from gpu_adam.demos.words import Words
 from gpu_adam.errors import ArgumentValueError, GpuAdamError
 
@@ -31,7 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 READ_SECONDS = 0.1  # reading the loss waits for the device
-DEMOS: dict[str, type[Demo]] = {demo.name: demo for demo in (Digits, Words)}
+DEMOS: dict[str, type[Demo]] = {demo.name: demo for demo in (Digits, Words, Ptychography)}
 
 
 class What(str, Enum):
@@ -39,23 +40,35 @@ class What(str, Enum):
 
     digits = "digits"
     words = "words"
+    ptychography = "ptychography"
 
 
 @app.command()
 def demo(
-    what: Annotated[What, typer.Argument(help="What to learn: handwritten digits, or word vectors.")] = What.digits,
+    what: Annotated[
+        What,
+        typer.Argument(
+            help="What to learn: handwritten digits, word vectors, or a cell's picture from scattered light."
+        ),
+    ] = What.digits,
     *,
     device: Annotated[str | None, typer.Option(help="auto, host, cuda or cuda:N; default: GPU_ADAM_DEVICE.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Train until this step; default: what it needs.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Another seed, another training; default: 0.")] = None,
     save: Annotated[Path | None, typer.Option(help="File for the state, at the end or when interrupted.")] = None,
     resume: Annotated[Path | None, typer.Option(help="File of an earlier --save, to continue bit for bit.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="PNG file for a picture of the result; ptychography only.")] = None,
 ) -> None:
     """Train a small model on real data."""
     kind = DEMOS[what.value]
     last = steps or kind.default_steps
-    if save is not None:
-        _check_target(save)
+    for option, target in (("--save", save), ("--plot", plot)):
+        if target is not None:
+            _check_target(option, target)
+    if plot is not None:
+        if kind is not Ptychography:
+            raise ArgumentValueError("--plot", "must be left out where there is no picture", what.value, "leave it out")
+        require("matplotlib", "matplotlib")
     try:
         if device is not None:
             gpu_adam.set_device(device)
@@ -67,6 +80,9 @@ def demo(
         if save is not None:
             training.save(save)
             figures.append(("saved", f"{save}, continue with --resume"))
+        if plot is not None and isinstance(training, Ptychography):
+            training.plot(plot)
+            figures.append(("picture", str(plot)))
     except KeyboardInterrupt as interrupt:
         say(f"The demo {what.value} was interrupted {str(interrupt) or 'before its first step was done'}.", "yellow")
         raise typer.Exit(130) from None
@@ -105,11 +121,11 @@ def say(sentence: str, style: str) -> None:
     Console(stderr=True).print(Text(sentence, style), soft_wrap=True)
 
 
-def _check_target(save: Path) -> None:
+def _check_target(option: str, save: Path) -> None:
     """Refuse before the training what could not be written after it."""
     parent = save.absolute().parent
     if save.is_dir() or not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise ArgumentValueError("--save", "must be a file in a writable directory", save, "choose another path")
+        raise ArgumentValueError(option, "must be a file in a writable directory", save, "choose another path")
 
 
 def _resumed(kind: type[Demo], resume: Path, seed: int | None) -> Demo:
@@ -141,7 +157,7 @@ def _train(training: Demo, last: int, save: Path | None) -> list[tuple[str, str]
         ("device", f"{training.device.name}, {training.device.facts()[0][1]}"),
         ("first step", f"{start - begin:.2f} s (compiles the kernels that are not cached)"),
         ("steps/s", speed),
-        ("last loss", f"{training.measure().loss:.4f}"),
+        ("last loss", f"{training.measure().loss:#.5g}"),
     ]
 
 
@@ -177,7 +193,7 @@ class _Bar:
             return
         measure = self._training.measure()
         pace = (time.perf_counter() - self._time) / done * 1e3
-        state = f"loss {measure.loss:.3f}  accuracy {measure.accuracy:4.0%}  {pace:.2f} ms/step"
+        state = f"{self._training.shown.format(measure)}  {pace:.2f} ms/step"
         self._progress.update(self._task, completed=self._training.step, state=state)
         self._step, self._time = self._training.step, time.perf_counter()
 

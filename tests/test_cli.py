@@ -76,7 +76,7 @@ def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         (["--steps", "0"], 2, "Invalid value for '--steps': "),
         (["--steps", "-5"], 2, "Invalid value for '--steps': "),
         (["--seed", "-1"], 2, "Invalid value for '--seed': "),
-        (["letters"], 2, "'letters' is not one of 'digits', 'words'."),
+        (["letters"], 2, "'letters' is not one of 'digits', 'words', 'ptychography'."),
         (["--device", "gpu"], 1, "device must be 'auto', 'host', 'cuda' or 'cuda:N' (got 'gpu'); pass one of them."),
         (["--resume", "none"], 1, "--resume must be a file (got none); pass the FILE of an earlier --save."),
         (["--resume", "."], 1, "--resume must be a file (got .); pass the FILE of an earlier --save."),

@@ -136,7 +136,7 @@ def test_words_learns(device: Device) -> None:
     demo.train()
     # The context table starts with zeros: six decisions by the toss of a coin, and no score above another.
     assert demo.measure().loss == pytest.approx(6 * np.log(2))
-    assert demo.measure().accuracy == 0
+    assert demo.measure().score == 0
     for _ in range(35):
         demo.train()
     assert demo.measure().loss < 4

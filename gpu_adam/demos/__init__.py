@@ -1,4 +1,4 @@
-"""Two small trainings on real data, without display: `gpu-adam demo` shows them.
+"""Small trainings on real data, without display: `gpu-adam demo` shows them.
 
 A demo trains on the current device. All randomness is drawn on the host from (seed, step), so the state of a training
 is its variables, its optimizer and a step number, and a resumed one continues bit for bit.
@@ -23,10 +23,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Measure:
-    """How well the last batch went: its mean loss in nats and the fraction answered correctly, 0 to 1."""
+    """How well the last step went.
+
+    Attributes:
+        loss: what is minimised; of a batch the mean, in nats.
+        score: a fraction that tells people more; by default of the answers that are right, 0 to 1.
+    """
 
     loss: float
-    accuracy: float
+    score: float
 
 
 class Demo(ABC):
@@ -38,6 +43,8 @@ class Demo(ABC):
 
     name: ClassVar[str]
     default_steps: ClassVar[int]
+    shown: ClassVar[str] = "loss {0.loss:.3f}  accuracy {0.score:4.0%}"
+    """How a progress bar shows a `Measure`."""
 
     def __init__(self, seed: int = 0) -> None:
         self.seed, self.step = seed, 0
@@ -53,7 +60,7 @@ class Demo(ABC):
 
     @abstractmethod
     def _train(self, generator: np.random.Generator) -> Any:
-        """Do one update, return the batch's loss and accuracy as one device array of two numbers."""
+        """Do one update, return loss and score as one device array of two numbers."""
 
     @abstractmethod
     def result(self) -> list[tuple[str, str]]:
@@ -75,12 +82,19 @@ class Demo(ABC):
 
     def measure(self) -> Measure:
         """Return the last step's numbers, waiting for the device; there must have been a step."""
-        loss, accuracy = self._last.tolist()
-        return Measure(loss, accuracy)
+        loss, score = self._last.tolist()
+        return Measure(loss, score)
 
     def data(self) -> Mapping[str, np.ndarray]:
         """Return arrays that a saved training must have in common with this one, besides its seed."""
         return {}
+
+    def notes(self) -> dict[str, Any]:
+        """Return what else a resumed training is to know, as JSON has it."""
+        return {}
+
+    def recall(self, notes: Mapping[str, Any]) -> None:  # noqa: B027  # most have nothing to recall
+        """Take back what `notes` returned."""
 
     def state(self) -> dict[str, np.ndarray]:
         """Return host copies of the data's identity, the variables and the optimizer's weights."""
@@ -90,7 +104,8 @@ class Demo(ABC):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write variables, optimizer state, seed and step to one file."""
-        checkpoint.write(path, self.state(), {"demo": self.name, "seed": self.seed, "step": self.step})
+        meta = {"demo": self.name, "seed": self.seed, "step": self.step, **self.notes()}
+        checkpoint.write(path, self.state(), meta)
 
     @classmethod
     def resume(cls, path: str | os.PathLike[str]) -> "Self":
@@ -118,6 +133,7 @@ class Demo(ABC):
         weights = len(own) - len(data) - len(demo.variables)
         demo.optimizer.set_weights([arrays[f"weight/{i}"] for i in range(weights)])
         demo.step = meta["step"]
+        demo.recall(meta)
         return demo
 
 
