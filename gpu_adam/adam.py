@@ -128,8 +128,8 @@ class Adam:
 
         Raises:
             ArgumentTypeError: no pairs, or not of arrays.
-            ArgumentValueError: no gradients at all; a shape, dtype or device that does not fit; variables that overlap; a
-                hyperparameter's value outside its range.
+            ArgumentValueError: no gradients at all; a shape, dtype or device that does not fit; variables that overlap;
+                a hyperparameter's value outside its range.
             SparseIndexError: on the host, an index outside its variable. (On CUDA see `check_errors`.)
             Whatever it raises, nothing has changed.
         """
@@ -233,7 +233,8 @@ class Adam:
         return self._name
 
     learning_rate = Hyperparameter(
-        "learning_rate", "The learning rate: a float; the schedule; the 0-d array or variable; what a callable returns now."
+        "learning_rate",
+        "The learning rate: a float, the schedule, the 0-d array or variable, or what a callable returns now.",
     )
     lr = Hyperparameter("learning_rate", "Another name of learning_rate.")
     beta_1 = Hyperparameter("beta_1", "Decay of the mean of gradients, in [0, 1).")

@@ -1,4 +1,4 @@
-"""One step: read the hyperparameters, check the gradients, clip, update, count. Nothing changes before all is checked."""
+"""One step: read the hyperparameters, check the gradients, clip, update, count. What raises has changed nothing."""
 
 from __future__ import annotations
 

@@ -26,8 +26,8 @@ class Variable(NDArrayOperatorsMixin):
         trainable: a mark for the user's own code; optimizers update what they are given.
         name: for messages, slot names and checkpoints; need not be unique. Default "Variable".
         dtype: default: the array's own; float32 for Python floats, int32 for Python integers, as in TensorFlow.
-        device: "host", "cuda", "cuda:N" or a device; default: where `initial_value` lies if it is a CuPy array, else the
-            default device.
+        device: "host", "cuda", "cuda:N" or a device; default: where `initial_value` lies if it is a CuPy array, else
+            the default device.
 
     Raises:
         ArgumentTypeError, ArgumentValueError: the value does not make an array, or the device is unknown.

@@ -1,7 +1,7 @@
 """Which devices a test runs on.
 
-A test that takes `device` runs on the host, and on a CUDA device where one answers. `--device cuda` demands CUDA: it runs
-on CUDA alone and fails without it; `--device host` leaves CUDA out.
+A test that takes `device` runs on the host, and on a CUDA device where one answers. `--device cuda` demands CUDA: it
+runs on CUDA alone and fails without it; `--device host` leaves CUDA out.
 """
 
 from collections.abc import Iterator

@@ -3,7 +3,7 @@
 A transform is linear, so its vjp is its adjoint: the transform the other way, scaled by what this way was scaled by.
 """
 
-# ruff: noqa: PLR0917  # the arguments of NumPy's functions, in their order
+# the arguments of NumPy's functions, in their order
 
 from typing import Any
 

@@ -1,6 +1,6 @@
 """Derivatives of picking elements: by index, by mask, in sorted order; gradients of picked rows stay sparse."""
 
-# ruff: noqa: PLR0917  # the arguments of NumPy's functions, in their order
+# the arguments of NumPy's functions, in their order
 
 from typing import Any
 

@@ -4,7 +4,7 @@ The matrix formulas are those of M. Giles, "Collected matrix derivative results 
 differentiation" (2008), with conjugates for complex matrices.
 """
 
-# ruff: noqa: PLR0917  # the arguments of NumPy's functions, in their order
+# the arguments of NumPy's functions, in their order
 
 from typing import Any
 

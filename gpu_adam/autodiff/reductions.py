@@ -1,6 +1,6 @@
 """Derivatives of sums, means, extremes and their like."""
 
-# ruff: noqa: PLR0917  # the arguments of NumPy's functions, in their order
+# the arguments of NumPy's functions, in their order
 
 import math
 from typing import Any

@@ -24,8 +24,8 @@ def set_device(device: str | Device) -> Device:
     """Make a device the default for new variables.
 
     Args:
-        device: "auto" (CUDA where a device answers, else the host), "cuda" (CuPy's current device), "cuda:N", "host", or
-            a device object.
+        device: "auto" (CUDA where a device answers, else the host), "cuda" (CuPy's current device), "cuda:N", "host",
+            or a device object.
 
     Returns:
         The device.

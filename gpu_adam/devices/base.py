@@ -115,7 +115,7 @@ class Device(ABC):
         """Whether reading a gradient's indices costs no wait, so that they can be checked before a step."""
 
     def zeros(self, shape: tuple[int, ...], dtype: np.dtype, like: Array | None = None) -> Array:
-        """New zeros, as far from a 16-byte boundary, counted in elements, as `like`: one head serves both (memory.cuh)."""
+        """New zeros, as many elements past a 16-byte boundary as `like`: one head serves both (memory.cuh)."""
         size = int(np.prod(shape, dtype=np.int64))
         skip = 0
         if like is not None and like.size:

@@ -175,8 +175,8 @@ class _CudaLaunch:
 class _CudaPointers:
     """Addresses in device memory, written through a ring of pinned buffers.
 
-    A pinned buffer must not be rewritten before its copy has run. Rather than wait for that, the ring grows. A copy that
-    is captured runs at every replay, so its buffer is never used again.
+    A pinned buffer must not be rewritten before its copy has run. Rather than wait for that, the ring grows. A copy
+    that is captured runs at every replay, so its buffer is never used again.
     """
 
     def __init__(self, device: CudaDevice, size: int) -> None:
