@@ -33,7 +33,7 @@ class Intervals:
         self._furthest = np.concatenate([np.zeros(1, np.uint64), np.maximum.accumulate(table[:, 1])])
 
     def overlapped(self, begins: np.ndarray, sizes: np.ndarray) -> np.ndarray | None:
-        """Indices of the intervals [begin, begin + size), uint64 arrays, that share a byte with one of these, or None."""
+        """Indices of the intervals [begin, begin + size), as uint64, that share a byte with one of these, or None."""
         # The last of these that begins before an interval ends: does any up to it reach into the interval?
         last = self._begins.searchsorted(begins + sizes)
         shared = self._furthest[last] > begins
