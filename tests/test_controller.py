@@ -13,6 +13,7 @@ from snapshots import unchanged
 
 import gpu_adam
 from gpu_adam import IndexedSlices, Variable, kernels
+from gpu_adam.dense import DenseUpdate
 from gpu_adam.devices import Device
 from gpu_adam.errors import ArgumentTypeError, ArgumentValueError
 
@@ -182,6 +183,21 @@ def test_the_same_variable_twice(device: Device) -> None:
     assert len(optimizer.weights) == 5
 
 
+def test_no_launch_has_a_variable_twice(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two updates of one element in one launch could run in any order, or at once."""
+    launches: list[list[str]] = []
+    enqueue = DenseUpdate.enqueue
+
+    def recorded(update: DenseUpdate, step: tuple[Any, ...]) -> None:
+        launches.append([variable.name for variable in update.variables])
+        enqueue(update, step)
+
+    monkeypatch.setattr(DenseUpdate, "enqueue", recorded)
+    optimizer, (a, b, c), (g, h, k) = stepped(device, 0)
+    optimizer.apply_gradients([(g, a), (h, b), (g, a), (k, c), (k, c), (g, a)])
+    assert launches == [["a", "b", "c"], ["a", "c"], ["a"]]
+
+
 @pytest.mark.parametrize("reuse", [False, True])
 def test_many_steps_with_the_same_or_with_new_arrays(device: Device, reuse: bool) -> None:
     """What is kept from the last step is not taken for this one's: contents, sets of variables and settings change."""
@@ -224,6 +240,19 @@ def test_gradients_are_not_kept_alive(device: Device) -> None:
     del gradients
     gc.collect()
     assert [ref() for ref in watched] == [None] * 3
+
+
+def test_what_a_rejected_call_brought_is_not_kept_alive(device: Device) -> None:
+    optimizer, variables, gradients = stepped(device)
+    raw = device.array(A)
+    watched = weakref.ref(raw)
+    with pytest.raises(ArgumentValueError, match="must have shape"):
+        optimizer.apply_gradients([(gradients[0], raw), (gradients[0], variables[1])])
+    with pytest.raises(ArgumentTypeError, match="must be a Variable"):
+        optimizer.build([raw, "x"])
+    del raw
+    gc.collect()
+    assert watched() is None
 
 
 def test_dtypes_mixed_in_one_step(device: Device) -> None:

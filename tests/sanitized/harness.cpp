@@ -1,0 +1,443 @@
+// The kernels in faithful mode under AddressSanitizer and UndefinedBehaviorSanitizer: odd sizes, arrays at every offset
+// from a 16-byte boundary, buffers that end where the arrays end, all launch shapes. Every result is compared, bit for
+// bit, with a reference written here the simple way.
+//
+// Built by tests/test_sanitized.py with the definitions of a row of the dtype table and -DTEST_DENSE, -DTEST_SPARSE,
+// -DTEST_SORT, -DTEST_NORM for what is to be tested. Exit status 0: all is well.
+#include <math.h>
+#include <sanitizer/asan_interface.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+// The shim fills shared memory between and over the guards that the compiler may have put around shared arrays.
+__attribute__((no_sanitize("address"))) static void* fill(void* memory, int byte, size_t size) {
+    for (volatile char* p = static_cast<volatile char*>(memory); size > 0; --size) *p++ = static_cast<char>(byte);
+    return memory;
+}
+#define memset fill
+#include "faithful.h"
+#undef memset
+
+#if TEST_DENSE
+#include "dense.cu"
+#endif
+#if TEST_SPARSE
+#include "sparse.cu"
+#endif
+#if TEST_SORT
+#include "sort.cu"
+#endif
+#if TEST_NORM
+#include "norm.cu"
+#endif
+
+static const int BLOCK_SIZES[] = {1, 32, 96, 256};
+static const long long GRIDS[] = {1, 2, 97};
+static int launches = 0, compared = 0;
+
+// The shapes come by turns: each is met with many sizes and offsets.
+template <typename T> struct Same { using type = T; };
+template <typename... P>
+static void launch(long long wanted, void (*kernel)(P...), typename Same<P>::type... values) {
+    const int turn = launches++;
+    const long long grid = GRIDS[turn % 3], most = wanted == 1 ? 1 : wanted + 1;  // a block too many at most
+    const long long blocks = grid < most ? grid : most;
+    void* arguments[] = {static_cast<void*>(&values)...};
+    run_blocks(kernel, arguments, 0, blocks, blocks, BLOCK_SIZES[turn % 4]);
+}
+
+// n elements, `offset` elements behind a 64-byte boundary, and not a byte more.
+template <typename T>
+struct Buffer {
+    T* data;
+    long long size;
+
+    explicit Buffer(long long n, int offset = 0) : size(n) {
+        void* memory = nullptr;
+        if (posix_memalign(&memory, 64, sizeof(T) * static_cast<size_t>(n + offset))) abort();
+        ASAN_POISON_MEMORY_REGION(memory, sizeof(T) * static_cast<size_t>(offset));
+        data = static_cast<T*>(memory) + offset;
+    }
+    ~Buffer() {
+        char* const memory = reinterpret_cast<char*>(reinterpret_cast<size_t>(data) / 64 * 64);
+        ASAN_UNPOISON_MEMORY_REGION(memory, static_cast<size_t>(reinterpret_cast<char*>(data) - memory));
+        free(memory);
+    }
+    Buffer(const Buffer&) = delete;
+    T& operator[](long long i) { return data[i]; }
+};
+
+template <typename T>
+static void compare(const T& actual, const T& expected, const char* what, long long size, long long index) {
+    ++compared;
+    if (memcmp(&actual, &expected, sizeof(T)) == 0) return;
+    fprintf(stderr, "wrong result: %s of %lld, element %lld:", what, size, index);
+    for (const T* x : {&actual, &expected}) {
+        unsigned char bytes[sizeof(T)];
+        memcpy(bytes, x, sizeof(T));
+        fprintf(stderr, x == &actual ? " got " : ", expected ");
+        for (size_t i = sizeof(T); i-- > 0;) fprintf(stderr, "%02x", bytes[i]);
+    }
+    fprintf(stderr, "\n");
+    exit(1);
+}
+
+static unsigned long long state = 1;
+static unsigned long long random_bits() { return (state = state * 6364136223846793005ULL + 1442695040888963407ULL) >> 33; }
+static double random_number() { return static_cast<double>(random_bits()) / (1LL << 30) - 1.0; }
+
+#if TEST_DENSE || TEST_SPARSE || TEST_NORM
+
+static void randomize(float& x) { x = static_cast<float>(random_number()); }
+static void randomize(double& x) { x = random_number(); }
+template <typename T> static void randomize(Complex<T>& x) { randomize(x.re), randomize(x.im); }
+template <typename T> static void randomize(Buffer<T>& buffer) {
+    for (long long i = 0; i < buffer.size; ++i) randomize(buffer[i]);
+}
+
+// What is clipped by value. (The rule for complex numbers has tests of its own; here they are left as they are.)
+static const StoredReal CLIP_VALUE = static_cast<StoredReal>(sizeof(Stored) == sizeof(StoredReal) ? 0.75 : INFINITY);
+
+template <typename T> static T bounded(T x) { return x < -CLIP_VALUE ? -CLIP_VALUE : x > CLIP_VALUE ? CLIP_VALUE : x; }
+template <typename T> static Complex<T> bounded(Complex<T> x) { return x; }
+
+#endif
+#if TEST_DENSE || TEST_SPARSE
+
+static const Step STEP = {StoredReal(0.01), StoredReal(0.1), StoredReal(0.001), StoredReal(1e-7), CLIP_VALUE};
+
+template <typename T> static T times(T x, double factor) { return static_cast<T>(static_cast<double>(x) * factor); }
+template <typename T> static Complex<T> times(Complex<T> x, double f) { return {times(x.re, f), times(x.im, f)}; }
+
+static Stored clipped_reference(Stored g, double factor) {
+#if GPU_ADAM_CLIP
+    return times(bounded(g), factor);
+#else
+    return g;
+#endif
+}
+
+template <typename T> static T norm_squared(T x) { return x * x; }
+template <typename T> static T norm_squared(Complex<T> x) { return x.re * x.re + x.im * x.im; }
+template <typename T> static void average(T& m, T g, StoredReal rate) { m += (g - m) * rate; }
+template <typename T> static void average(Complex<T>& m, Complex<T> g, StoredReal rate) {
+    average(m.re, g.re, rate), average(m.im, g.im, rate);
+}
+template <typename T> static void descend(T& theta, T m, StoredReal divisor) { theta -= m * STEP.alpha / divisor; }
+template <typename T> static void descend(Complex<T>& theta, Complex<T> m, StoredReal divisor) {
+    descend(theta.re, m.re, divisor), descend(theta.im, m.im, divisor);
+}
+
+// A variable with its slots, updated by the kernel, and the same one updated here.
+struct Pair {
+    Buffer<Stored> theta, m;
+    Buffer<StoredReal> v, vhat;
+    Buffer<Stored> expected_theta, expected_m;
+    Buffer<StoredReal> expected_v, expected_vhat;
+
+    Pair(long long n, int offset)
+        : theta(n, offset), m(n, offset), v(n, offset), vhat(n, offset), expected_theta(n), expected_m(n), expected_v(n),
+          expected_vhat(n) {
+        randomize(theta), randomize(m), randomize(v), randomize(vhat);
+        for (long long i = 0; i < n; ++i) {
+            v[i] = v[i] < 0 ? -v[i] : v[i];
+            vhat[i] = vhat[i] < 0 ? -vhat[i] : vhat[i];
+            expected_theta[i] = theta[i], expected_m[i] = m[i], expected_v[i] = v[i], expected_vhat[i] = vhat[i];
+        }
+    }
+
+    void update(long long i, Stored g) {
+        average(expected_m[i], g, STEP.one_minus_beta_1);
+        average(expected_v[i], norm_squared(g), STEP.one_minus_beta_2);
+        StoredReal second_moment = expected_v[i];
+#if GPU_ADAM_AMSGRAD
+        if (expected_vhat[i] < second_moment) expected_vhat[i] = second_moment;
+        second_moment = expected_vhat[i];
+#endif
+        const StoredReal root = sizeof second_moment == 4 ? StoredReal(sqrtf(float(second_moment))) : StoredReal(sqrt(second_moment));
+        descend(expected_theta[i], expected_m[i], root + STEP.epsilon);
+    }
+
+    void check(const char* what) {
+        for (long long i = 0; i < theta.size; ++i) {
+            compare(theta[i], expected_theta[i], what, theta.size, i);
+            compare(m[i], expected_m[i], what, theta.size, i);
+            compare(v[i], expected_v[i], what, theta.size, i);
+            compare(vhat[i], expected_vhat[i], what, theta.size, i);
+        }
+    }
+};
+
+static const double FACTORS[] = {1.0, 0.7, 0.375};
+
+#endif
+#if TEST_DENSE || TEST_NORM
+
+static const long long SIZES[] = {1, 2, 3, 5, 8, 1023, 1025, 4095, 4096, 4097, 10001};
+constexpr int TENSORS = sizeof SIZES / sizeof *SIZES;
+
+// The table of tensors of these sizes, with their gradients; the caller adds the rest.
+struct Tensors {
+    Buffer<Tensor> tensors{TENSORS};
+    Buffer<const Stored*> gradient_pointers{TENSORS};
+    Buffer<int>* chunk_tensor;
+    Buffer<long long> ends{TENSORS};
+    Buffer<Stored>* gradients[TENSORS];
+    TensorTable table;
+
+    explicit Tensors(int shift) {
+        long long chunks = 0;
+        for (int t = 0; t < TENSORS; ++t) {
+            gradients[t] = new Buffer<Stored>(SIZES[t], (t + 2 * shift + 1) % 4);
+            randomize(*gradients[t]);
+            gradient_pointers[t] = gradients[t]->data;
+            tensors[t] = {nullptr, nullptr, nullptr, nullptr, SIZES[t], chunks};
+            chunks += (SIZES[t] + GPU_ADAM_CHUNK - 1) / GPU_ADAM_CHUNK;
+            ends[t] = chunks;
+        }
+        chunk_tensor = new Buffer<int>(chunks);
+        for (int t = 0; t < TENSORS; ++t) {
+            for (long long c = tensors[t].first_chunk; c < ends[t]; ++c) (*chunk_tensor)[c] = t;
+        }
+        table = {tensors.data, gradient_pointers.data, chunk_tensor->data, chunks};
+    }
+    ~Tensors() {
+        for (Buffer<Stored>* gradient : gradients) delete gradient;
+        delete chunk_tensor;
+    }
+};
+
+#endif
+#if TEST_DENSE
+
+static void test_dense() {
+    for (int shift = 0; shift < 4; ++shift) {
+        Tensors all(shift);
+        Pair* pairs[TENSORS];
+        Buffer<double> factors(shift % 2 ? TENSORS : 1);
+        for (long long f = 0; f < factors.size; ++f) factors[f] = FACTORS[f % 3];
+        for (int t = 0; t < TENSORS; ++t) {
+            Pair& pair = *(pairs[t] = new Pair(SIZES[t], (t + shift) % 4));
+            all.tensors[t].theta = pair.theta.data, all.tensors[t].m = pair.m.data, all.tensors[t].v = pair.v.data;
+            all.tensors[t].vhat = GPU_ADAM_AMSGRAD ? pair.vhat.data : nullptr;
+            const double factor = shift == 0 ? 1.0 : factors[shift % 2 ? t : 0];
+            for (long long i = 0; i < SIZES[t]; ++i) pair.update(i, clipped_reference((*all.gradients[t])[i], factor));
+        }
+        launch(all.table.chunks, dense, all.table, shift == 0 ? nullptr : factors.data, shift % 2, STEP);
+        for (Pair* pair : pairs) pair->check("dense"), delete pair;
+    }
+    launch(2, dense, TensorTable{nullptr, nullptr, nullptr, 0}, nullptr, 0, STEP);
+}
+
+#endif
+#if TEST_SPARSE || TEST_SORT
+
+static const IndexErrors NO_ERRORS = {0, ~0ULL, 0, 0};
+
+// Rows that an embedding might ask for: duplicates, and unless all are `valid` some out of range.
+template <typename T>
+static void make_indices(Buffer<T>& indices, long long rows, bool valid) {
+    for (long long i = 0; i < indices.size; ++i) {
+        indices[i] = static_cast<T>(static_cast<long long>(random_bits()) % rows);
+        if (!valid && random_bits() % 8 == 0) indices[i] = static_cast<T>(random_bits() % 2 ? rows + i : -1 - i);
+    }
+}
+
+#endif
+#if TEST_SPARSE
+
+static void test_table(long long rows, long long row_size, long long count, int offset, bool valid) {
+    Pair pair(rows * row_size, offset);
+    Buffer<Stored> values(count * row_size, (offset + 1) % 4);
+    randomize(values);
+    Buffer<int> indices(count);
+    make_indices(indices, rows, valid);
+    const double* const factor = launches % 2 ? &FACTORS[2] : nullptr;
+
+    // Sorted by hand: for every row its occurrences in order, and behind them what is out of range.
+    Buffer<long long> sorted_rows(count), positions(count);
+    long long filled = 0;
+    IndexErrors expected = NO_ERRORS;
+    for (long long row = 0; row <= rows; ++row) {
+        Buffer<Stored> sums(row_size);
+        for (long long c = 0; c < row_size; ++c) sums[c] = Stored{};
+        for (long long i = 0; i < count; ++i) {
+            const bool inside = 0 <= indices[i] && indices[i] < rows;
+            if (inside ? indices[i] != row : row != rows) continue;
+            sorted_rows[filled] = row, positions[filled++] = i;
+            if (!inside && expected.count++ == 0) expected.first_position = i, expected.first_index = indices[i];
+            for (long long c = 0; c < row_size; ++c) {
+                const Value clip = value(clipped_reference(values[i * row_size + c], factor ? *factor : 1.0));
+                store(sums[c], value(sums[c]) + clip);
+            }
+        }
+        for (long long c = 0; row < rows && c < row_size; ++c) pair.update(row * row_size + c, sums[c]);
+    }
+    Buffer<IndexErrors> errors(1);
+    errors[0] = expected, errors[0].first_index = 0;
+    expected.recorded = expected.count > 0;
+
+    const long long pieces = (row_size + GPU_ADAM_TILE - 1) / GPU_ADAM_TILE;
+    const long long rows_per_tile = pieces > 1 ? 1 : GPU_ADAM_TILE / row_size;
+    const long long tiles = pieces * ((rows + rows_per_tile - 1) / rows_per_tile);
+    StoredReal* const vhat = GPU_ADAM_AMSGRAD ? pair.vhat.data : nullptr;
+    const Table table = {pair.theta.data, pair.m.data, pair.v.data, vhat, rows, row_size, rows_per_tile, pieces, tiles};
+    launch(tiles + 1, sparse, table, Indices{indices.data, 0, count, rows}, Keys{sorted_rows.data, positions.data},
+           values.data, factor, STEP, errors.data);
+    pair.check("sparse");
+    compare(errors[0], expected, "errors of sparse", count, 0);
+}
+
+static void test_sparse() {
+    int offset = 0;
+    for (const long long count : {0, 1, 9, 300}) {
+        for (const bool valid : {true, false}) {
+            test_table(1, 3, count, offset++ % 4, valid);
+            test_table(301, 1, count, offset++ % 4, valid);
+            test_table(50, 7, count, offset++ % 4, valid);
+            if (count < 10) test_table(3, GPU_ADAM_TILE + 3, count, offset++ % 4, valid);
+            if (count < 10) test_table(1100, GPU_ADAM_TILE / 512 + 1, count, offset++ % 4, valid);
+        }
+    }
+}
+
+#endif
+#if TEST_SORT
+
+template <typename T>
+static void test_sort_of(long long count, long long rows, bool valid) {
+    Buffer<T> numbers(count, static_cast<int>(count % 2));
+    make_indices(numbers, rows, valid);
+    const Indices indices = {numbers.data, sizeof(T) == 8, count, rows};
+    int passes = 1;
+    while (rows >> 4 * passes) ++passes;
+    const long long runs = (count + GPU_ADAM_SORT_RUN - 1) / GPU_ADAM_SORT_RUN;
+    for (int way = count <= GPU_ADAM_SORT_RUN ? 0 : 1; way < 2; ++way) {
+        Buffer<long long> row_a(count), position_a(count), row_b(count), position_b(count), starts(16 * runs);
+        Buffer<IndexErrors> errors(1);
+        errors[0] = NO_ERRORS;
+        Keys from = {row_a.data, position_a.data}, to = {row_b.data, position_b.data};
+        if (way == 0) launch(1, sort_rows, indices, from, to, passes, errors.data);
+        if (way == 1) launch(2, sort_keys, indices, from, errors.data);
+        for (int pass = 0; pass < passes; ++pass) {
+            if (way == 1) {
+                launch(2, sort_count, from, count, 4 * pass, starts.data);
+                launch(1, sort_scan, starts.data, 16 * runs);
+                launch(2, sort_scatter, from, to, count, 4 * pass, starts.data);
+            }
+            const Keys swapped = from;
+            from = to, to = swapped;
+        }
+        // Ascending, equal rows by position, every key where it came from: then each position is there once.
+        IndexErrors expected = NO_ERRORS;
+        for (long long i = 0; i < count; ++i) {
+            const long long position = from.position[i];
+            compare(0 <= position && position < count, true, "a position of sort", count, i);
+            const bool inside = 0 <= numbers[position] && numbers[position] < rows;
+            compare(from.row[i], inside ? static_cast<long long>(numbers[position]) : rows, "a row of sort", count, i);
+            const bool ordered = i == 0 || from.row[i - 1] < from.row[i] ||
+                                 (from.row[i - 1] == from.row[i] && from.position[i - 1] < position);
+            compare(ordered, true, "the order of sort", count, i);
+            if (!inside && expected.count++ == 0) expected.first_position = static_cast<unsigned long long>(position);
+        }
+        compare(errors[0], expected, "errors of sort", count, 0);
+    }
+}
+
+static void test_sort() {
+    for (const long long count : {1, 2, 33, GPU_ADAM_SORT_RUN, GPU_ADAM_SORT_RUN + 1, 2 * GPU_ADAM_SORT_RUN + 3}) {
+        test_sort_of<int>(count, 15, true);
+        test_sort_of<long long>(count, 16, false);
+    }
+    test_sort_of<int>(257, 70000, false);
+    test_sort_of<long long>(100, 1LL << 40, false);
+}
+
+#endif
+#if TEST_NORM
+
+static double term(float x) { return static_cast<double>(x) * static_cast<double>(x); }
+static double term(double x) { return x * x; }
+template <typename T> static double term(Complex<T> x) { return term(x.re) + term(x.im); }
+static double plain(double x) { return x; }
+
+// The sum in the order that norm.cu states.
+template <typename T, typename Term>
+static double lane_sum(const T* x, long long n, Term term_of) {
+    double lanes[1024] = {};
+    for (long long i = 0; i < n; ++i) lanes[i % 1024] += term_of(x[i]);
+    for (int half = 512; half > 0; half /= 2) {
+        for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
+    }
+    return lanes[0];
+}
+
+static double factor_of(const double* sums, long long count, double limit) {
+    const double norm = sqrt(lane_sum(sums, count, plain));
+    return norm > limit ? limit / norm : 1.0;
+}
+
+static void test_norm() {
+    for (int shift = 0; shift < 2; ++shift) {
+        Tensors all(shift);
+        const long long chunks = all.table.chunks;
+        Buffer<double> sums(chunks);
+        launch(chunks, square_sums, all.table, CLIP_VALUE, sums.data);
+        for (int t = 0; t < TENSORS; ++t) {
+            const Buffer<Stored>& gradient = *all.gradients[t];
+            const long long first = all.tensors[t].first_chunk;
+            Buffer<double> alone(all.ends[t] - first);
+            launch(alone.size, square_sums_of, gradient.data, gradient.size, CLIP_VALUE, alone.data);
+            for (long long c = 0; c < alone.size; ++c) {
+                const long long left = gradient.size - c * GPU_ADAM_CHUNK;
+                const long long size = left < GPU_ADAM_CHUNK ? left : GPU_ADAM_CHUNK;
+                const double sum = lane_sum(gradient.data + c * GPU_ADAM_CHUNK, size, [](Stored x) { return term(bounded(x)); });
+                compare(sums[first + c], sum, "square_sums", gradient.size, c);
+                compare(alone[c], sum, "square_sums_of", gradient.size, c);
+            }
+            Buffer<double> factor(1);
+            launch(1, clip_by_norm, alone.data, nullptr, 1, alone.size, 2.0, factor.data);
+            compare(factor[0], factor_of(alone.data, alone.size, 2.0), "clip_by_norm", gradient.size, 0);
+        }
+        Buffer<double> factors(TENSORS), factor(1);
+        launch(TENSORS, clip_by_norm, sums.data, all.ends.data, TENSORS, chunks, 2.0, factors.data);
+        for (int t = 0; t < TENSORS; ++t) {
+            const long long first = all.tensors[t].first_chunk;
+            compare(factors[t], factor_of(sums.data + first, all.ends[t] - first, 2.0), "clip_by_norm with ends", TENSORS, t);
+        }
+        launch(1, clip_by_global_norm, sums.data, chunks, 2.0, factor.data);
+        compare(factor[0], factor_of(sums.data, chunks, 2.0), "clip_by_global_norm", chunks, 0);
+    }
+    // More sums than lanes, and none.
+    Buffer<double> many(2 * 1024 + 77), none(0);
+    for (long long i = 0; i < many.size; ++i) many[i] = random_number() + 1.0;
+    Buffer<double> factor(1);
+    launch(1, clip_by_norm, many.data, nullptr, 1, many.size, 1e-3, factor.data);
+    compare(factor[0], factor_of(many.data, many.size, 1e-3), "clip_by_norm", many.size, 0);
+    launch(1, clip_by_norm, none.data, nullptr, 1, 0, 2.0, factor.data);
+    compare(factor[0], 1.0, "clip_by_norm", 0, 0);
+    launch(1, clip_by_global_norm, none.data, 0, 2.0, factor.data);
+    compare(factor[0], 1.0, "clip_by_global_norm", 0, 0);
+    launch(2, square_sums, TensorTable{nullptr, nullptr, nullptr, 0}, CLIP_VALUE, nullptr);
+    launch(2, square_sums_of, nullptr, 0, CLIP_VALUE, nullptr);
+}
+
+#endif
+
+int main() {
+#if TEST_DENSE
+    test_dense();
+#endif
+#if TEST_SPARSE
+    test_sparse();
+#endif
+#if TEST_SORT
+    test_sort();
+#endif
+#if TEST_NORM
+    test_norm();
+#endif
+    printf("%d launches, %d comparisons\n", launches, compared);
+    return 0;
+}
