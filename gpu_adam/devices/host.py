@@ -116,7 +116,13 @@ class HostDevice(Device):
 
     def prepare(self, kernel: Kernel, arguments: Sequence[np.ndarray]) -> Launch:
         """Compile `kernel` if need be and bind `arguments`."""
-        return _HostLaunch(self, kernel, arguments)
+        library = _library(kernel.source, self.block_size is not None)
+        return _HostLaunch(self, _entry(library, kernel.name), arguments)
+
+    def prepare_native(self, file: str, name: str, arguments: Sequence[np.ndarray]) -> Launch:
+        """The same for an entry point in a C++ file of ``cuda/host/``, which the pool runs as it does a kernel's."""
+        text = (kernels.directory() / "host" / file).read_text()
+        return _HostLaunch(self, _entry(ctypes.CDLL(_built(text, file)), name), arguments)
 
     def synchronize(self) -> None:
         """Nothing to wait for: a launch returns when its blocks are done."""
@@ -157,13 +163,11 @@ class _HostPointers:
 
 
 class _HostLaunch:
-    def __init__(self, device: HostDevice, kernel: Kernel, arguments: Sequence[np.ndarray]) -> None:
-        self._device = device
+    def __init__(self, device: HostDevice, entry: Any, arguments: Sequence[np.ndarray]) -> None:
+        self._device, self._entry = device, entry
         self._kept = arguments
         self._table = np.array([a.ctypes.data for a in arguments], np.uint64)
         self._arguments = int(self._table.ctypes.data)
-        library = _library(kernel.source, device.block_size is not None)
-        self._entry = _entry(library, kernel.name)
         self._entry_address = ctypes.cast(self._entry, ctypes.c_void_p).value
         self._pool = _pool()
 
