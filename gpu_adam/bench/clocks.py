@@ -132,7 +132,7 @@ class Candidate:
         self.burst = max(1, min(_LONGEST_BURST, round(effort.burst_seconds / max(self._sample(), 1e-9))))
 
     def settle(self) -> None:
-        """Let the threads of the candidate before go to sleep, and wake one's own, so that each is timed as if alone."""
+        """Let the threads of the candidate before go to sleep, and wake one's own: each is timed as if alone."""
         if self._turn is not None and self.samples and self.samples[-1] < _SHORT:
             time.sleep(_SLEEP)
             self.clock(next(self._turn))

@@ -70,7 +70,7 @@ def _overhead(device: Device, count: int, repetitions: int) -> dict[str, list[fl
 def first_step(device: Device, effort: Effort) -> dict[str, Any]:
     """Seconds of a whole process up to the end of its first step, imports included.
 
-    "cold": no kernel is compiled yet; "warm": they are in the cache on disk; "numpy": a process that only imports NumPy.
+    "cold": no kernel is compiled yet; "warm": they are in the cache on disk; "numpy": a process that only imports it.
     """
     program = _STEP.format(device=device.name)
     with tempfile.TemporaryDirectory() as warm:
@@ -81,7 +81,8 @@ def first_step(device: Device, effort: Effort) -> dict[str, Any]:
         ]
         measure(candidates, Effort(effort.repetitions, effort.repetitions, 0.0, 0.0))
     with tempfile.TemporaryDirectory() as root:
-        clock, empty = WallClock(_nothing), (Path(root) / str(n) for n in range(min(COLD_REPETITIONS, effort.repetitions)))
+        clock, count = WallClock(_nothing), min(COLD_REPETITIONS, effort.repetitions)
+        empty = [Path(root) / str(number) for number in range(count)]
         samples = [clock(functools.partial(_process, program, cache)) for cache in empty]
     return {"cold": asdict(Summary.of(samples)), **{each.name: asdict(each.summary) for each in candidates}}
 

@@ -63,16 +63,15 @@ def warp(sets: Sequence[Inputs], device: Device) -> Candidate:
 
 def thinc(sets: Sequence[Inputs], device: Device) -> Candidate:
     """``thinc.api.Adam`` of spaCy, without averages; its step also zeroes the gradient."""
-    from thinc.api import Adam, CupyOps, NumpyOps  # noqa: PLC0415
+    from thinc.api import Adam  # noqa: PLC0415
 
     only(sets[0].workload)
     if sets[0].workload.dtype != "float32":
         raise Unsupported
-    ops = NumpyOps() if device.name == "host" else CupyOps()
 
     def step_of(inputs: Inputs) -> Step:
         pairs = [(device.array(inputs.theta(k)), device.array(inputs.gradient(k))) for k in range(len(inputs.shapes))]
-        optimizer = Adam(RATE, eps=EPSILON, L2=0.0, grad_clip=0.0, use_averages=False, ops=ops)
+        optimizer = Adam(RATE, eps=EPSILON, L2=0.0, grad_clip=0.0, use_averages=False)
 
         def step() -> None:
             for k, (theta, gradient) in enumerate(pairs):
