@@ -10,6 +10,7 @@ import numpy as np
 from gpu_adam import kernels
 from gpu_adam.devices import Array, Device, device_of
 from gpu_adam.errors import ArgumentTypeError, ArgumentValueError
+from gpu_adam.trace import stage
 from gpu_adam.variables import Variable
 
 
@@ -120,6 +121,7 @@ class NormClipping:
         self._groups = [members] if global_norm else [[member] for member in members]
         self._passes = [_NormPass(group, global_norm=global_norm) for group in self._groups]
 
+    @stage("clip")
     def enqueue(self, clip: Clip) -> None:
         """Enqueue both passes for the members' present gradients."""
         bound = np.inf if clip.value is None else clip.value

@@ -217,6 +217,11 @@ def compiler() -> list[str]:
     )
 
 
+def flags() -> list[str]:
+    """The options that make a kernel's bits and its speed."""
+    return list(_FLAGS)
+
+
 def cache_directory() -> Path:
     """Where compiled kernels are kept: ``GPU_ADAM_CACHE``, or gpu_adam in the user's cache directory."""
     given = os.environ.get("GPU_ADAM_CACHE")
