@@ -1,4 +1,4 @@
-"""Instructions per element of the host's kernels, counted by valgrind's callgrind: exact, and the same on every machine.
+"""Instructions per element of the host's kernels, counted by valgrind's callgrind: exact, the same on every machine.
 
 The kernels are compiled for AVX2, not for the processor at hand: valgrind does not know AVX-512.
 """
@@ -21,10 +21,11 @@ from gpu_adam.devices import host
 
 MISSING = "no valgrind"
 CHUNKS = 16
-_FLAGS = [flag for flag in host.flags() if flag not in ("-shared", "-fPIC", "-march=native")] + ["-mavx2", "-mfma"]
+_FLAGS = [flag for flag in host.flags() if flag not in ("-shared", "-fPIC", "-march=native")]
+_ARCHITECTURE = ["-mavx2", "-mfma"]
 _ENTRIES = {"dense": "dense_entry", "sparse": "sparse_entry", "square_sums": "square_sums_entry"}
 
-# Behind the kernel's own text, which has the structs. Arrays of ones: what an instruction counts does not depend on them.
+# Behind the kernel's own text, which has the structs. Arrays of ones: the count does not depend on values.
 _COMMON = """
 #include <stdlib.h>
 template <typename T> static T* ones(long long n) {
@@ -127,7 +128,8 @@ def instructions(kernel: kernels.Kernel) -> int:
         source, program = Path(folder) / "kernel.cpp", Path(folder) / "kernel"
         source.write_text(text)
         include = f"-I{kernels.directory() / 'host'}"
-        subprocess.run([*host.compiler(), *_FLAGS, include, "-o", str(program), str(source)], check=True)
+        files = ["-o", str(program), str(source)]
+        subprocess.run([*host.compiler(), *_FLAGS, *_ARCHITECTURE, include, *files], check=True)
         call = ["valgrind", "--tool=callgrind", f"--callgrind-out-file={folder}/out", "--collect-atstart=no"]
         call += [f"--toggle-collect={_ENTRIES[kernel.name]}", str(program)]
         result = subprocess.run(call, capture_output=True, text=True, check=False)

@@ -94,8 +94,8 @@ def _code(names: list[str]) -> Code:
     return Code(len(names), accesses)
 
 
-# https://docs.nvidia.com/cuda/cuda-c-programming-guide/#compute-capabilities: threads, blocks, KiB of shared memory of a
-# multiprocessor; each has 65,536 registers, given out by 256 to a warp. From 8.0 on a block's shared memory has 1 KiB more.
+# https://docs.nvidia.com/cuda/cuda-c-programming-guide/#compute-capabilities: threads, blocks, KiB of shared memory
+# of a multiprocessor; each has 65,536 registers, given out by 256 to a warp. From 8.0 on a block takes 1 KiB more.
 _LIMITS = {
     75: (1024, 16, 64),
     80: (2048, 32, 164),

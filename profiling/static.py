@@ -3,9 +3,9 @@
     python profiling/static.py             compare with results/static.json, print what differs, exit 1
     python profiling/static.py --update    rewrite it
 
-NVRTC compiles every variant for every architecture; the disassemblers tell registers, spills, shared memory and the SASS.
-callgrind counts the instructions of the host's kernels. Compilers of other versions than the table's give other numbers:
-then differences are shown, and are no failure.
+NVRTC compiles every variant for every architecture; the disassemblers tell registers, spills, shared memory and the
+SASS. callgrind counts the instructions of the host's kernels. Compilers of other versions than the table's give other
+numbers: then differences are shown, and are no failure.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import callgrind
 import numpy as np
+import sass
 from cupy.cuda import nvrtc
 
-import callgrind
-import sass
 from gpu_adam import kernels
 from gpu_adam.devices import cuda
 from gpu_adam.kernels import Source
@@ -56,7 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         lines = list(differences(before.get(part, {}), measured[part], complete=not options.only))
         same_tool = before.get(tool) == measured[tool]
         print(*lines, sep="\n", end="\n" if lines else "")
-        print(f"{part}: {len(measured[part])} rows, {len(lines)} differ{'' if same_tool else _other(before, measured, tool)}")
+        remark = "" if same_tool else _other(before, measured, tool)
+        print(f"{part}: {len(measured[part])} rows, {len(lines)} differ{remark}")
         failed |= bool(lines) and same_tool
     if failed:
         print("If that is meant: python profiling/static.py --update, and say why in the commit.")

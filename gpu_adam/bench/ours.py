@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tracemalloc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +13,7 @@ import numpy as np
 import gpu_adam
 from gpu_adam.bench.clocks import Candidate, CudaEvents, WallClock
 from gpu_adam.bench.inputs import Inputs
-from gpu_adam.bench.reference import LEARNING_RATE, STEPS, Reference
+from gpu_adam.bench.reference import FACTOR, STEPS, Reference
 from gpu_adam.bench.workloads import CLIP_NORM, Workload
 from gpu_adam.devices import Device
 from gpu_adam.errors import GpuAdamError
@@ -32,10 +32,10 @@ class OurStep:
     Args:
         inputs: the values.
         device: where to.
-        learning_rate: of the optimizer.
+        hyperparameters: of the optimizer.
     """
 
-    def __init__(self, inputs: Inputs, device: Device, learning_rate: float = 0.001) -> None:
+    def __init__(self, inputs: Inputs, device: Device, hyperparameters: Mapping[str, float] | None = None) -> None:
         workload, count = inputs.workload, range(len(inputs.shapes))
         self.variables = [gpu_adam.Variable.over(device.array(inputs.theta(k)), device, f"variable {k}") for k in count]
         if workload.indices:
@@ -48,13 +48,23 @@ class OurStep:
         self._pairs = list(zip(self.gradients, self.variables, strict=True))
         clip = CLIP_NORM if workload.clip else None
         self.optimizer = gpu_adam.Adam(
-            learning_rate, amsgrad=workload.amsgrad, complex_mode=workload.complex_mode, global_clipnorm=clip
+            amsgrad=workload.amsgrad,
+            complex_mode=workload.complex_mode,
+            global_clipnorm=clip,
+            **(hyperparameters or {}),
         )
         self._norm_passes = int(workload.clip)
 
     def __call__(self) -> None:
         """Enqueue a step."""
         self.optimizer.apply_gradients(self._pairs)
+
+    def scale_gradients(self, factor: float) -> None:
+        """Multiply all gradients, in place."""
+        for gradient, variable in zip(self.gradients, self.variables, strict=True):
+            array = getattr(gradient, "values", gradient)
+            with variable.device.current():
+                array *= array.dtype.type(factor)
 
     @property
     def slot_bytes(self) -> int:
@@ -90,15 +100,16 @@ def checked(workload: Workload, device: Device) -> Facts:
         WrongResultError: an element is off.
     """
     inputs = Inputs(workload, 0)
-    step = OurStep(inputs, device, LEARNING_RATE)
+    reference = Reference(inputs)
+    step = OurStep(inputs, device, reference.hyperparameters)
     with _counted_launches(device) as launches, _extra_memory(device) as peak:
         for number in range(STEPS):
             if number == STEPS - 1:
                 launches.clear()
             step()
             device.synchronize()
+            step.scale_gradients(FACTOR)
         extra = peak()
-    reference = Reference(inputs)
     for k, variable in enumerate(step.variables):
         flat = variable.value.reshape(-1)
         for place, expected, tolerance in reference.parts(k):

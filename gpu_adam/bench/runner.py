@@ -180,7 +180,7 @@ class Runner:
         return rows
 
     def _group(self, workload: Workload, makers: Sequence[tuple[str, Callable[[], Candidate]]]) -> Iterator[Row]:
-        candidates = []
+        candidates, failed = [], []
         for name, make in makers:
             try:
                 candidate = make()
@@ -192,7 +192,7 @@ class Runner:
                 if name == ours.NAME:
                     raise
                 said = (str(error).splitlines() or [""])[0][:200]
-                yield self._row(workload, name, note=f"failed: {type(error).__name__}: {said}")
+                failed.append(self._row(workload, name, note=f"failed: {type(error).__name__}: {said}"))
         before = self._telemetry.read() if self._telemetry else None
         executed = [candidate.executed for candidate in candidates]
         measure(candidates, self._effort, self._tick)
@@ -201,6 +201,7 @@ class Runner:
             if self._telemetry and before:
                 row.telemetry = between(before, self._telemetry.read(), candidate.executed - executed_before)
             yield row
+        yield from failed
         del candidates
         self._release()
 
