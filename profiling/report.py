@@ -25,7 +25,7 @@ PERFORMANCE = "performance"
 
 # What the project wants to reach: (workload, what, a figure of our row, goal), on a GPU and on the host.
 FRACTION, TIMES = "of copy bandwidth", "times as fast as"
-GOALS = {
+GOALS: dict[str, list[tuple[str, str, str, float | None]]] = {
     "cuda": [
         ("dense float32 32 M", FRACTION, "", 0.95),
         ("dense float32 512 M", FRACTION, "", 0.95),
@@ -95,7 +95,7 @@ def performance(reports: dict[str, Report]) -> str:
     """The short table: what the project wants, and what was measured."""
     rows = []
     for kind, goals in GOALS.items():
-        machines = [report for report in reports.values() if report.device.startswith(kind)]
+        machines: list[Report | None] = [report for report in reports.values() if report.device.startswith(kind)]
         for report in machines or [None]:
             for workload, what, peer, goal in goals:
                 figure, where = None, "a GPU" if kind == "cuda" else "the host"

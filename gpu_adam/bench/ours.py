@@ -35,7 +35,7 @@ class OurStep:
         hyperparameters: of the optimizer.
     """
 
-    def __init__(self, inputs: Inputs, device: Device, hyperparameters: Mapping[str, float] | None = None) -> None:
+    def __init__(self, inputs: Inputs, device: Device, hyperparameters: Mapping[str, Any] | None = None) -> None:
         workload, count = inputs.workload, range(len(inputs.shapes))
         self.variables = [gpu_adam.Variable.over(device.array(inputs.theta(k)), device, f"variable {k}") for k in count]
         if workload.indices:

@@ -3,8 +3,8 @@
     m += (g - m)(1 - beta_1);  v += (|g|^2 - v)(1 - beta_2);  theta -= alpha_t m / (sqrt(v) + epsilon)
 
 The step's scalars are those of the variable's real dtype (1 - float32(0.8) is not 0.2), all else is float64. Gradients
-change their size and sign from step to step, v shrinks so that AMSGrad's maximum is another number, and epsilon is about
-sqrt(v): with usual numbers Adam's first steps are the gradient's sign, and hide a wrong m, v or clip factor.
+change their size and sign from step to step, v shrinks so that AMSGrad's maximum differs, and epsilon is about sqrt(v):
+with usual numbers Adam's first steps are the gradient's sign, and hide a wrong m, v or clip factor.
 """
 
 from __future__ import annotations

@@ -1,5 +1,7 @@
 """Samples, bursts and turns; no time is asserted."""
 
+import functools
+
 import pytest
 
 from gpu_adam.bench.clocks import Candidate, Effort, Summary, WallClock, measure
@@ -15,7 +17,7 @@ def test_summary_is_median_and_quartiles() -> None:
 def test_candidates_take_turns_over_their_sets() -> None:
     calls: list[str] = []
     clock = WallClock(lambda: calls.append("wait"))
-    made = [Candidate(name, [lambda n=name, s=s: calls.append(n + s) for s in "12"], clock) for name in "ab"]
+    made = [Candidate(name, [functools.partial(calls.append, name + s) for s in "12"], clock) for name in "ab"]
     measure(made, Effort(repetitions=4, most=4, seconds=0.0, burst_seconds=0.0))
     assert [len(each.samples) for each in made] == [4, 4]
     kept = [call for call in calls if call != "wait"]
@@ -26,7 +28,7 @@ def test_candidates_take_turns_over_their_sets() -> None:
 
 def test_a_burst_fills_the_time_it_is_given() -> None:
     seconds = iter([0.4, 0.1, *[0.1] * 100])
-    candidate = Candidate("c", [lambda: None], lambda run: (run(), next(seconds))[1])  # type: ignore[func-returns-value]
+    candidate = Candidate("c", [lambda: None], lambda run: next(seconds))
     measure([candidate], Effort(repetitions=2, most=2, seconds=0.0, burst_seconds=1.0))
     assert candidate.burst == 30  # 0.1 s for 3 steps
     assert candidate.samples == [0.1 / 30] * 2

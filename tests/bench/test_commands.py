@@ -1,6 +1,8 @@
 """`gpu-adam bench` and `gpu-adam profile`: what they print and write, and a sentence for every mistake."""
 
 import re
+import shutil
+import subprocess
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -10,6 +12,7 @@ from gpu_adam.__main__ import main
 from gpu_adam.bench import commands, ncu, ours, peers
 from gpu_adam.bench.clocks import Effort
 from gpu_adam.bench.runner import Report, Row, Runner
+from gpu_adam.bench.tables import terminal_table
 from gpu_adam.bench.workloads import Workload, many
 from gpu_adam.devices import Device
 
@@ -88,11 +91,11 @@ def test_mistakes_are_sentences(capsys: pytest.CaptureFixture[str], arguments: l
 def test_a_row_without_time_shows_why() -> None:
     row = Row("w", "peer", "float32", 1, 1, note="failed: x")
     report = Report({"date": "d", "devices": {}, "versions": {}}, "host", False, {}, None, "", [row])
-    assert commands.terminal_table(report, wide=False).row_count == 2
+    assert terminal_table(report, wide=False).row_count == 2
 
 
 def test_profile_prints_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(commands.shutil, "which", lambda name: None)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
     for kernel, file in ncu.kernel_files().items():
         status, out, err = run(capsys, "profile", kernel)
         assert status == 0
@@ -108,8 +111,12 @@ def test_profile_runs_it(capsys: pytest.CaptureFixture[str], monkeypatch: pytest
     class Result:
         returncode = 3
 
-    monkeypatch.setattr(commands.shutil, "which", lambda name: "/ncu")
-    monkeypatch.setattr(commands.subprocess, "run", lambda command, check: called.append(command) or Result())
+    monkeypatch.setattr(shutil, "which", lambda name: "/ncu")
+    def run_instead(command: list[str], check: bool) -> Result:
+        called.append(command)
+        return Result()
+
+    monkeypatch.setattr(subprocess, "run", run_instead)
     assert run(capsys, "profile", "sparse", "--workload", "DLRM tables, 128 rows each", "--output", "o")[0] == 3
     assert called[0][-2:] == ["DLRM tables, 128 rows each", "3"]
     assert "--export=o" in called[0]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from gpu_adam.bench import facts, ours, peers, runner
+from gpu_adam.bench import facts, host_costs, ours, peers
 from gpu_adam.bench.clocks import Candidate, Effort, WallClock
 from gpu_adam.bench.runner import Report, Row, Runner
 from gpu_adam.bench.workloads import Workload, many
@@ -85,13 +85,13 @@ def test_another_file_is_refused(tmp_path: Path, text: str) -> None:
 
 
 def test_costs_beside_the_kernels(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner.host_costs, "COUNTS", (1, 3))
-    overhead = runner.host_costs.python_overhead(device, LITTLE)
+    monkeypatch.setattr(host_costs, "COUNTS", (1, 3))
+    overhead = host_costs.python_overhead(device, LITTLE)
     assert set(overhead["variables"]) == {"1", "3"}
     assert set(overhead["per_variable"]) == {"same", "new"}
     if device.name == "host":
         one = Effort(repetitions=1, most=1, seconds=0.0, burst_seconds=0.0)
-        assert set(runner.host_costs.first_step(device, one)) == {"cold", "warm", "numpy"}
+        assert set(host_costs.first_step(device, one)) == {"cold", "warm", "numpy"}
     json.dumps(overhead)
 
 
