@@ -67,7 +67,7 @@ def _bars(figure_class: Any, report: Report) -> Any:
     figure = figure_class(figsize=(9, 1.2 + 0.19 * max(1, len(rows))), layout="constrained")
     axes = figure.add_subplot()
     for number, row in enumerate(rows):
-        axes.barh(number, row.times, color=_OURS if (row.times or 0) >= 1 else _LIMIT)
+        axes.barh(number, (row.times or 1) - 1, left=1, color=_OURS if (row.times or 0) >= 1 else _LIMIT)
     axes.set_yticks(range(len(rows)), [_label(row) for row in rows], fontsize=7)
     axes.axvline(1, color="black", linewidth=0.8)
     axes.invert_yaxis()

@@ -82,7 +82,14 @@ def workloads() -> list[Workload]:
         Workload("GPT-2 124M, global norm", shapes.gpt2, clip=True),
     ]
     sparse = [
-        Workload(f"sparse {label}, {law}", shapes_of, indices=4096, zipf=law == "Zipf", quick=quick)
+        Workload(
+            f"sparse {label}, {law}",
+            shapes_of,
+            indices=4096,
+            zipf=law == "Zipf",
+            quick=quick,
+            peers=quick or law == "uniform",  # the law changes little for them, and they take minutes here
+        )
         for label, shapes_of, quick in (("1M x 16", many(1, M, 16), True), ("10M x 64", many(1, 10 * M, 64), False))
         for law in ("uniform", "Zipf")
     ]
