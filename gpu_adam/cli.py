@@ -1,4 +1,4 @@
-"""`gpu-adam demo` and `gpu-adam info`: display only; what is shown is computed elsewhere."""
+"""`gpu-adam demo`, `info`, `bench` and `profile`: display only; what is shown is computed elsewhere."""
 
 import os
 import platform
@@ -19,6 +19,7 @@ from rich.text import Text
 
 import gpu_adam
 from gpu_adam import devices
+from gpu_adam.bench import commands
 from gpu_adam.demos import Demo
 from gpu_adam.demos.digits import Digits
 from gpu_adam.demos.ptychography import Ptychography, require
@@ -114,6 +115,10 @@ def info() -> None:
         console.print(Text(f"Missing for {label}: {sentence}", "yellow"), soft_wrap=True)
     if not missing:
         console.print("Nothing is missing.")
+
+
+app.command()(commands.bench)
+app.command()(commands.profile)
 
 
 def say(sentence: str, style: str) -> None:

@@ -15,6 +15,7 @@ from gpu_adam.hyperparameters import Clip, Scalars
 from gpu_adam.plan import Mode, Plan, check_overlap
 from gpu_adam.slots import Slots, slot_names
 from gpu_adam.sparse import IndexErrors
+from gpu_adam.trace import stage
 from gpu_adam.variables import IndexedSlices, Registry, Variable
 
 _PLANS_KEPT = 8  # sets of variables whose tables stay: a GAN steps two by turns
@@ -35,6 +36,7 @@ class Controller:
         self._plans: OrderedDict[Any, Plan] = OrderedDict()
         self._last: _Last | None = None
 
+    @stage("step")
     def step(
         self,
         grads_and_vars: Iterable[Any],
@@ -78,6 +80,7 @@ class Controller:
         self._slots.iterations(self._prefix).value[...] = done
         return done
 
+    @stage("check")
     def _prepared(
         self, pairs: Sequence[Any], hyper: dict[str, Any], mode: Mode, clip: Clip
     ) -> tuple[Plan, list[tuple[Any, ...]]]:

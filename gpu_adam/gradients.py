@@ -11,6 +11,7 @@ from gpu_adam import kernels
 from gpu_adam.devices import Array, Device, device_of
 from gpu_adam.errors import ArgumentTypeError, ArgumentValueError
 from gpu_adam.hyperparameters import Clip
+from gpu_adam.trace import stage
 from gpu_adam.variables import Variable
 
 
@@ -107,6 +108,7 @@ class NormClipping:
         self._groups = [members] if global_norm else [[member] for member in members]
         self._passes = [_NormPass(group, global_norm=global_norm) for group in self._groups]
 
+    @stage("clip")
     def enqueue(self, clip: Clip) -> None:
         """Enqueue both passes for the members' present gradients."""
         limit = clip.clipnorm if clip.global_clipnorm is None else clip.global_clipnorm

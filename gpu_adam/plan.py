@@ -15,6 +15,7 @@ from gpu_adam.hyperparameters import Clip, Scalars
 from gpu_adam.memory import Interval, Intervals, memory_of
 from gpu_adam.slots import Slots
 from gpu_adam.sparse import IndexErrors, SparseUpdate
+from gpu_adam.trace import stage
 from gpu_adam.variables import Variable
 
 
@@ -116,11 +117,13 @@ class Plan:
             repeatable.append(update.bind(bound))
         return all(repeatable)
 
+    @stage("read")
     def steps(self, scalars: Scalars, clip: Clip) -> list[tuple[Any, ...]]:
         """The scalars that each launch gets, in its dtype. Raises where they break a rule in that dtype."""
         by_dtype = {dtype: (*scalars.for_real(dtype), clip.value_in(dtype)) for dtype in set(self._real_dtypes)}
         return [by_dtype[dtype] for dtype in self._real_dtypes]
 
+    @stage("update")
     def enqueue(self, steps: list[tuple[Any, ...]], clip: Clip) -> None:
         """Enqueue the whole step with the gradients bound last."""
         if any(device.is_capturing() for device in self._written):

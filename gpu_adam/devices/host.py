@@ -118,7 +118,13 @@ class HostDevice(Device):
 
     def prepare(self, kernel: Kernel, arguments: Sequence[np.ndarray]) -> Launch:
         """Compile `kernel` if need be and bind `arguments`."""
-        return _HostLaunch(self, kernel, arguments)
+        library = _library(kernel.source, self.block_size is not None)
+        return _HostLaunch(self, _entry(library, kernel.name), arguments)
+
+    def prepare_native(self, file: str, name: str, arguments: Sequence[np.ndarray]) -> Launch:
+        """The same for an entry point in a C++ file of ``cuda/host/``, which the pool runs as it does a kernel's."""
+        text = (kernels.directory() / "host" / file).read_text()
+        return _HostLaunch(self, _entry(ctypes.CDLL(_built(text, file)), name), arguments)
 
     def is_capturing(self) -> bool:
         """Never."""
@@ -163,13 +169,11 @@ class _HostPointers:
 
 
 class _HostLaunch:
-    def __init__(self, device: HostDevice, kernel: Kernel, arguments: Sequence[np.ndarray]) -> None:
-        self._device = device
+    def __init__(self, device: HostDevice, entry: Any, arguments: Sequence[np.ndarray]) -> None:
+        self._device, self._entry = device, entry
         self._kept = arguments
         self._table = np.array([a.ctypes.data for a in arguments], np.uint64)
         self._arguments = int(self._table.ctypes.data)
-        library = _library(kernel.source, device.block_size is not None)
-        self._entry = _entry(library, kernel.name)
         self._entry_address = ctypes.cast(self._entry, ctypes.c_void_p).value
         self._pool = _pool()
 
@@ -217,6 +221,11 @@ def compiler() -> list[str]:
         "install g++ (apt install g++), or clang++ (apt install clang), or a compiler as a wheel "
         '(pip install "gpu-adam[zig]")',
     )
+
+
+def flags() -> list[str]:
+    """The options that make a kernel's bits and its speed."""
+    return list(_FLAGS)
 
 
 def cache_directory() -> Path:

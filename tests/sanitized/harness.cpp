@@ -2,8 +2,10 @@
 // from a 16-byte boundary, buffers that end where the arrays end, all launch shapes. Every result is compared, bit for
 // bit, with a reference written here the simple way.
 //
-// Built by tests/test_sanitized.py with the definitions of a row of the dtype table and -DTEST_DENSE, -DTEST_SPARSE,
-// -DTEST_SORT, -DTEST_NORM for what is to be tested. Exit status 0: all is well.
+//     harness MUTANT TEST...    TEST: dense, sparse, sort, norm; exit status 0: all is well
+//
+// Built by tests/test_sanitized.py with the definitions of a row of the dtype table. MUTANT is 0, or in a build of copies
+// of the kernels with mistakes in them, the number of the mistake to make.
 #include <math.h>
 #include <sanitizer/asan_interface.h>
 #include <stdio.h>
@@ -19,18 +21,12 @@ __attribute__((no_sanitize("address"))) static void* fill(void* memory, int byte
 #include "faithful.h"
 #undef memset
 
-#if TEST_DENSE
+[[maybe_unused]] static int mutant = 0;
+
 #include "dense.cu"
-#endif
-#if TEST_SPARSE
-#include "sparse.cu"
-#endif
-#if TEST_SORT
-#include "sort.cu"
-#endif
-#if TEST_NORM
 #include "norm.cu"
-#endif
+#include "sort.cu"
+#include "sparse.cu"
 
 static const int BLOCK_SIZES[] = {1, 32, 96, 256};
 static const long long GRIDS[] = {1, 2, 97};
@@ -87,7 +83,6 @@ static unsigned long long state = 1;
 static unsigned long long random_bits() { return (state = state * 6364136223846793005ULL + 1442695040888963407ULL) >> 33; }
 static double random_number() { return static_cast<double>(random_bits()) / (1LL << 30) - 1.0; }
 
-#if TEST_DENSE || TEST_SPARSE || TEST_NORM
 
 static void randomize(float& x) { x = static_cast<float>(random_number()); }
 static void randomize(double& x) { x = random_number(); }
@@ -102,8 +97,6 @@ static const StoredReal CLIP_VALUE = static_cast<StoredReal>(sizeof(Stored) == s
 template <typename T> static T bounded(T x) { return x < -CLIP_VALUE ? -CLIP_VALUE : x > CLIP_VALUE ? CLIP_VALUE : x; }
 template <typename T> static Complex<T> bounded(Complex<T> x) { return x; }
 
-#endif
-#if TEST_DENSE || TEST_SPARSE
 
 static const Step STEP = {StoredReal(0.01), StoredReal(0.1), StoredReal(0.001), StoredReal(1e-7), CLIP_VALUE};
 
@@ -171,8 +164,6 @@ struct Pair {
 
 static const double FACTORS[] = {1.0, 0.7, 0.375};
 
-#endif
-#if TEST_DENSE || TEST_NORM
 
 static const long long SIZES[] = {1, 2, 3, 5, 8, 1023, 1025, 4095, 4096, 4097, 10001};
 constexpr int TENSORS = sizeof SIZES / sizeof *SIZES;
@@ -208,8 +199,6 @@ struct Tensors {
     }
 };
 
-#endif
-#if TEST_DENSE
 
 static void test_dense() {
     for (int shift = 0; shift < 4; ++shift) {
@@ -230,8 +219,6 @@ static void test_dense() {
     launch(2, dense, TensorTable{nullptr, nullptr, nullptr, 0}, nullptr, 0, STEP);
 }
 
-#endif
-#if TEST_SPARSE || TEST_SORT
 
 static const IndexErrors NO_ERRORS = {0, ~0ULL, 0, 0};
 
@@ -244,8 +231,6 @@ static void make_indices(Buffer<T>& indices, long long rows, bool valid) {
     }
 }
 
-#endif
-#if TEST_SPARSE
 
 static void test_table(long long rows, long long row_size, long long count, int offset, bool valid) {
     Pair pair(rows * row_size, offset);
@@ -302,8 +287,6 @@ static void test_sparse() {
     }
 }
 
-#endif
-#if TEST_SORT
 
 template <typename T>
 static void test_sort_of(long long count, long long rows, bool valid) {
@@ -354,8 +337,6 @@ static void test_sort() {
     test_sort_of<long long>(100, 1LL << 40, false);
 }
 
-#endif
-#if TEST_NORM
 
 static double term(float x) { return static_cast<double>(x) * static_cast<double>(x); }
 static double term(double x) { return x * x; }
@@ -423,21 +404,17 @@ static void test_norm() {
     launch(2, square_sums_of, nullptr, 0, CLIP_VALUE, nullptr);
 }
 
-#endif
-
-int main() {
-#if TEST_DENSE
-    test_dense();
-#endif
-#if TEST_SPARSE
-    test_sparse();
-#endif
-#if TEST_SORT
-    test_sort();
-#endif
-#if TEST_NORM
-    test_norm();
-#endif
+int main(int count, char** arguments) {
+    if (count < 3) return 2;
+    mutant = atoi(arguments[1]);
+    for (int i = 2; i < count; ++i) {
+        const char* const test = arguments[i];
+        if (strcmp(test, "dense") == 0) test_dense();
+        else if (strcmp(test, "sparse") == 0) test_sparse();
+        else if (strcmp(test, "sort") == 0) test_sort();
+        else if (strcmp(test, "norm") == 0) test_norm();
+        else return 2;
+    }
     printf("%d launches, %d comparisons\n", launches, compared);
     return 0;
 }

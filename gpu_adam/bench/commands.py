@@ -1,0 +1,105 @@
+"""``gpu-adam bench`` and ``gpu-adam profile``: display only."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+import gpu_adam
+from gpu_adam.bench import figures, ncu
+from gpu_adam.bench.clocks import Effort
+from gpu_adam.bench.page import page
+from gpu_adam.bench.runner import Report, Runner
+from gpu_adam.bench.tables import comparison_table, summary, terminal_table
+from gpu_adam.bench.workloads import Workload, workloads
+from gpu_adam.devices import Device
+from gpu_adam.errors import ArgumentValueError
+
+FULL = Effort()
+_WIDE = 120
+QUICK = Effort(most=50, seconds=0.2)
+
+
+def bench(
+    *,
+    device: Annotated[str | None, typer.Option(help="auto, host, cuda or cuda:N; default: GPU_ADAM_DEVICE.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A few small workloads, in about a minute.")] = False,
+    only: Annotated[str | None, typer.Option(help="Workloads with this text in their name, and nothing else.")] = None,
+    json: Annotated[Path | None, typer.Option(help="File for the results.")] = None,
+    html: Annotated[Path | None, typer.Option(help="File for a page with figures and tables.")] = None,
+    compare: Annotated[Path | None, typer.Option(help="File of an earlier --json, to show beside.")] = None,
+) -> None:
+    """Measure how fast steps are: beside a copy of memory, and beside other libraries that are installed."""
+    chosen = [w for w in workloads() if (only is None or only in w.name) and (w.quick or not quick)]
+    if not chosen:
+        known = ", ".join(repr(workload.name) for workload in workloads())
+        raise ArgumentValueError("--only", f"must be in one of {known}", repr(only), "pass another text")
+    for option, path in (("--json", json), ("--html", html)):
+        if path is not None and not (path.absolute().parent.is_dir() and os.access(path.absolute().parent, os.W_OK)):
+            raise ArgumentValueError(option, "must be a file in a writable directory", path, "choose another path")
+    if html is not None:
+        figures.require()
+    earlier = None if compare is None else Report.load(compare)
+    if device is not None:
+        gpu_adam.set_device(device)
+    report = _measured(gpu_adam.get_device(), chosen, quick, whole=only is None)
+    if json is not None:
+        report.save(json)
+    if html is not None:
+        html.write_text(page(report, earlier))
+    console = Console()
+    console.print(terminal_table(report, wide=console.width >= _WIDE))
+    grid = Table.grid(padding=(0, 2))
+    for label, value in summary(report):
+        grid.add_row(Text(label, "bold"), Text(value))
+    console.print(grid)
+    if earlier is not None:
+        console.print(comparison_table(report, earlier))
+    wrong = [row.workload for row in report.rows if row.note.startswith("WRONG")]
+    if wrong:
+        console.print(Text(f"Wrong results, not timed: {', '.join(wrong)}", "red"))
+        raise typer.Exit(1)
+
+
+def _measured(device: Device, chosen: list[Workload], quick: bool, *, whole: bool) -> Report:
+    times = (TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), *times)
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("copy", total=len(chosen) + 1 + whole)
+        runner = Runner(device, QUICK if quick else FULL, quick=quick, tick=lambda: progress.advance(task, 0))
+        runner.copy()
+        progress.advance(task)
+        for workload in chosen:
+            progress.update(task, description=workload.name)
+            runner.workload(workload)
+            progress.advance(task)
+        if whole:
+            progress.update(task, description="Python and the first step")
+            runner.host_costs()
+            progress.advance(task)
+    return runner.report
+
+
+def profile(
+    kernel: Annotated[str, typer.Argument(help="A kernel of cuda/: dense, sparse, square_sums, sort_rows, ...")],
+    *,
+    workload: Annotated[str | None, typer.Option(help="A workload of gpu-adam bench that runs it.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Nsight Compute's report; default: KERNEL.ncu-rep.")] = None,
+) -> None:
+    """Print the Nsight Compute command for a kernel, and run it where ncu is installed."""
+    command = ncu.command(kernel, ncu.workload_of(kernel, workload), str(output or f"{kernel}.ncu-rep"))
+    print(shlex.join(command))
+    if shutil.which(command[0]) is None:
+        Console(stderr=True).print(Text("ncu is not installed here: run the command where it is.", "yellow"))
+        return
+    raise typer.Exit(subprocess.run(command, check=False).returncode)

@@ -1,0 +1,139 @@
+"""Instructions per element of the host's kernels, counted by valgrind's callgrind: exact, the same on every machine.
+
+The kernels are compiled for AVX2, not for the processor at hand: valgrind does not know AVX-512.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from gpu_adam import kernels
+from gpu_adam.devices import host
+
+MISSING = "no valgrind"
+CHUNKS = 16
+_FLAGS = [flag for flag in host.flags() if flag not in ("-shared", "-fPIC", "-march=native")]
+_ARCHITECTURE = ["-mavx2", "-mfma"]
+_ENTRIES = {"dense": "dense_entry", "sparse": "sparse_entry", "square_sums": "square_sums_entry"}
+
+# Behind the kernel's own text, which has the structs. Arrays of ones: the count does not depend on values.
+_COMMON = """
+#include <stdlib.h>
+template <typename T> static T* ones(long long n) {
+    T* const p = static_cast<T*>(aligned_alloc(64, (n * sizeof(T) + 63) / 64 * 64));
+    for (long long i = 0; i < n; ++i) p[i] = T{1};
+    return p;
+}
+static Step step = {1, 1, 1, 1, 1};
+static const ClipFactor factor_value = {1.0, 1.0};
+static const ClipFactor* factors = GPU_ADAM_CLIP ? &factor_value : nullptr;
+static long long stride = 0;
+typedef void (*Entry)(void**, long long, long long, long long, int);
+"""
+_DENSE = """
+static const long long CHUNKS = %d, N = CHUNKS * GPU_ADAM_CHUNK;
+static TensorTable dense_table() {
+    static Tensor tensor = {ones<Stored>(N), ones<Stored>(N), ones<StoredReal>(N), ones<StoredReal>(N), N, 0};
+    static const Stored* gradient = ones<Stored>(N);
+    static int chunk_tensor[CHUNKS] = {};
+    return {&tensor, &gradient, chunk_tensor, CHUNKS};
+}
+"""
+_MAIN = {
+    "dense": _DENSE
+    + """
+int main() {
+    TensorTable table = dense_table();
+    void* arguments[] = {&table, &factors, &stride, &step};
+    volatile Entry entry = dense_entry;  // a call that is not inlined, for callgrind to see
+    entry(arguments, 0, CHUNKS, CHUNKS, 1);
+}
+""",
+    "square_sums": _DENSE
+    + """
+int main() {
+    TensorTable table = dense_table();
+    StoredReal clip_value = 1;
+    double* sums = ones<double>(CHUNKS);
+    void* arguments[] = {&table, &clip_value, &sums};
+    volatile Entry entry = square_sums_entry;  // a call that is not inlined, for callgrind to see
+    entry(arguments, 0, CHUNKS, CHUNKS, 1);
+}
+""",
+    "sparse": """
+static const long long WIDTH = 16, N = %d * GPU_ADAM_CHUNK, ROWS = N / WIDTH, COUNT = ROWS / 8;
+int main() {
+    const long long per_tile = GPU_ADAM_TILE / WIDTH, tiles = (ROWS + per_tile - 1) / per_tile;
+    Table table = {ones<Stored>(N), ones<Stored>(N), ones<StoredReal>(N), ones<StoredReal>(N),
+                   ROWS, WIDTH, per_tile, 1, tiles};
+    Keys keys = {ones<long long>(COUNT), ones<long long>(COUNT)};
+    for (long long i = 0; i < COUNT; ++i) keys.row[i] = 8 * i, keys.position[i] = i;
+    Indices indices = {keys.row, 1, COUNT, ROWS};
+    Stored* values = ones<Stored>(COUNT * WIDTH);
+    static IndexErrors error = {};
+    IndexErrors* errors = &error;
+    void* arguments[] = {&table, &indices, &keys, &values, &factors, &step, &errors};
+    volatile Entry entry = sparse_entry;  // a call that is not inlined, for callgrind to see
+    entry(arguments, 0, tiles, tiles, 1);
+}
+""",
+}
+
+
+def version() -> str:
+    """The compiler's and valgrind's."""
+    if shutil.which("valgrind") is None:
+        return MISSING
+    valgrind = subprocess.run(["valgrind", "--version"], capture_output=True, text=True, check=True).stdout.strip()
+    compiler = subprocess.run([*host.compiler(), "--version"], capture_output=True, text=True, check=True).stdout
+    return f"{compiler.splitlines()[0]}, {valgrind}"
+
+
+def rows(only: str = "") -> dict[str, Any]:
+    """{"instructions per element": ...} of every kernel, dtype and variant; nothing where valgrind is missing."""
+    if shutil.which("valgrind") is None:
+        return {}
+    chosen = {label: kernel for label, kernel in _kernels() if only in label}
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        counts = list(pool.map(instructions, chosen.values()))
+    elements = CHUNKS * kernels.CHUNK
+    return {
+        label: {"instructions per element": round(count / elements, 2)}
+        for label, count in zip(chosen, counts, strict=True)
+    }
+
+
+def _kernels() -> Iterator[tuple[str, kernels.Kernel]]:
+    for dtype in kernels.DTYPES:
+        for name, make in (("dense", kernels.dense), ("sparse", kernels.sparse)):
+            for amsgrad, clip in itertools.product((False, True), repeat=2):
+                label = f"{name} {dtype}{' amsgrad' * amsgrad}{' clip' * clip}"
+                yield label, make(dtype, amsgrad=amsgrad, clip=clip)
+        yield f"square_sums {dtype}", kernels.norm(dtype, "square_sums")
+
+
+def instructions(kernel: kernels.Kernel) -> int:
+    """Instructions of one launch over CHUNKS chunks."""
+    text = host.source_text(kernel.source, faithful=False) + _COMMON + _MAIN[kernel.name] % CHUNKS
+    with tempfile.TemporaryDirectory() as folder:
+        source, program = Path(folder) / "kernel.cpp", Path(folder) / "kernel"
+        source.write_text(text)
+        include = f"-I{kernels.directory() / 'host'}"
+        files = ["-o", str(program), str(source)]
+        subprocess.run([*host.compiler(), *_FLAGS, *_ARCHITECTURE, include, *files], check=True)
+        call = ["valgrind", "--tool=callgrind", f"--callgrind-out-file={folder}/out", "--collect-atstart=no"]
+        call += [f"--toggle-collect={_ENTRIES[kernel.name]}", str(program)]
+        result = subprocess.run(call, capture_output=True, text=True, check=False)
+    found = re.search(r"Collected : (\d+)", result.stderr)
+    if result.returncode != 0 or found is None:
+        raise SystemExit(f"callgrind failed on {kernel.name}: {result.stderr}")
+    return int(found[1])

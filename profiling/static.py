@@ -1,0 +1,196 @@
+"""What can a machine without a GPU see of a kernel getting worse?
+
+    python profiling/static.py             compare with results/static.json, print what differs, exit 1
+    python profiling/static.py --update    rewrite it
+
+NVRTC compiles every variant for every architecture; the disassemblers tell registers, spills, shared memory and the
+SASS. callgrind counts the instructions of the host's kernels. Compilers of other versions than the table's give other
+numbers: then differences are shown, and are no failure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import itertools
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from cupy.cuda import nvrtc
+
+from gpu_adam import kernels
+from gpu_adam.devices import cuda
+from gpu_adam.kernels import Source
+from profiling import callgrind, sass
+
+TABLE = Path(__file__).parent / "results" / "static.json"
+Table = dict[str, Any]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Compare or update; the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--update", action="store_true", help="rewrite results/static.json")
+    parser.add_argument("--only", default="", help="sources with this text in their description")
+    options = parser.parse_args(arguments)
+    measured = table(options.only)
+    before = json.loads(TABLE.read_text()) if TABLE.exists() else {}
+    if options.update:
+        TABLE.write_text(dumped(measured if not options.only else merged(before, measured)))
+        print(f"{TABLE} has {len(measured['gpu'])} GPU and {len(measured['host'])} host rows")
+        return 0
+    failed = False
+    for part, tool in (("gpu", "nvrtc"), ("host", "compiler")):
+        lines = list(differences(before.get(part, {}), measured[part], complete=not options.only))
+        same_tool = before.get(tool) == measured[tool]
+        print(*lines, sep="\n", end="\n" if lines else "")
+        remark = "" if same_tool else _other(before, measured, tool)
+        print(f"{part}: {len(measured[part])} rows, {len(lines)} differ{remark}")
+        failed |= bool(lines) and same_tool
+    if failed:
+        print("If that is meant: python profiling/static.py --update, and say why in the commit.")
+    return int(failed)
+
+
+def _other(before: Table, measured: Table, tool: str) -> str:
+    return f" (not judged: the table is by {before.get(tool)}, this is {measured[tool]})"
+
+
+def table(only: str = "") -> Table:
+    """All rows: "gpu" and "host", and by which compilers."""
+    sources = [source for source in dict.fromkeys(kernels.variants()) if only in description(source)]
+    pairs = list(itertools.product(sources, sass.ARCHITECTURES))
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), multiprocessing.get_context("spawn")) as pool:
+        rows = {name: row for found in pool.map(gpu_rows, pairs) for name, row in found}
+    version = "NVRTC {}.{}".format(*nvrtc.getVersion())
+    return {"nvrtc": version, "compiler": callgrind.version(), "gpu": rows, "host": callgrind.rows(only)}
+
+
+def description(source: Source) -> str:
+    """Dtype and switches of a source in words."""
+    defines = set(source.defines)
+    words = [dtype for dtype, row in kernels.DTYPES.items() if set(row.defines) <= defines]
+    words += [word for word in ("amsgrad", "clip") if f"GPU_ADAM_{word.upper()}=1" in defines]
+    known = {define for row in kernels.DTYPES.values() for define in row.defines}
+    constants = ("CHUNK", "TILE", "SORT_RUN", "AMSGRAD", "CLIP")
+    words += [d for d in source.defines if d not in known and not re.match(rf"GPU_ADAM_({'|'.join(constants)})=", d)]
+    return " ".join(words)
+
+
+def gpu_rows(pair: tuple[Source, int]) -> list[tuple[str, Table]]:
+    """(name, row) of every kernel of a source, for an architecture."""
+    source, architecture = pair
+    rows = []
+    cubin = compiled(source, architecture)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        usage = run_tool("cuobjdump", "-res-usage", str(path))
+        functions = sass.functions(run_tool("nvdisasm", "-c", str(path)))
+    for found in re.finditer(r"Function (\w+):\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage):
+        name, registers, stack, shared, local = found[1], *map(int, found.groups()[1:])
+        function = functions[name]
+        row: Table = {
+            "registers": registers,
+            "spilled": stack + local,
+            "shared": shared,
+            "occupancy": round(sass.occupancy(architecture, registers, shared, kernels.BLOCK_SIZE), 3),
+            "instructions": function.whole.instructions,
+            "accesses": function.whole.text,
+        }
+        if function.main_loop is not None:
+            row |= loop_row(name, source, function.main_loop)
+        rows.append((" ".join(f"{name} {description(source)} sm_{architecture}".split()), row))
+    return rows
+
+
+def loop_row(name: str, source: Source, loop: sass.Code) -> Table:
+    """The main loop: its accesses, and per element what it moves."""
+    loaded, stored = loop.nbytes("LDG", "LD"), loop.nbytes("STG", "ST")
+    row: Table = {"loop": loop.text, "loop instructions": loop.instructions}
+    row["instructions per byte"] = round(loop.instructions / (loaded + stored), 3)
+    element = stored_per_element(name, source)
+    if element and stored:
+        row["bytes per element"] = round((loaded + stored) * element / stored, 2)
+    return row
+
+
+def stored_per_element(name: str, source: Source) -> int:
+    """Bytes of theta, m, v (and vhat) of one element; 0 for a kernel that stores something else."""
+    dtypes = [dtype for dtype, row in kernels.DTYPES.items() if set(row.defines) <= set(source.defines)]
+    if name not in ("dense", "sparse") or not dtypes:
+        return 0
+    wide = np.dtype(dtypes[0]).itemsize if dtypes[0] in np.sctypeDict else 2
+    real = np.dtype(kernels.DTYPES[dtypes[0]].real_dtype).itemsize
+    return 2 * wide + real * (2 if "GPU_ADAM_AMSGRAD=1" in source.defines else 1)
+
+
+def compiled(source: Source, architecture: int) -> bytes:
+    """A cubin with the options that CuPy would give, without a device."""
+    program = nvrtc.createProgram(source.text, source.file, (), ())
+    options = (*cuda.options(source.defines), "-ftz=true", f"-arch=sm_{architecture}")
+    try:
+        nvrtc.compileProgram(program, options)
+    except nvrtc.NVRTCError as error:
+        raise SystemExit(f"{source.file} for sm_{architecture}: {nvrtc.getProgramLog(program)}") from error
+    # CuPy 14.2 cuts off the last byte of the ELF file, and the disassemblers refuse it without.
+    return bytes(nvrtc.getCUBIN(program)) + b"\0"
+
+
+def run_tool(name: str, *arguments: str) -> str:
+    """Standard output of a disassembler, from PATH or from its wheel."""
+    path = shutil.which(name) or _in_wheel(name)
+    environment = {**os.environ, "PATH": f"{Path(path).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
+    return subprocess.run([path, *arguments], capture_output=True, text=True, check=True, env=environment).stdout
+
+
+def _in_wheel(name: str) -> str:
+    try:
+        files = importlib.metadata.distribution(f"nvidia-cuda-{name}").files or []
+    except importlib.metadata.PackageNotFoundError:
+        raise SystemExit(f'{name} is not installed: pip install -e ".[dev]"') from None
+    return next(str(file.locate()) for file in files if file.name == name)
+
+
+def differences(before: Table, after: Table, *, complete: bool) -> Iterator[str]:
+    """A line for every row that differs; a row that is gone counts where the whole table was made."""
+    for name in [*after, *(name for name in before if complete and name not in after)]:
+        if name not in before or name not in after:
+            yield f"{name}: {'new' if name in after else 'gone'}"
+            continue
+        old, new = before[name], after[name]
+        keys = [key for key in dict.fromkeys([*old, *new]) if old.get(key) != new.get(key)]
+        if keys:
+            yield f"{name}: " + "; ".join(f"{key} {old.get(key)} -> {new.get(key)}" for key in keys)
+
+
+def merged(before: Table, part: Table) -> Table:
+    """A table with some rows replaced."""
+    return {**part, **{key: {**before.get(key, {}), **part[key]} for key in ("gpu", "host")}}
+
+
+def dumped(whole: Table) -> str:
+    """As JSON with one line for each row, so that a change is a line of a diff."""
+    parts = []
+    for key, value in whole.items():
+        if isinstance(value, dict):
+            lines = [f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in sorted(value.items())]
+            parts.append(f' {json.dumps(key)}: {{\n' + ",\n".join(lines) + "\n }")
+        else:
+            parts.append(f" {json.dumps(key)}: {json.dumps(value)}")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

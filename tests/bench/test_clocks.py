@@ -1,0 +1,40 @@
+"""Samples, bursts and turns; no time is asserted."""
+
+import functools
+
+import pytest
+
+from gpu_adam.bench.clocks import Candidate, Effort, Summary, WallClock, measure
+
+
+def test_summary_is_median_and_quartiles() -> None:
+    summary = Summary.of([1.0, 2.0, 3.0, 4.0, 100.0], 7)
+    assert (summary.median, summary.repetitions, summary.burst) == (3.0, 5, 7)
+    assert summary.lower_quartile < summary.median < summary.upper_quartile
+    assert Summary.of([2.0]) == Summary(2.0, 2.0, 2.0, 1)
+
+
+def test_candidates_take_turns_over_their_sets() -> None:
+    calls: list[str] = []
+    clock = WallClock(lambda: calls.append("wait"))
+    made = [Candidate(name, [functools.partial(calls.append, name + s) for s in "12"], clock) for name in "ab"]
+    measure(made, Effort(repetitions=4, most=4, seconds=0.0, burst_seconds=0.0))
+    assert [len(each.samples) for each in made] == [4, 4]
+    kept = [call for call in calls if call != "wait"]
+    assert kept.count("a1") == pytest.approx(kept.count("a2"), abs=1)
+    assert made[0].executed == kept.count("a1") + kept.count("a2")
+    assert kept[:4] == ["a1", "a2", "a1", "a2"][:4]
+
+
+def test_a_burst_fills_the_time_it_is_given() -> None:
+    seconds = iter([0.4, 0.1, *[0.1] * 100])
+    candidate = Candidate("c", [lambda: None], lambda run: next(seconds))
+    measure([candidate], Effort(repetitions=2, most=2, seconds=0.0, burst_seconds=1.0))
+    assert candidate.burst == 30  # 0.1 s for 3 steps
+    assert candidate.samples == [0.1 / 30] * 2
+
+
+def test_sampling_goes_on_for_the_given_time() -> None:
+    candidate = Candidate("c", [lambda: None], lambda run: 1e-3)
+    measure([candidate], Effort(repetitions=3, most=11, seconds=60.0, burst_seconds=0.0))
+    assert len(candidate.samples) == 11

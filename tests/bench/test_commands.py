@@ -1,0 +1,134 @@
+"""`gpu-adam bench` and `gpu-adam profile`: what they print and write, and a sentence for every mistake."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from gpu_adam.__main__ import main
+from gpu_adam.bench import commands, ncu, ours, peers
+from gpu_adam.bench.clocks import Effort
+from gpu_adam.bench.runner import Report, Row, Runner
+from gpu_adam.bench.tables import terminal_table
+from gpu_adam.bench.workloads import Workload, many
+from gpu_adam.devices import Device
+
+LITTLE = Effort(repetitions=2, most=2, seconds=0.0, burst_seconds=0.0, sets=2)
+SMALL = [Workload("little", many(2, 100), quick=True), Workload("little sparse", many(1, 50, 4), indices=9)]
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    out, err = capsys.readouterr()
+    assert "Traceback" not in out + err
+    return int(caught.value.code or 0), out, err
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Little work, no peers."""
+    copy = Runner.copy
+    for name, value in {"workloads": lambda: SMALL, "QUICK": LITTLE, "FULL": LITTLE}.items():
+        monkeypatch.setattr(commands, name, value)
+    monkeypatch.setattr(Runner, "copy", lambda self: copy(self, 2**16))
+    monkeypatch.setattr(peers, "PEERS", [])
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.usefixtures("small")
+def test_bench_prints_writes_and_compares(device: Device, capsys: pytest.CaptureFixture[str]) -> None:
+    where = ("--device", device.name)
+    status, out, _ = run(capsys, "bench", *where, "--only", "little", "--json", "a.json")
+    assert status == 0
+    for text in ("little sparse", "gpu_adam", "GB/s", "of copy", "extra memory", "no telemetry"):
+        assert text in out
+    assert {row.workload for row in Report.load(Path("a.json")).rows} == {"little", "little sparse"}
+    pytest.importorskip("matplotlib", reason="the extra bench brings it")
+    more = ("--only", "little", "--quick", "--html", "p.html", "--compare", "a.json")
+    status, out, _ = run(capsys, "bench", *where, *more)
+    assert status == 0
+    assert "beside the run of" in out
+    page = Path("p.html").read_text()
+    assert page.count("<svg") == 2
+    assert not re.search(r"(src|href)=\"http", page)
+    ElementTree.fromstring(page.replace("<!doctype html>", "").replace('<meta charset="utf-8">', "").replace(
+        '<meta name="viewport" content="width=device-width, initial-scale=1">', ""))
+
+
+@pytest.mark.usefixtures("small")
+def test_a_wrong_result_is_an_error(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(*_: object) -> ours.Facts:
+        raise ours.WrongResultError("w", "must be 1", 2, "run the tests")
+
+    monkeypatch.setattr(ours, "checked", wrong)
+    status, out, _ = run(capsys, "bench", "--device", "host", "--only", "sparse")
+    assert status == 1
+    assert "Wrong results, not timed: little sparse" in out
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--only", "nothing"], "--only must be in one of 'little', 'little sparse' (got 'nothing')"),
+        (["--json", "no/where.json"], "--json must be a file in a writable directory"),
+        (["--html", "no/where.html"], "--html must be a file in a writable directory"),
+        (["--compare", "none.json"], "none.json: No such file or directory."),
+        (["--device", "gpu"], "device must be 'auto', 'host', 'cuda' or 'cuda:N'"),
+    ],
+)
+def test_mistakes_are_sentences(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
+    status, _, err = run(capsys, "bench", *arguments)
+    assert status == 1
+    assert message in err
+
+
+def test_a_row_without_time_shows_why() -> None:
+    row = Row("w", "peer", "float32", 1, 1, note="failed: x")
+    report = Report({"date": "d", "devices": {}, "versions": {}}, "host", False, {}, None, "", [row])
+    assert terminal_table(report, wide=False).row_count == 2
+
+
+def test_profile_prints_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    for kernel, file in ncu.kernel_files().items():
+        status, out, err = run(capsys, "profile", kernel)
+        assert status == 0
+        assert out.startswith("ncu --set=full ")
+        assert f"'--kernel-name=regex:^{kernel}$'" in out
+        assert "ncu is not installed here" in err
+        assert file.endswith(".cu")
+
+
+def test_profile_runs_it(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[list[str]] = []
+
+    class Result:
+        returncode = 3
+
+    monkeypatch.setattr(shutil, "which", lambda name: "/ncu")
+    def run_instead(command: list[str], check: bool) -> Result:
+        called.append(command)
+        return Result()
+
+    monkeypatch.setattr(subprocess, "run", run_instead)
+    assert run(capsys, "profile", "sparse", "--workload", "DLRM tables, 128 rows each", "--output", "o")[0] == 3
+    assert called[0][-2:] == ["DLRM tables, 128 rows each", "3"]
+    assert "--export=o" in called[0]
+
+
+@pytest.mark.parametrize("arguments", [["nothing"], ["dense", "--workload", "nothing"]])
+def test_profile_knows_kernels_and_workloads(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
+    status, _, err = run(capsys, "profile", *arguments)
+    assert status == 1
+    assert "must be one of" in err
+
+
+def test_the_profiled_program_steps(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ncu, "named", lambda name: SMALL[0])
+    ncu.main("little", 2)

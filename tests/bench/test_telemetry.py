@@ -1,0 +1,53 @@
+"""What NVML says, read from a stand-in of it; none on the host."""
+
+from typing import Any
+
+import pytest
+
+from gpu_adam.bench.telemetry import Telemetry, between
+from gpu_adam.devices import HostDevice
+
+nvml = pytest.importorskip("pynvml", reason="the extra cuda13 brings it")
+
+
+class Fake:
+    """A GPU that knows its clocks and energy, and not its temperature."""
+
+    NVML_CLOCK_SM, NVML_CLOCK_MEM, NVML_TEMPERATURE_GPU = nvml.NVML_CLOCK_SM, nvml.NVML_CLOCK_MEM, 0
+    NVMLError = nvml.NVMLError
+    energy = 1000
+
+    def __getattr__(self, name: str) -> Any:
+        answers = {
+            "nvmlDeviceGetPowerUsage": 250_000,
+            "nvmlDeviceGetClockInfo": 1700,
+            "nvmlDeviceGetMaxClockInfo": 2619,
+            "nvmlDeviceGetMemoryBusWidth": 5120,
+            "nvmlDeviceGetCurrentClocksThrottleReasons": 0x1 | 0x4 | 0x40,
+            "nvmlDeviceGetCurrentClocksEventReasons": 0x1 | 0x4 | 0x40,
+        }
+
+        def answer(*_: object) -> int:
+            if name == "nvmlDeviceGetTotalEnergyConsumption":
+                self.energy += 4000
+                return self.energy
+            if name not in answers:
+                raise nvml.NVMLError(nvml.NVML_ERROR_NOT_SUPPORTED)
+            return answers[name]
+
+        return answer
+
+
+def test_readings() -> None:
+    telemetry = Telemetry(Fake(), None)
+    before, after = telemetry.read(), telemetry.read()
+    assert (after.sm_mhz, after.watts, after.celsius) == (1700, 250.0, None)
+    assert after.throttles == ("power cap", "hardware thermal")
+    found = between(before, after, 8)
+    assert found["joules_per_step"] == pytest.approx(0.5)
+    assert found["throttled"] == ["hardware thermal", "power cap"]
+    assert telemetry.sheet_bandwidth() == pytest.approx(3352.3e9, rel=1e-4)
+
+
+def test_the_host_has_none() -> None:
+    assert Telemetry.open(HostDevice(threads=1)) is None

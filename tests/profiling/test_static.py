@@ -1,0 +1,64 @@
+"""The table of what is seen without a GPU: how it is compared and written; one kernel compiled and counted."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from gpu_adam import kernels
+
+pytest.importorskip("cupy", reason="the extra cuda13 brings it")
+static = pytest.importorskip("static")
+callgrind = pytest.importorskip("callgrind")
+
+BEFORE = {"a": {"registers": 40, "spilled": 0}, "gone": {}}
+AFTER = {"a": {"registers": 41, "spilled": 0}, "b": {}}
+
+
+def test_differences_name_what_changed() -> None:
+    lines = list(static.differences(BEFORE, AFTER, complete=True))
+    assert lines == ["a: registers 40 -> 41", "b: new", "gone: gone"]
+    assert "gone: gone" not in list(static.differences(BEFORE, AFTER, complete=False))
+
+
+def test_a_row_is_a_line() -> None:
+    text = static.dumped({"nvrtc": "x", "gpu": AFTER})
+    assert json.loads(text) == {"nvrtc": "x", "gpu": AFTER}
+    assert [line for line in text.splitlines() if '"registers"' in line] == ['  "a": {"registers": 41, "spilled": 0},']
+
+
+def test_main_judges_only_the_same_compilers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(static, "TABLE", tmp_path / "static.json")
+    now = {"nvrtc": "1", "compiler": "1", "gpu": AFTER, "host": {}}
+    monkeypatch.setattr(static, "table", lambda only: now)
+    assert static.main(["--update"]) == 0
+    assert static.main([]) == 0
+    now["gpu"] = BEFORE
+    assert static.main([]) == 1
+    now["nvrtc"] = "2"
+    assert static.main([]) == 0
+
+
+def test_every_source_has_its_own_description() -> None:
+    sources = dict.fromkeys(kernels.variants())
+    described = {(source.file, static.description(source)) for source in sources}
+    assert len(described) == len(sources)
+
+
+def test_a_kernel_is_compiled_and_read() -> None:
+    if shutil.which("cuobjdump") is None:
+        pytest.importorskip("nvidia.cu13", reason="the extra dev brings the disassemblers")
+    source = kernels.dense("float32", amsgrad=False, clip=False).source
+    ((name, row),) = static.gpu_rows((source, 90))
+    assert name == "dense float32 sm_90"
+    assert row["spilled"] == 0
+    assert row["loop"] == "4 LDG.16, 3 STG.16"
+    assert row["bytes per element"] == 28
+
+
+@pytest.mark.skipif(shutil.which("valgrind") is None, reason="needs valgrind")
+def test_a_host_kernel_is_counted() -> None:
+    count = callgrind.instructions(kernels.dense("float32", amsgrad=False, clip=False))
+    assert count % 2 in (0, 1)
+    assert count > callgrind.CHUNKS * kernels.CHUNK  # eight elements to an instruction, and more than eight of them
