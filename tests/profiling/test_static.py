@@ -9,7 +9,7 @@ import pytest
 from gpu_adam import kernels
 
 pytest.importorskip("cupy", reason="the extra cuda13 brings it")
-static = pytest.importorskip("static")
+static = pytest.importorskip("profiling.static", reason="needs CuPy and NVRTC: the extra cuda13")
 callgrind = pytest.importorskip("callgrind")
 
 BEFORE = {"a": {"registers": 40, "spilled": 0}, "gone": {}}
