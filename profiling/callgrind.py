@@ -34,8 +34,8 @@ template <typename T> static T* ones(long long n) {
     return p;
 }
 static Step step = {1, 1, 1, 1, 1};
-static const ClipFactor factor_value = {1.0, 1.0};
-static const ClipFactor* factors = GPU_ADAM_CLIP ? &factor_value : nullptr;
+static const double factor_value = 1.0;
+static const double* factors = GPU_ADAM_CLIP ? &factor_value : nullptr;
 static long long stride = 0;
 typedef void (*Entry)(void**, long long, long long, long long, int);
 """

@@ -10,7 +10,7 @@ from gpu_adam import kernels
 
 pytest.importorskip("cupy", reason="the extra cuda13 brings it")
 static = pytest.importorskip("profiling.static", reason="needs CuPy and NVRTC: the extra cuda13")
-callgrind = pytest.importorskip("callgrind")
+callgrind = pytest.importorskip("profiling.callgrind")
 
 BEFORE = {"a": {"registers": 40, "spilled": 0}, "gone": {}}
 AFTER = {"a": {"registers": 41, "spilled": 0}, "b": {}}

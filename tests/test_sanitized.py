@@ -1,0 +1,188 @@
+"""The kernels in faithful mode under ASan and UBSan: clean as they are, and every mistake put into them is noticed."""
+
+import functools
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from gpu_adam import kernels
+from gpu_adam.devices import host
+
+HARNESS = Path(__file__).parent / "sanitized" / "harness.cpp"
+
+# Without optimisation, every access is made and checked; the arithmetic is the same.
+FLAGS = (
+    *("-std=c++17", "-O0", "-g0", "-ffp-contract=off", "-fno-strict-aliasing"),
+    *("-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
+)
+
+# The combinations of amsgrad and clipping, one for each dtype by turns.
+SWITCHES = [(True, True), (True, False), (False, True), (False, False)]
+SWITCHES_OF = {dtype: SWITCHES[number % 4] for number, dtype in enumerate(kernels.DTYPES)}
+
+
+class Mutant(NamedTuple):
+    """A mistake: `old` stands once in `file`, and becomes `new`, in which MUTANT is true if this mistake is to be made.
+
+    `test` runs into it, and says so in words that match `noticed`.
+    """
+
+    file: str
+    old: str
+    new: str
+    test: str
+    noticed: str
+
+
+WRONG = r"wrong result: .* expected"
+DEADLOCK = r"gpu_adam: block \d+: "
+OVERRUN = r"AddressSanitizer: heap-buffer-overflow"
+MISALIGNED = r"runtime error: .* misaligned address"
+
+
+def without_barrier(file: str, test: str, before: str, after: str) -> Mutant:
+    """The barrier between these two texts is left out."""
+    barrier = "__syncthreads();"
+    new = f"{before}if (!MUTANT) {barrier}{after}"
+    return Mutant(file, f"{before}{barrier}{after}", new, test, f"{WRONG}|{OVERRUN}")
+
+
+MUTANTS = {
+    "a sum's barrier before the tree": without_barrier(
+        "norm.cu", "norm", "lanes[group * WIDTH + k] = sum[k];\n    }\n    ", "\n"
+    ),
+    "a barrier for a part of the block": Mutant(
+        "norm.cu", "        __syncthreads();\n    }\n    return", "        if (!MUTANT || threadIdx.x < 16) __syncthreads();\n    }\n    return",
+        "norm", DEADLOCK,
+    ),
+    "an element too many": Mutant("norm.cu", "i + k < n &&", "i + k < n + MUTANT &&", "norm", OVERRUN),
+    "lanes added in another order": Mutant(
+        "norm.cu", "lanes[lane] += lanes[lane + half];", "lanes[lane] += lanes[MUTANT ? 2 * half - 1 - lane : lane + half];",
+        "norm", WRONG,
+    ),
+    "a pack too early": Mutant("memory.cuh", "PACK - past;", "PACK - past - MUTANT;", "dense", MISALIGNED),
+    "a tail too late": Mutant("memory.cuh", "tail + j - head)", "tail + j - head + MUTANT)", "dense", OVERRUN),
+    "an element twice": Mutant(
+        "memory.cuh", "j < head + range.size - tail; j += blockDim.x)",
+        "j < head + range.size - tail; j += MUTANT ? 1 : blockDim.x)", "dense", WRONG,
+    ),
+    "a gradient taken for aligned": Mutant(
+        "memory.cuh", "if (packed) return", "if (packed || MUTANT) return", "dense", MISALIGNED
+    ),
+    "a last chunk as long as the others": Mutant(
+        "tensor_table.cuh", "left < GPU_ADAM_CHUNK ?", "left < GPU_ADAM_CHUNK && !MUTANT ?", "dense", OVERRUN
+    ),
+    "a wrong shuffle": Mutant("sort.cuh", "inclusive, d);", "inclusive, d + MUTANT);", "sort", WRONG),
+    "a lane too few": Mutant("sort.cuh", "if (lane >= d)", "if (lane >= d + MUTANT)", "sort", WRONG),
+    "a lane outside its mask": Mutant(
+        "sort.cuh", ": 0xffffffffu;", ": 0xffffffffu >> MUTANT;", "sort", DEADLOCK
+    ),
+    "a scan's barrier after the warps": without_barrier(
+        "sort.cuh", "sort", "scratch.warp_sums[warp] = inclusive;\n    ", "\n"
+    ),
+    "a scan's barrier after the block": without_barrier("sort.cuh", "sort", "scratch.total = sum;\n    }\n    ", "\n"),
+    "the barrier before keys move": without_barrier("sort.cuh", "sort", "", "  // before any thread moves on"),
+    "keys left over": Mutant("sort.cuh", "blockDim.x - 1) / blockDim.x;", "(MUTANT ? 0 : blockDim.x - 1)) / blockDim.x;", "sort", WRONG),
+    "the barrier before rows are summed": without_barrier("sparse.cu", "sparse", "", "\n        sum_rows"),
+    "the barrier before the next tile": without_barrier("sparse.cu", "sparse", "", "  // before the next tile's zeros"),
+    "a row too far": Mutant("sparse.cu", "if (row[middle] < wanted)", "if (row[middle] < wanted + MUTANT)", "sparse", WRONG),
+    "a last piece as long as the others": Mutant(
+        "sparse.cu", "left < GPU_ADAM_TILE ?", "left < GPU_ADAM_TILE && !MUTANT ?", "sparse", OVERRUN
+    ),
+    "duplicates summed backwards": Mutant(
+        "sparse.cu", "column[keys.position[j] * row_size]", "column[keys.position[MUTANT ? last - 1 - (j - k) : j] * row_size]",
+        "sparse", WRONG,
+    ),
+}  # fmt: skip
+
+
+def definitions(dtype: str, *, amsgrad: bool, clip: bool) -> list[str]:
+    defines = kernels.sparse(dtype, amsgrad=amsgrad, clip=clip).source.defines
+    return [f"-D{define}" for define in (*defines, "GPU_ADAM_PACK_BYTES=16")]
+
+
+@functools.cache
+def flags() -> tuple[str, ...]:
+    """What the compiler understands; the tests are skipped where it has no sanitizers."""
+    probe = ["-x", "c++", "-", "-o", os.devnull]
+    # g++ leaves shared memory, which is in a section of its own, unguarded without this. clang++ does not know it.
+    for candidate in ((*FLAGS, "-fsanitize-sections=gpu_adam_shared"), FLAGS):
+        call = [*host.compiler(), *candidate, *probe]
+        if subprocess.run(call, input="int main() {}", text=True, capture_output=True, check=False).returncode == 0:
+            return candidate
+    pytest.skip("needs a C++ compiler with AddressSanitizer and UndefinedBehaviorSanitizer")
+
+
+def built(cuda: Path, defines: list[str]) -> Path:
+    """The harness with the kernels of the directory `cuda`, from the kernel cache or compiled into it."""
+    texts = [path.read_text() for path in [HARNESS, *sorted(cuda.glob("*.cu*")), *sorted(cuda.glob("host/*.h"))]]
+    call = [*host.compiler(), *flags(), *defines]
+    identity = "\0".join([*texts, *call, host._compiler_version(tuple(host.compiler()))])
+    path = host.cache_directory() / f"test-{hashlib.sha256(identity.encode()).hexdigest()[:32]}"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f"{path.name}.{os.getpid()}")
+        call += [f"-I{cuda}", f"-I{cuda / 'host'}", "-o", str(partial), str(HARNESS)]
+        compiled = subprocess.run(call, capture_output=True, text=True, check=False)
+        assert compiled.returncode == 0, compiled.stderr
+        partial.replace(path)
+    return path
+
+
+class Programs(NamedTuple):
+    """The harness with the kernels as they are, by dtype, and with all mistakes, none of them made unless asked for."""
+
+    clean: dict[str, Path]
+    mutated: Path
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Programs:
+    """Everything compiled, side by side."""
+    copies = tmp_path_factory.mktemp("sanitized") / "cuda"
+    shutil.copytree(kernels.directory(), copies)
+    for number, (name, mutant) in enumerate(MUTANTS.items(), 1):
+        text = (copies / mutant.file).read_text()
+        assert text.count(mutant.old) == 1, f"{name}: {mutant.old!r} is not in {mutant.file}, or not once"
+        new = mutant.new.replace("MUTANT", f"(mutant == {number})")
+        (copies / mutant.file).write_text(text.replace(mutant.old, new))
+    switches = {dtype: definitions(dtype, amsgrad=amsgrad, clip=clip) for dtype, (amsgrad, clip) in SWITCHES_OF.items()}
+    jobs = [(copies, switches["float32"]), *((kernels.directory(), defines) for defines in switches.values())]
+    with ThreadPoolExecutor(2) as pool:
+        mutated, *clean = pool.map(built, *zip(*jobs, strict=True))
+    return Programs(dict(zip(switches, clean, strict=True)), mutated)
+
+
+def run(program: Path, mutant: int, *tests: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": ""}
+    call = [str(program), str(mutant), *tests]
+    return subprocess.run(call, env=environment, capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.mark.parametrize("dtype", kernels.DTYPES)
+def test_kernels_are_clean_and_right(programs: Programs, dtype: str) -> None:
+    tests = ["dense", "sparse", "norm", *(["sort"] if dtype == "float32" else [])]  # rows are sorted without a dtype
+    result = run(programs.clean[dtype], 0, *tests)
+    assert result.returncode == 0, result.stderr
+    assert re.fullmatch(r"[1-9]\d+ launches, [1-9]\d{5,} comparisons\n", result.stdout)
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_mistake_is_noticed(programs: Programs, name: str) -> None:
+    mutant = MUTANTS[name]
+    result = run(programs.mutated, list(MUTANTS).index(name) + 1, mutant.test)
+    assert result.returncode != 0, f"{mutant.test} passed"
+    assert re.search(mutant.noticed, result.stderr), result.stderr[:2000]
+
+
+def test_the_copies_are_right_until_a_mistake_is_made(programs: Programs) -> None:
+    """So that a mistake is what a failure above comes from."""
+    result = run(programs.mutated, 0, "dense", "sparse", "norm", "sort")
+    assert result.returncode == 0, result.stderr
