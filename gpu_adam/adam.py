@@ -367,7 +367,10 @@ class Adam:
                 "weights", rule, f"{len(arrays)}", "call build(variables) first, or pass the full list"
             )
         for number, (array, slot) in enumerate(zip(arrays, slots, strict=True)):
-            dtype = getattr(array, "dtype", None) or np.asarray(array).dtype
+            try:
+                dtype = getattr(array, "dtype", None) or np.asarray(array).dtype
+            except ValueError:  # a ragged list
+                dtype = np.dtype(object)
             if dtype.kind in "OSUMm":
                 what = f"{type(array).__name__} of {dtype}"
                 raise ArgumentTypeError(
@@ -413,7 +416,7 @@ class Adam:
             )
         try:
             self.set_weights([arrays[f"weights/{n}"] for n in range(len(names))])
-        except (KeyError, ValueError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(str(path), "must fit this optimizer", error, "pass its own checkpoint") from error
 
     # Configuration.

@@ -105,10 +105,11 @@ class Controller:
             warnings.warn(
                 f"no gradient for the variables {without}; they are left as they are", UserWarning, stacklevel=4
             )
-        self._slots.iterations(self._prefix)
-        if is_new:
-            self._slots.ensure(variables, slot_names(mode.amsgrad), self._prefix)
-            plan.allocate(self._slots)
+        with self._slots.undone_if_raised():
+            self._slots.iterations(self._prefix)
+            if is_new:
+                self._slots.ensure(variables, slot_names(mode.amsgrad), self._prefix)
+                plan.allocate(self._slots)
         self._plans[key] = plan
         self._plans.move_to_end(key)
         for old in [key for key, kept in self._plans.items() if not kept.captured][:-_PLANS_KEPT]:

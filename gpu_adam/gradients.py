@@ -29,23 +29,36 @@ def as_array(gradient: Any, variable: Variable, what: str = "gradient") -> Array
         ArgumentTypeError: it makes no array of numbers.
         ArgumentValueError: another dtype or device than the variable's.
     """
-    device, argument = variable.device, f"{what} of variable {variable.name!r}"
-    array = gradient.value if isinstance(gradient, Variable) else gradient
+    argument = f"{what} of variable {variable.name!r}"
+    array = on_device(gradient, variable.device, argument, variable.dtype)
+    if array.dtype != variable.dtype:
+        raise ArgumentValueError(argument, f"must have dtype {variable.dtype}", array.dtype, "cast it with astype")
+    return array
+
+
+def on_device(obj: Any, device: Device, argument: str, dtype: np.dtype | None) -> Array:
+    """`obj` as a C-contiguous array on `device`; lists and Python numbers are converted, to `dtype` where it is given.
+
+    Raises:
+        ArgumentTypeError: it makes no array of numbers.
+        ArgumentValueError: it lies on another device.
+    """
+    array = obj.value if isinstance(obj, Variable) else obj
     if isinstance(array, (list, tuple, int, float, complex)):
         try:
-            array = device.array(np.asarray(array, variable.dtype))
+            array = device.array(np.asarray(array, dtype))
         except (TypeError, ValueError) as error:
             raise ArgumentTypeError(argument, "must consist of numbers", error, "pass an array") from error
     elif isinstance(array, np.generic) and device.xp is np:
         array = np.asarray(array)
     elif not isinstance(array, device.xp.ndarray):
         array = _foreign(array, device, argument)
-    if array.dtype != variable.dtype:
-        raise ArgumentValueError(argument, f"must have dtype {variable.dtype}", array.dtype, "cast it with astype")
     place = device_of(array)
     if place is None or place.name != device.name:
-        raise ArgumentValueError(argument, f"must lie on {device.name}", f"an array on {place}", "move it there")
-    array = device.xp.ascontiguousarray(array) if array.ndim else array
+        where = "an array elsewhere" if place is None else f"an array on {place.name}"
+        raise ArgumentValueError(argument, f"must lie on {device.name}", where, "move it there")
+    with device.current():
+        array = device.xp.ascontiguousarray(array) if array.ndim else array
     # The kernels load whole elements: a complex array may begin in the middle of one.
     return device.array(array) if array.size and device.address(array) % array.dtype.itemsize else array
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -80,19 +81,19 @@ class Slots:
         existing = self._slots.get(variable, {}).get(slot_name)
         if existing is not None:
             return existing
-        device, dtype = variable.device, self._dtype(variable.dtype, slot_name)
-        initial = initialized(initializer, variable.shape, dtype, device)
-        if slot_name in ("m", "v", "vhat") and initial.shape != variable.shape:
+        dtype = self._dtype(variable.dtype, slot_name)
+        if isinstance(initializer, str) and initializer == "zeros":
+            array = variable.device.zeros(variable.shape, dtype, like=variable.value)
+        else:
+            array = _beside(initialized(initializer, variable.shape, dtype, variable.device), variable)
+        if slot_name in ("m", "v", "vhat") and tuple(array.shape) != variable.shape:
             raise ArgumentValueError(
                 f"initializer of slot {slot_name!r} for variable {variable.name!r}",
                 f"must give the variable's shape {variable.shape}",
-                tuple(initial.shape),
+                tuple(array.shape),
                 "pass 'zeros', or an array of that shape",
             )
-        array = device.zeros(tuple(initial.shape), dtype, like=variable.value)
-        with device.current():
-            array[...] = initial
-        slot = Variable.over(array, device, name, trainable=False)
+        slot = Variable.over(array, variable.device, name, trainable=False)
         self._slots.setdefault(variable, {})[slot_name] = slot
         self.weights.append(slot)
         if slot_name not in self.names:
@@ -120,14 +121,39 @@ class Slots:
     def copied(self, memo: dict[int, Any]) -> Slots:
         """Independent slots that stay bound to the same variables."""
         new = Slots(self.complex_mode)
-        copies = {slot: slot.__deepcopy__(memo) for slot in self.weights}
+        copies: dict[Variable, Variable] = {}
+        for variable, slots in self._slots.items():
+            for slot in slots.values():
+                copies[slot] = Variable.over(_beside(slot.value, variable), slot.device, slot.name, trainable=False)
+        if self._iterations is not None:
+            copies[self._iterations] = new._iterations = self._iterations.__deepcopy__(memo)
+        memo.update({id(slot): copy for slot, copy in copies.items()})
         new.weights = [copies[slot] for slot in self.weights]
-        new._iterations = None if self._iterations is None else copies[self._iterations]
         new.names = list(self.names)
         new._slots = {
             variable: {name: copies[slot] for name, slot in slots.items()} for variable, slots in self._slots.items()
         }
         return new
+
+    @contextmanager
+    def undone_if_raised(self) -> Iterator[None]:
+        """Whatever the block creates is gone again if it raises."""
+        weights, names, iterations = list(self.weights), list(self.names), self._iterations
+        slots = {variable: dict(named) for variable, named in self._slots.items()}
+        try:
+            yield
+        except BaseException:
+            self.weights[:], self.names[:], self._iterations, self._slots = weights, names, iterations, slots
+            raise
+
+
+def _beside(values: Any, variable: Variable) -> Any:
+    """A copy of `values` as far from a 16-byte boundary as the variable."""
+    device = variable.device
+    array = device.zeros(tuple(values.shape), values.dtype, like=variable.value)
+    with device.current():
+        array[...] = values
+    return array
 
 
 def initialized(initializer: Any, shape: tuple[int, ...], dtype: np.dtype, device: Device | str | None) -> Any:

@@ -10,8 +10,8 @@ import numpy as np
 from gpu_adam import kernels
 from gpu_adam.devices import Array, Device
 from gpu_adam.devices.base import PACK_BYTES
-from gpu_adam.errors import ArgumentTypeError, ArgumentValueError, SparseIndexError
-from gpu_adam.gradients import as_array, check_shape
+from gpu_adam.errors import ArgumentValueError, SparseIndexError
+from gpu_adam.gradients import as_array, check_shape, on_device
 from gpu_adam.memory import Interval, memory_of
 from gpu_adam.slots import Slots, slot_names
 from gpu_adam.variables import Variable
@@ -282,22 +282,11 @@ def index_error(variable: Variable, position: int, index: int, others: int = 0) 
 
 def _as_indices(indices: Any, variable: Variable) -> Array:
     """`indices` as a contiguous one-dimensional int32 or int64 array on the variable's device."""
-    device, argument = variable.device, f"IndexedSlices.indices of variable {variable.name!r}"
-    array = indices.value if isinstance(indices, Variable) else indices
-    if isinstance(array, (list, tuple)):
-        try:
-            array = device.array(np.asarray(array, None if array else np.int64))
-        except ValueError as error:
-            raise ArgumentTypeError(argument, "must consist of whole numbers", error, "pass an array") from error
-    elif not isinstance(array, device.xp.ndarray):
-        view = device.view(array)
-        if view is None:
-            raise ArgumentTypeError(
-                argument, f"must be an array on {device.name}", type(array).__name__, "move it there"
-            )
-        array = view
+    argument = f"IndexedSlices.indices of variable {variable.name!r}"
+    empty = isinstance(indices, (list, tuple)) and not indices
+    array = on_device(indices, variable.device, argument, np.dtype(np.int64) if empty else None)
     if array.dtype not in (np.int32, np.int64):
         raise ArgumentValueError(argument, "must have dtype int32 or int64", array.dtype, "cast them with astype")
     if array.ndim != 1:
         raise ArgumentValueError(argument, "must be one-dimensional", f"shape {tuple(array.shape)}", "ravel them")
-    return device.xp.ascontiguousarray(array)
+    return array

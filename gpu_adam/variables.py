@@ -15,6 +15,16 @@ from gpu_adam.errors import ArgumentTypeError, ArgumentValueError
 from gpu_adam.tracing import check_overwrite, operand
 
 
+def _in_place(ufunc: np.ufunc) -> Any:
+    def operator(self: Variable, other: Any) -> Variable:
+        check_overwrite(self)
+        with self._device.current():
+            ufunc(self._value, _plain(other), out=self._value)
+        return self
+
+    return operator
+
+
 class Variable(NDArrayOperatorsMixin):
     """An array on a device whose memory never moves: updates and assignments happen in place.
 
@@ -54,13 +64,14 @@ class Variable(NDArrayOperatorsMixin):
         if device is None and hasattr(initial_value, "__cuda_array_interface__"):
             device = device_of(initial_value)
         self._device = find_device(device)
+        wanted = _initial_dtype(initial_value, dtype)
         try:
-            self._value = self._device.array(initial_value, _initial_dtype(initial_value, dtype))
+            self._value = self._device.array(initial_value, wanted)
         except (TypeError, ValueError) as error:
             raise ArgumentValueError(
                 "initial_value", "must be convertible to an array of numbers", error, "pass numbers or an array"
             ) from error
-        if self._value.dtype.kind == "O":
+        if self._value.dtype.kind in "OSUMm":
             raise ArgumentTypeError(
                 "initial_value", "must consist of numbers", type(initial_value).__name__, "pass numbers or an array"
             )
@@ -234,25 +245,13 @@ class Variable(NDArrayOperatorsMixin):
 
     # In-place operators change the memory, where the mixin's would replace the object by an array.
 
-    def __iadd__(self, other: Any) -> Variable:
-        check_overwrite(self)
-        self._value[...] += _plain(other)
-        return self
-
-    def __isub__(self, other: Any) -> Variable:
-        check_overwrite(self)
-        self._value[...] -= _plain(other)
-        return self
-
-    def __imul__(self, other: Any) -> Variable:
-        check_overwrite(self)
-        self._value[...] *= _plain(other)
-        return self
-
-    def __itruediv__(self, other: Any) -> Variable:
-        check_overwrite(self)
-        self._value[...] /= _plain(other)
-        return self
+    __iadd__ = _in_place(np.add)
+    __isub__ = _in_place(np.subtract)
+    __imul__ = _in_place(np.multiply)
+    __itruediv__ = _in_place(np.true_divide)
+    __ifloordiv__ = _in_place(np.floor_divide)
+    __imod__ = _in_place(np.remainder)
+    __ipow__ = _in_place(np.power)
 
     # Two variables are the same if they are one object; `==` compares elements, as arrays do.
 
@@ -302,7 +301,7 @@ def _initial_dtype(value: Any, dtype: Any) -> np.dtype | None:
         with contextlib.suppress(TypeError, ValueError):
             found = np.asarray(value).dtype
             found = {"f": np.dtype(np.float32), "i": np.dtype(np.int32)}.get(found.kind, found)
-    return found
+    return None if found is None else found.newbyteorder("=")
 
 
 def as_dtype(dtype: Any) -> np.dtype:
@@ -377,6 +376,10 @@ class Registry:
     def __setstate__(self, state: list[tuple[Any, Variable]]) -> None:
         self.__init__()  # type: ignore[misc]
         for obj, variable in state:
+            if not isinstance(obj, Variable):
+                # Pickled apart from its variable, whose array may be a view: share memory again.
+                view = variable.device.view(obj)
+                variable._value = variable._value if view is None else view
             self._add(obj, variable)
             self._by_memory[_memory_key(variable)] = variable
 
@@ -412,6 +415,8 @@ def over_raw_array(obj: Any, argument: str) -> Variable:
         raise ArgumentValueError(
             argument, "must be C-contiguous", f"strides {array.strides}", "pass a contiguous array"
         )
+    if not array.dtype.isnative:
+        raise ArgumentValueError(argument, "must have the machine's byte order", array.dtype.str, "use astype")
     if array.size and device.address(array) % array.dtype.itemsize:
         rule = f"must begin at a multiple of {array.dtype.itemsize} bytes"
         raise ArgumentValueError(argument, rule, hex(device.address(array)), "wrap a copy in gpu_adam.Variable")

@@ -10,6 +10,7 @@ import golden
 import numpy as np
 import numpy.typing as npt
 import pytest
+import reference
 from reference import assert_same_bits
 
 import gpu_adam
@@ -145,6 +146,25 @@ def _compare(replay: Replay, outputs: golden.Arrays, paths: list[npt.NDArray[Any
             assert_same_bits(weight, outputs[f"w/{step}/{j}"], what)
         else:
             assert_close(weight, outputs[f"w/{step}/{j}"], 0, what)
+
+
+def test_the_oracle_of_other_tests_has_the_recorded_bits() -> None:
+    """The NumPy Adam that they compare with is the recorded one."""
+    plain = [case for case in CASES if is_exact(case[0]) and not has_schedule(case[0]) and "clipvalue" not in case[0]]
+    for case, inputs, outputs, later in plain:
+        config = {name: case["config"][name] for name in case["config"] if name != "lr"}
+        config["learning_rate"] = case["config"].get("lr", config.get("learning_rate", 0.001))
+        rounded = {"beta_1": 0.9, "beta_2": 0.999, **config}
+        rounded |= {name: float(np.float32(rounded[name])) for name in ("learning_rate", "beta_1", "beta_2")}
+        initial = [inputs[f"x0/{k}"] for k in range(len(case["vars"]))]
+        oracle = reference.Adam(initial, iterations=case.get("iterations0") or 0, **rounded)
+        last = case["checkpoints"][-1]
+        for step in range(last):
+            row = step % case["period"]
+            oracle.step_pairs((inputs[f"g/{number}"][row], k) for number, k in enumerate(case["pairs"]))
+        for k, found in enumerate(oracle.variables):
+            expected = (outputs if later is None else later)[f"v/{last}/{k}"]
+            assert_same_bits(found, expected, f"{case['name']}, variable {k}")
 
 
 def test_config_after_a_recorded_case() -> None:

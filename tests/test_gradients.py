@@ -1,4 +1,4 @@
-"""Clipping: by value, by each gradient's norm, by the norm over all; in this order, and on the raw values of slices."""
+"""Gradients: their forms, and clipping by value, by each norm, by the norm over all, on the raw values of slices."""
 
 import math
 from typing import Any
@@ -274,3 +274,77 @@ def test_no_norm_over_several_devices(device: Device) -> None:
         optimizer.apply_gradients(pairs)
     optimizer.global_clipnorm = None
     assert optimizer.apply_gradients(pairs) == 1
+
+
+def test_one_kind_of_norm_at_a_time() -> None:
+    optimizer = gpu_adam.Adam(clipnorm=1.0)
+    with pytest.raises(ArgumentValueError, match="clipnorm must not be set together with global_clipnorm"):
+        optimizer.global_clipnorm = 2.0
+    assert optimizer.global_clipnorm is None
+    assert optimizer.clipnorm == 1.0
+    optimizer.clipnorm = None
+    optimizer.global_clipnorm = 2.0
+    with pytest.raises(ArgumentValueError, match="clipnorm must not be set together with global_clipnorm"):
+        optimizer.clipnorm = 1.0
+    optimizer.clipvalue = 3
+    assert (optimizer.clipnorm, optimizer.global_clipnorm, optimizer.clipvalue) == (None, 2.0, 3.0)
+
+
+# What counts as a gradient.
+
+RNG = np.random.default_rng(1)
+A, C = (RNG.standard_normal(shape).astype(np.float32) for shape in ((3, 2), ()))
+G = RNG.standard_normal((3, 2)).astype(np.float32)
+
+
+def assert_variables(variables: list[Variable], oracle: reference.Adam) -> None:
+    for k, (variable, expected) in enumerate(zip(variables, oracle.variables, strict=True)):
+        assert_same_bits(variable.numpy(), expected, f"variable {k}")
+
+
+def test_forms_of_a_gradient(device: Device) -> None:
+    """Lists, numbers, Variables, strided arrays and subclasses count as what they hold."""
+    values = np.arange(12, dtype=np.float32).reshape(3, 4)
+    base = device.array(values)
+    transposed = device.array(np.ascontiguousarray(values[:, ::2].T)).T
+    forms = [
+        values[:, ::2].tolist(),
+        tuple(map(tuple, values[:, ::2].tolist())),
+        base[:, ::2],
+        transposed,
+        device.array(values[::-1, ::2])[::-1],
+        Variable(values[:, ::2]),
+        device.array(values[:, ::2]),
+    ]
+    for form in forms:
+        variable, scalar = Variable(A), Variable(C)
+        optimizer, oracle = gpu_adam.Adam(), reference.Adam([A, C])
+        for _ in range(3):
+            optimizer.apply_gradients([(form, variable), (2, scalar)])
+            oracle.step([values[:, ::2], np.float32(2)])
+        assert_variables([variable, scalar], oracle)
+
+
+class Subclass(np.ndarray[Any, Any]):
+    """As masked arrays and units are."""
+
+
+def test_a_gradient_as_a_numpy_subclass() -> None:
+    variable, scalar = Variable(A, device="host"), Variable(C, device="host")
+    optimizer, oracle = gpu_adam.Adam(), reference.Adam([A, C])
+    for kind in (Subclass, np.ndarray, np.ma.MaskedArray):
+        optimizer.apply_gradients([(G.view(kind), variable), (np.float32(2), scalar)])
+        oracle.step([G, np.float32(2)])
+        assert_variables([variable, scalar], oracle)
+
+
+def test_a_gradient_at_an_odd_address() -> None:
+    memory = np.zeros(4 * A.size + 1, np.uint8)
+    gradient = memory[1:].view(np.float32).reshape(A.shape)
+    gradient[...] = G
+    variable, oracle = Variable(A, device="host"), reference.Adam([A])
+    optimizer = gpu_adam.Adam()
+    for _ in range(2):
+        optimizer.apply_gradients([(gradient, variable)])
+        oracle.step([G])
+    assert_variables([variable], oracle)

@@ -351,20 +351,6 @@ def test_a_callable_that_fails(device: Device) -> None:
         run(device, optimizer, variable)
 
 
-def test_the_other_hyperparameters_stand_where_one_is_refused() -> None:
-    optimizer = gpu_adam.Adam(clipnorm=1.0)
-    with pytest.raises(ArgumentValueError, match="clipnorm must not be set together with global_clipnorm"):
-        optimizer.global_clipnorm = 2.0
-    assert optimizer.global_clipnorm is None
-    assert optimizer.clipnorm == 1.0
-    optimizer.clipnorm = None
-    optimizer.global_clipnorm = 2.0
-    with pytest.raises(ArgumentValueError, match="clipnorm must not be set together with global_clipnorm"):
-        optimizer.clipnorm = 1.0
-    optimizer.clipvalue = 3
-    assert (optimizer.clipnorm, optimizer.global_clipnorm, optimizer.clipvalue) == (None, 2.0, 3.0)
-
-
 # In float32 a value may round to one that breaks its rule.
 
 

@@ -10,7 +10,7 @@ import re
 from typing import Any
 
 from gpu_adam.devices.base import Array, Device
-from gpu_adam.devices.host import HostDevice
+from gpu_adam.devices.host import HostDevice, host_device
 from gpu_adam.errors import ArgumentTypeError, ArgumentValueError, DeviceError
 
 __all__ = ["Array", "Device", "HostDevice", "describe", "device_of", "find_device", "get_device", "set_device"]
@@ -92,9 +92,8 @@ def describe() -> list[tuple[str, list[tuple[str, str]]]]:
     return [*sections, *([("missing", missing)] if missing else [])]
 
 
-@functools.cache
 def _host() -> HostDevice:
-    return HostDevice()
+    return host_device()
 
 
 @functools.cache
@@ -129,17 +128,17 @@ def _cuda_count() -> int:
     if importlib.util.find_spec("cupy") is None:
         raise missing("no CuPy", install)
     try:
-        import cupy  # noqa: PLC0415
+        from gpu_adam.devices import cuda  # noqa: PLC0415  (imports CuPy)
     except ImportError as error:
         raise missing(f"CuPy does not import: {error}", install) from error
     try:
-        count = int(cupy.cuda.runtime.getDeviceCount())
-    except cupy.cuda.runtime.CUDARuntimeError as error:
+        count = cuda.device_count()
+    except Exception as error:  # CuPy's own, which only CuPy can name
         raise missing(error, "install NVIDIA's driver, or use the device 'host'") from error
     if count == 0:
         raise missing("a driver without devices", "check CUDA_VISIBLE_DEVICES, or use the device 'host'")
     try:
-        cupy.cuda.nvrtc.getVersion()
+        cuda.nvrtc_version()
     except Exception as error:
         raise missing(f"no NVRTC: {error}", install) from error
     return count

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -123,8 +124,19 @@ class CudaDevice(Device):
             ("memory", f"{total / 2**30:.1f} GiB, {free / 2**30:.1f} GiB free"),
             ("driver", f"for CUDA {driver // 1000}.{driver % 1000 // 10}"),
             ("CuPy", cupy.__version__),
-            ("NVRTC", "{}.{}".format(*cupy.cuda.nvrtc.getVersion())),
+            ("NVRTC", "{}.{}".format(*nvrtc_version())),
         ]
+
+
+def device_count() -> int:
+    """How many devices answer. Raises CuPy's error where there is no driver."""
+    return int(cupy.cuda.runtime.getDeviceCount())
+
+
+def nvrtc_version() -> tuple[int, int]:
+    """Version of NVRTC. Raises what its loader raises where there is none."""
+    major, minor = cupy.cuda.nvrtc.getVersion()
+    return int(major), int(minor)
 
 
 def current_index() -> int:
@@ -172,6 +184,9 @@ class _CudaLaunch:
                 self._kernel((blocks,), (BLOCK_SIZE,), self._arguments)
 
 
+_orphans: list[_Pinned] = []  # buffers whose table is gone before their copy has run
+
+
 class _CudaPointers:
     """Addresses in device memory, written through a ring of pinned buffers.
 
@@ -186,6 +201,11 @@ class _CudaPointers:
         self.address = int(self._table.data.ptr)
         self._ring: list[_Pinned] = []
         self._captured: list[_Pinned] = []
+        _orphans[:] = [pinned for pinned in _orphans if not pinned.copied.done]
+
+    def __del__(self) -> None:
+        if not sys.is_finalizing():
+            _orphans.extend(pinned for pinned in self._ring if not pinned.copied.done)
 
     def write(self, addresses: np.ndarray) -> None:
         with self._device.current():

@@ -55,13 +55,14 @@ class HostDevice(Device):
     checks_indices = True
 
     def __init__(self, threads: int | None = None, block_size: int | None = None, max_blocks: int = 2**31 - 1) -> None:
+        self._arguments = (threads, block_size, max_blocks)
         self.threads = _default_threads() if threads is None else threads
         self.block_size = block_size
         self.max_blocks = max_blocks
         self._large_arrays = 0
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return HostDevice, (self.threads, self.block_size, self.max_blocks)
+        return host_device, self._arguments
 
     def current(self) -> AbstractContextManager[Any]:
         """Nothing: there is one host."""
@@ -142,6 +143,14 @@ class HostDevice(Device):
             ("compiler", f"{shlex.join(command)}: {_compiler_version(tuple(command))}"),
             ("kernel cache", str(cache_directory())),
         ]
+
+
+@functools.cache
+def host_device(
+    threads: int | None = None, block_size: int | None = None, max_blocks: int = 2**31 - 1
+) -> HostDevice:
+    """The one object for a host device of this kind, also after unpickling."""
+    return HostDevice(threads, block_size, max_blocks)
 
 
 class _HostAddresses:

@@ -1,0 +1,501 @@
+"""What the CUDA device asks of a GPU: launches, copies, waits, streams and graphs; and the host device's bits.
+
+Needs a GPU, or CuPy's stand-in of the emulation, which also counts and runs everything as late or as oddly as CUDA allows.
+"""
+
+import contextlib
+import importlib
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from reference import Array, assert_same_bits
+
+import gpu_adam
+from gpu_adam import IndexedSlices, Variable, devices, kernels
+from gpu_adam.devices import Device
+from gpu_adam.errors import DeviceError, SparseIndexError
+
+HOST = devices.HostDevice(threads=1)
+
+
+@pytest.fixture
+def gpu(request: pytest.FixtureRequest) -> Iterator[Device]:
+    """The CUDA device, made the default."""
+    wanted = request.config.getoption("--device")
+    try:
+        device = devices.find_device("cuda")
+    except DeviceError as error:
+        if wanted == "cuda":
+            raise
+        pytest.skip(f"needs a real GPU, or an emulated one: {error}")
+    if wanted == "host":
+        pytest.skip("needs a real GPU, or an emulated one: --device host leaves it out")
+    before = devices.get_device()
+    yield devices.set_device(device)
+    devices.set_device(before)
+
+
+@pytest.fixture
+def emulation(gpu: Device) -> Any:
+    """CuPy's stand-in, which counts what it is asked for."""
+    if not getattr(gpu.xp, "__emulated__", False):
+        pytest.skip("needs the emulated GPU: a real GPU counts nothing")
+    return importlib.import_module("cupy._emulation")
+
+
+def schedules(gpu: Device) -> list[Callable[[], contextlib.AbstractContextManager[None]]]:
+    """In what order work runs that may run later: on a real GPU as it comes, emulated as late as can be, or by lot."""
+    if not getattr(gpu.xp, "__emulated__", False):
+        return [contextlib.nullcontext]
+    asynchronous = importlib.import_module("cupy._emulation").asynchronous
+    return [asynchronous, lambda: asynchronous(seed=1)]
+
+
+def numbers(rng: np.random.Generator, shape: Any, dtype: str = "float32") -> Array:
+    real = rng.standard_normal(shape)
+    return (real + 1j * rng.standard_normal(shape)).astype(dtype) if np.dtype(dtype).kind == "c" else real.astype(dtype)
+
+
+def counted(emulation: Any, optimizer: gpu_adam.Adam, pairs: Sequence[tuple[Any, Any]]) -> Any:
+    """What one step asks of the device. What was enqueued before has run, and what it enqueues runs before this returns."""
+    with emulation.uncounted():
+        optimizer.synchronize()
+    emulation.reset()
+    optimizer.apply_gradients(pairs)
+    with emulation.uncounted():
+        optimizer.synchronize()
+    return emulation.counters
+
+
+class Pairs:
+    """A few variables of each kind on a device, and gradients for them.
+
+    Args:
+        device: where.
+        kind: "dense", "sparse" or "both".
+        dtype: of the variables.
+        offset: how many elements behind a 16-byte boundary the first variable begins; the next one by one more.
+    """
+
+    SHAPES: dict[str, tuple[tuple[int, ...], ...]] = {
+        "dense": ((), (3,), (17, 15), (4097,), (0, 2)),
+        "sparse": ((9, 5), (70,)),
+    }
+
+    def __init__(self, device: Device, kind: str, dtype: str = "float32", offset: int = 0) -> None:
+        self.device, self.dtype = device, np.dtype(dtype)
+        rng = np.random.default_rng(1)
+        kinds = ("dense", "sparse") if kind == "both" else (kind,)
+        self.shapes = [(kind, shape) for kind in kinds for shape in self.SHAPES[kind]]
+        self.variables = [
+            Variable.over(self.placed(numbers(rng, shape, dtype), (offset + k) % 4), device, f"{kind} {shape}")
+            for k, (kind, shape) in enumerate(self.shapes)
+        ]
+
+    def placed(self, values: Array, offset: int) -> Any:
+        """The values on the device, so many elements behind a 16-byte boundary."""
+        memory = self.device.array(np.zeros(offset + values.size, self.dtype))
+        array = memory[offset:].reshape(values.shape)
+        array[...] = self.device.array(values)
+        return array
+
+    def gradients(self, seed: int, offset: int = 0) -> list[Any]:
+        """New arrays; the same numbers on every device."""
+        rng = np.random.default_rng(seed)
+        found: list[Any] = []
+        for kind, shape in self.shapes:
+            if kind == "dense":
+                found.append(self.placed(numbers(rng, shape, self.dtype.name), offset))
+            else:
+                indices = rng.integers(0, shape[0], 40).astype(np.int32 if seed % 2 else np.int64)  # with duplicates
+                values = numbers(rng, (40, *shape[1:]), self.dtype.name)
+                found.append(IndexedSlices(self.placed(values, offset), self.device.array(indices)))
+        return found
+
+    def pairs(self, seed: int, offset: int = 0) -> list[tuple[Any, Any]]:
+        return list(zip(self.gradients(seed, offset), self.variables, strict=True))
+
+
+def state(optimizer: gpu_adam.Adam, variables: Sequence[Variable]) -> dict[str, Array]:
+    """All variables and weights, waited for."""
+    found = {variable.name: variable.numpy() for variable in variables}
+    weights = zip(optimizer.weights, optimizer.get_weights(), strict=True)
+    return {**found, **{weight.name: np.asarray(array) for weight, array in weights}}
+
+
+def assert_same_state(actual: dict[str, Array], expected: dict[str, Array]) -> None:
+    assert actual.keys() == expected.keys()
+    for name, array in expected.items():
+        assert_same_bits(actual[name], array, name)
+
+
+MODES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "amsgrad": {"amsgrad": True},
+    "clipvalue": {"clipvalue": 0.5},
+    "clipnorm, amsgrad": {"clipnorm": 1.0, "amsgrad": True},
+    "clipvalue, global_clipnorm": {"clipvalue": 0.75, "global_clipnorm": 2.0},
+}
+NORMS = {"clipnorm, amsgrad": "clip_by_norm", "clipvalue, global_clipnorm": "clip_by_global_norm"}
+
+
+MODES_OF_ALL = ("plain", "clipnorm, amsgrad")
+
+
+# Launches.
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("count", [1, 2, 40])
+def test_one_launch_for_any_number_of_dense_variables(gpu: Device, emulation: Any, count: int, mode: str) -> None:
+    """With clipping by norm two more: sums, and factors."""
+    variables = [Variable(np.ones(size, np.float32)) for size in range(1, count + 1)]
+    gradients = [gpu.array(np.ones(size, np.float32)) for size in range(1, count + 1)]
+    optimizer = gpu_adam.Adam(**MODES[mode])
+    norms = {"square_sums": 1, NORMS[mode]: 1} if mode in NORMS else {}
+    for _ in range(2):
+        counters = counted(emulation, optimizer, list(zip(gradients, variables, strict=True)))
+        assert dict(counters.kernels) == {"dense": 1, **norms}
+
+
+def test_one_launch_for_each_dtype(gpu: Device, emulation: Any) -> None:
+    variables = [Variable(np.ones(3, dtype)) for dtype in [*kernels.DTYPES, *reversed(kernels.DTYPES)]]
+    gradients = [gpu.array(np.ones(3, variable.dtype)) for variable in variables]
+    counters = counted(emulation, gpu_adam.Adam(), list(zip(gradients, variables, strict=True)))
+    assert dict(counters.kernels) == {"dense": len(kernels.DTYPES)}
+
+
+@pytest.mark.parametrize("count", [0, 1, kernels.SORT_RUN, kernels.SORT_RUN + 1])
+def test_launches_of_a_sparse_update(gpu: Device, emulation: Any, count: int) -> None:
+    """A sort of few indices is one launch; of many, three for each four bits of the number of rows, and one before."""
+    rows = 200
+    variable = Variable(np.ones((rows, 1), np.float32))
+    indices = gpu.array(np.arange(count) % rows)
+    slices = IndexedSlices(gpu.array(np.ones((count, 1), np.float32)), indices)
+    counters = counted(emulation, gpu_adam.Adam(), [(slices, variable)])
+    sort: dict[str, int] = {"sort_rows": 1} if count else {}
+    if count > kernels.SORT_RUN:
+        sort = {"sort_keys": 1, "sort_count": 2, "sort_scan": 2, "sort_scatter": 2}
+    assert dict(counters.kernels) == {**sort, "sparse": 1}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", ["dense", "sparse", "both"])
+def test_a_step_waits_for_nothing_and_allocates_nothing(gpu: Device, emulation: Any, kind: str, mode: str) -> None:
+    """After the first; and it copies nothing but the addresses of dense gradients, and those only where they are new."""
+    work, optimizer = Pairs(gpu, kind), gpu_adam.Adam(**MODES[mode])
+    first, second = work.pairs(1), work.pairs(2)
+    optimizer.apply_gradients(first)
+    for number, pairs in enumerate((first, second, second, first)):
+        counters = counted(emulation, optimizer, pairs)
+        assert counters.syncs == []
+        assert counters.allocations == counters.device_allocations == 0
+        new = kind != "sparse" and number in (1, 3)
+        assert counters.h2d == (1 if new else 0)
+        assert counters.h2d_bytes == (8 * 4 if new else 0)  # for the four variables that are not empty
+        assert counters.d2h == counters.d2d == counters.memsets == 0
+        assert not counters.array_functions
+
+
+def test_waiting_is_noticed(gpu: Device, emulation: Any) -> None:
+    """The counters above do count."""
+    variable, optimizer = Variable(np.ones(3, np.float32)), gpu_adam.Adam()
+    optimizer.apply_gradients([(gpu.array(np.ones(3, np.float32)), variable)])
+    emulation.reset()
+    variable.numpy()
+    optimizer.synchronize()
+    gpu.array(np.ones(3, np.float32))
+    assert len(emulation.counters.syncs) == 2
+    assert (emulation.counters.h2d, emulation.counters.d2h, emulation.counters.allocations) == (1, 1, 1)
+
+
+# Streams.
+
+
+@pytest.mark.parametrize("mode", MODES_OF_ALL)
+def test_steps_run_on_the_current_stream(gpu: Device, mode: str) -> None:
+    """Waiting for that stream alone is enough, and where it is logged, everything ran there."""
+    cupy = gpu.xp
+    emulated = getattr(cupy, "__emulated__", False)
+    expected, host_optimizer = Pairs(HOST, "both"), gpu_adam.Adam(0.1, **MODES[mode])
+    for seed in range(3):
+        host_optimizer.apply_gradients(expected.pairs(seed))
+    for schedule in schedules(gpu):
+        stream = cupy.cuda.Stream(non_blocking=True)
+        with schedule():
+            with stream:
+                work, optimizer = Pairs(gpu, "both"), gpu_adam.Adam(0.1, **MODES[mode])
+                if emulated:
+                    importlib.import_module("cupy._emulation").reset()
+                for seed in range(3):
+                    optimizer.apply_gradients(work.pairs(seed))
+                if emulated:
+                    log = importlib.import_module("cupy._emulation").counters.launch_log
+                    assert {entry[4] for entry in log} == {stream.ptr}
+                actual = state(optimizer, work.variables)
+            assert_same_state(actual, state(host_optimizer, expected.variables))
+
+
+@pytest.mark.parametrize("kind", ["dense", "both"])
+def test_gradients_that_change_every_step(gpu: Device, kind: str) -> None:
+    """New arrays, released at once, while earlier steps may not have run: their addresses wait in pinned buffers."""
+    expected, host_optimizer = Pairs(HOST, kind), gpu_adam.Adam(0.1)
+    for seed in range(12):
+        host_optimizer.apply_gradients(expected.pairs(seed, seed % 4))
+    for schedule in schedules(gpu):
+        with schedule():
+            work, optimizer = Pairs(gpu, kind), gpu_adam.Adam(0.1)
+            for seed in range(12):
+                optimizer.apply_gradients(work.pairs(seed, seed % 4))
+            assert_same_state(state(optimizer, work.variables), state(host_optimizer, expected.variables))
+
+
+def test_gradients_that_take_turns(gpu: Device) -> None:
+    """Two sets of arrays, with contents that change between steps."""
+    expected, host_optimizer = Pairs(HOST, "dense"), gpu_adam.Adam(0.1)
+    for seed in range(9):
+        host_optimizer.apply_gradients(expected.pairs(seed))
+    for schedule in schedules(gpu):
+        with schedule():
+            work, optimizer = Pairs(gpu, "dense"), gpu_adam.Adam(0.1)
+            sets = [work.gradients(0), work.gradients(0)]
+            for seed in range(9):
+                for array, new in zip(sets[seed % 2], work.gradients(seed), strict=True):
+                    array[...] = new
+                optimizer.apply_gradients(list(zip(sets[seed % 2], work.variables, strict=True)))
+            assert_same_state(state(optimizer, work.variables), state(host_optimizer, expected.variables))
+
+
+# Graphs. A replay repeats a step with the scalars of the one that was captured, so the host repeats its t.
+
+
+@contextlib.contextmanager
+def captured(stream: Any, graphs: list[Any]) -> Iterator[None]:
+    stream.begin_capture()
+    try:
+        yield
+    finally:
+        graphs.append(stream.end_capture())
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", ["dense", "sparse", "both"])
+def test_a_captured_step_replays(gpu: Device, kind: str, mode: str) -> None:
+    """With gradients whose arrays stay and whose contents change; nothing of it runs while it is captured."""
+    config = {"learning_rate": 0.1, **MODES[mode]}
+    expected, host_optimizer = Pairs(HOST, kind), gpu_adam.Adam(**config)
+    host_gradients = expected.gradients(1)
+    work, optimizer = Pairs(gpu, kind), gpu_adam.Adam(**config)
+    gradients = work.gradients(1)
+
+    stream, graphs = gpu.xp.cuda.Stream(non_blocking=True), list[Any]()
+    gpu.xp.cuda.Device().synchronize()
+    with stream:
+        for _ in range(2):
+            optimizer.apply_gradients(list(zip(gradients, work.variables, strict=True)))
+            host_optimizer.apply_gradients(list(zip(host_gradients, expected.variables, strict=True)))
+        before = state(optimizer, work.variables)
+        with captured(stream, graphs):
+            optimizer.apply_gradients(list(zip(gradients, work.variables, strict=True)))
+        after = state(optimizer, work.variables)
+        assert after.pop("Adam/iter") == 3
+        assert before.pop("Adam/iter") == 2
+        assert_same_state(after, before)
+        for factor in (1, -2, 0.5):
+            for array, other in zip(arrays_of(gradients), arrays_of(host_gradients), strict=True):
+                array *= factor
+                other *= factor
+            graphs[0].launch()
+            host_optimizer.iterations = 2
+            host_optimizer.apply_gradients(list(zip(host_gradients, expected.variables, strict=True)))
+        assert_same_state(state(optimizer, work.variables), state(host_optimizer, expected.variables))
+
+
+def arrays_of(gradients: list[Any]) -> list[Any]:
+    return [gradient.values if isinstance(gradient, IndexedSlices) else gradient for gradient in gradients]
+
+
+@pytest.mark.parametrize("mode", MODES_OF_ALL)
+@pytest.mark.parametrize("kind", ["dense", "both"])
+def test_steps_between_replays_leave_a_graph_as_it_was(gpu: Device, kind: str, mode: str) -> None:
+    """Later steps have other gradients, more rows and other tables, and the graph still uses its own."""
+    config = {"learning_rate": 0.1, **MODES[mode]}
+    expected, host_optimizer = Pairs(HOST, kind), gpu_adam.Adam(**config)
+    work, optimizer = Pairs(gpu, kind), gpu_adam.Adam(**config)
+    stream, graphs = gpu.xp.cuda.Stream(non_blocking=True), list[Any]()
+    gpu.xp.cuda.Device().synchronize()
+
+    def step(own: gpu_adam.Adam, pairs: list[tuple[Any, Any]], t: int) -> None:
+        own.iterations = t
+        own.apply_gradients(pairs)
+
+    with stream:
+        pairs, host_pairs = work.pairs(1), expected.pairs(1)
+        step(optimizer, work.pairs(0), 0)
+        step(host_optimizer, expected.pairs(0), 0)
+        with captured(stream, graphs):
+            step(optimizer, pairs, 1)  # gradients that it has not seen before
+        for number in range(3):
+            graphs[0].launch()
+            step(host_optimizer, host_pairs, 1)
+            for own, at in ((optimizer, work), (host_optimizer, expected)):
+                step(own, at.pairs(10 + number), 2 + number)
+                step(own, at.pairs(20 + number)[number:], 2 + number)  # another set of variables: another table
+        assert_same_state(state(optimizer, work.variables), state(host_optimizer, expected.variables))
+
+
+# The host device's bits.
+
+
+# Every mode in one dtype, and in the others a kernel without and one with all switches.
+CASES = [(dtype, mode) for dtype in kernels.DTYPES for mode in MODES if dtype == "float32" or mode in MODES_OF_ALL]
+
+
+@pytest.mark.parametrize(("dtype", "mode"), CASES)
+def test_the_same_bits_as_on_the_host(gpu: Device, dtype: str, mode: str) -> None:
+    """Dense and sparse with duplicates, at every distance from a 16-byte boundary, the gradients at others."""
+    results = []
+    for device in (gpu, HOST):
+        work, optimizer = Pairs(device, "both", dtype), gpu_adam.Adam(0.1, **MODES[mode])
+        for seed in range(2):
+            optimizer.apply_gradients(work.pairs(seed, 2 * seed))
+        results.append(state(optimizer, work.variables))
+    assert_same_state(*results)
+
+
+@pytest.mark.parametrize("dtype", kernels.DTYPES)
+def test_long_rows_and_many_indices_have_the_same_bits_as_on_the_host(gpu: Device, dtype: str) -> None:
+    rng = np.random.default_rng(3)
+    tile = kernels.tile_size(dtype)
+    tables = [((2, tile + 3), 3), ((40, 3), kernels.SORT_RUN + 7)]
+    initial = [numbers(rng, shape, dtype) for shape, _ in tables]
+    slices = [(numbers(rng, (n, shape[1]), dtype), rng.integers(0, shape[0], n)) for shape, n in tables]
+    results = []
+    for device in (gpu, HOST):
+        variables = [Variable(array, device=device, name=str(k)) for k, array in enumerate(initial)]
+        gradients = [IndexedSlices(device.array(values), device.array(indices)) for values, indices in slices]
+        optimizer = gpu_adam.Adam(0.1, clipnorm=3.0)
+        optimizer.apply_gradients(list(zip(gradients, variables, strict=True)))
+        results.append(state(optimizer, variables))
+    assert_same_state(*results)
+
+
+@pytest.mark.parametrize("dtype", kernels.DTYPES)
+def test_special_numbers_have_the_same_bits_as_on_the_host(gpu: Device, dtype: str) -> None:
+    """Signed zeros, denormals, huge numbers, infinities and NaN, in gradients and in variables."""
+    limits = np.finfo(dtype)
+    tiny, huge = float(limits.tiny), float(limits.max)
+    special = np.array([0, -0.0, tiny, tiny / 4, -tiny / 4, huge, -huge, np.inf, -np.inf, np.nan, 1, -1e-3], dtype)
+    g, theta = (part.reshape(-1).copy() for part in np.meshgrid(special, special))
+    results = []
+    for device in (gpu, HOST):
+        variable = Variable(theta, device=device, name="w")
+        optimizer = gpu_adam.Adam(0.1, amsgrad=True, clipvalue=huge / 2)
+        for gradient in (g, -g):
+            optimizer.apply_gradients([(device.array(gradient), variable)])
+        results.append(state(optimizer, [variable]))
+    assert_same_state(*results)
+
+
+# Rows out of range.
+
+
+def waits(tmp_path: Path) -> dict[str, Callable[[gpu_adam.Adam], object]]:
+    """The calls that say what kernels have noted."""
+    return {
+        "check_errors": lambda optimizer: optimizer.check_errors(),
+        "get_weights": lambda optimizer: optimizer.get_weights(),
+        "save": lambda optimizer: optimizer.save(tmp_path / "state.npz"),
+    }
+
+
+def stepped(device: Device, table: Variable, indices: Sequence[int], optimizer: gpu_adam.Adam) -> None:
+    values = np.arange(1.0, 1 + 3 * len(indices), dtype=np.float32).reshape(-1, 3)
+    slices = IndexedSlices(device.array(values), device.array(np.array(indices, np.int64)))
+    optimizer.apply_gradients([(slices, table)])
+
+
+@pytest.mark.parametrize("wait", ["check_errors", "get_weights", "save"])
+def test_rows_out_of_range_are_left_out_and_told_once(gpu: Device, tmp_path: Path, wait: str) -> None:
+    table, optimizer = Variable(np.ones((4, 3), np.float32), name="words"), gpu_adam.Adam(0.1)
+    expected, host_optimizer = Variable(np.ones((4, 3), np.float32), device=HOST), gpu_adam.Adam(0.1)
+    tell = waits(tmp_path)[wait]
+    values = np.arange(1.0, 16, dtype=np.float32).reshape(5, 3)
+    indices = np.array([2, 4, 0, -3, 2])
+    inside = np.array([0, 2, 4])
+    for _ in range(2):
+        optimizer.apply_gradients([(IndexedSlices(gpu.array(values), gpu.array(indices)), table)])
+        host_optimizer.apply_gradients([(IndexedSlices(values[inside], indices[inside]), expected)])
+        message = r"IndexedSlices\.indices\[1\] of variable 'words' must lie in \[0, 4\) \(got 4 and 1 more\)"
+        with pytest.raises(SparseIndexError, match=message):
+            tell(optimizer)
+        assert not (tmp_path / "state.npz").exists()
+        optimizer.check_errors()  # told
+        assert_same_bits(table.numpy(), expected.numpy())
+    tell(optimizer)
+    for weight, other in zip(optimizer.get_weights(), host_optimizer.get_weights(), strict=True):
+        assert_same_bits(weight, other)
+
+
+def test_each_variable_has_its_own_note(gpu: Device) -> None:
+    optimizer = gpu_adam.Adam()
+    tables = {name: Variable(np.ones((4, 3), np.float32), name=name) for name in ("a", "b", "c")}
+    stepped(gpu, tables["a"], [7], optimizer)
+    stepped(gpu, tables["b"], [0, 3], optimizer)
+    stepped(gpu, tables["c"], [0, 1, -1], optimizer)
+    messages = []
+    for _ in range(2):
+        with pytest.raises(SparseIndexError) as caught:
+            optimizer.check_errors()
+        messages.append(str(caught.value))
+    optimizer.check_errors()
+    assert "indices[0] of variable 'a' must lie in [0, 4) (got 7)" in messages[0]
+    assert "indices[2] of variable 'c' must lie in [0, 4) (got -1)" in messages[1]
+
+
+def test_the_first_of_several_bad_steps_is_told(gpu: Device) -> None:
+    """Position and index are those of one step, and all are counted."""
+    table, optimizer = Variable(np.ones((4, 3), np.float32), name="words"), gpu_adam.Adam()
+    for indices in ([0, 1, 2, 9], [-5, 1], [1, 1]):
+        stepped(gpu, table, indices, optimizer)
+    with pytest.raises(SparseIndexError, match=r"indices\[3\] of variable 'words' .*\(got 9 and 1 more\)"):
+        optimizer.check_errors()
+
+
+def test_noting_rows_out_of_range_does_not_wait(gpu: Device, emulation: Any) -> None:
+    table, optimizer = Variable(np.ones((4, 3), np.float32)), gpu_adam.Adam()
+    indices = gpu.array(np.array([1, 4]))
+    slices = IndexedSlices(gpu.array(np.ones((2, 3), np.float32)), indices)
+    for _ in range(2):
+        counters = counted(emulation, optimizer, [(slices, table)])
+    assert counters.syncs == []
+    assert counters.d2h == 0
+    with pytest.raises(SparseIndexError, match=r"got 4 and 1 more"):
+        optimizer.check_errors()
+
+
+# The same under every schedule: what is enqueued late still reads what it should.
+
+
+def test_a_whole_training_in_any_order(gpu: Device) -> None:
+    """Dense and sparse, clipped, with a variable that comes late, assignments in between and a state that is read."""
+
+    def train(device: Device) -> list[dict[str, Array]]:
+        work, late = Pairs(device, "both"), Pairs(device, "dense", "float64")
+        optimizer = gpu_adam.Adam(0.1, global_clipnorm=2.0)
+        states = []
+        for seed, later in itertools.product(range(3), (False, True)):
+            optimizer.apply_gradients(work.pairs(seed) + (late.pairs(seed) if later else []))
+            work.variables[1].assign_add(np.full(3, 0.5, np.float32))
+            states.append(state(optimizer, [*work.variables, *late.variables]))
+        return states
+
+    expected = train(HOST)
+    for schedule in schedules(gpu):
+        with schedule():
+            for actual, wanted in zip(train(gpu), expected, strict=True):
+                assert_same_state(actual, wanted)
