@@ -55,7 +55,8 @@ class HostDevice(Device):
     checks_indices = True
 
     def __init__(self, threads: int | None = None, block_size: int | None = None, max_blocks: int = 2**31 - 1) -> None:
-        self._arguments = (threads, block_size, max_blocks)
+        default = threads is None and block_size is None and max_blocks == 2**31 - 1
+        self._arguments = () if default else (threads, block_size, max_blocks)
         self.threads = _default_threads() if threads is None else threads
         self.block_size = block_size
         self.max_blocks = max_blocks
@@ -146,11 +147,9 @@ class HostDevice(Device):
 
 
 @functools.cache
-def host_device(
-    threads: int | None = None, block_size: int | None = None, max_blocks: int = 2**31 - 1
-) -> HostDevice:
-    """The one object for a host device of this kind, also after unpickling."""
-    return HostDevice(threads, block_size, max_blocks)
+def host_device(*arguments: int | None) -> HostDevice:
+    """The one object for a host device with these arguments, also after unpickling."""
+    return HostDevice(*arguments)  # type: ignore[arg-type]
 
 
 class _HostAddresses:
