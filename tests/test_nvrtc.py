@@ -1,4 +1,4 @@
-"""NVRTC compiles every kernel for every GPU generation, without a GPU; registers, spills and width of loads in the result.
+"""NVRTC compiles every kernel for every GPU generation, without a GPU; registers, spills and widths of loads.
 
 All code is made; what is looked at is one generation's, and every generation's for the float32 updates. The rest is
 compiled with less optimisation, which halves a first run of about a minute. The results are kept in the kernel cache.
@@ -93,7 +93,8 @@ def cubin(source: kernels.Source, architecture: str) -> bytes:
 def architecture(request: pytest.FixtureRequest) -> str:
     """A GPU generation, all variants compiled for it side by side."""
     name = str(request.param)
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()) as pool:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    with ThreadPoolExecutor(cores) as pool:
         list(pool.map(lambda source: cubin(source, name), kernels.variants()))
     return name
 
@@ -162,12 +163,11 @@ def test_nothing_spills(architecture: str, tmp_path: Path) -> None:
             assert figures["LOCAL"] == 0, (source, name, figures)
 
 
+CASES = [("sm_75", "float32"), ("sm_120", "float32"), *(("sm_90", dtype) for dtype in kernels.DTYPES)]
+
+
 @pytest.mark.parametrize("update", [kernels.dense, kernels.sparse], ids=["dense", "sparse"])
-@pytest.mark.parametrize(
-    ("architecture", "dtype"),
-    [*itertools.product(["sm_75", "sm_90", "sm_120"], ["float32"]), *(("sm_90", d) for d in kernels.DTYPES if d != "float32")],
-    indirect=["architecture"],
-)
+@pytest.mark.parametrize(("architecture", "dtype"), CASES, indirect=["architecture"])
 def test_global_loads_and_stores_are_16_bytes_wide(
     architecture: str, dtype: str, update: Callable[..., kernels.Kernel], tmp_path: Path
 ) -> None:

@@ -60,19 +60,28 @@ MUTANTS = {
         "norm.cu", "norm", "lanes[group * WIDTH + k] = sum[k];\n    }\n    ", "\n"
     ),
     "a barrier for a part of the block": Mutant(
-        "norm.cu", "        __syncthreads();\n    }\n    return", "        if (!MUTANT || threadIdx.x < 16) __syncthreads();\n    }\n    return",
-        "norm", DEADLOCK,
+        "norm.cu",
+        "        __syncthreads();\n    }\n    return",
+        "        if (!MUTANT || threadIdx.x < 16) __syncthreads();\n    }\n    return",
+        "norm",
+        DEADLOCK,
     ),
     "an element too many": Mutant("norm.cu", "i + k < n &&", "i + k < n + MUTANT &&", "norm", OVERRUN),
     "lanes added in another order": Mutant(
-        "norm.cu", "lanes[lane] += lanes[lane + half];", "lanes[lane] += lanes[MUTANT ? 2 * half - 1 - lane : lane + half];",
-        "norm", WRONG,
+        "norm.cu",
+        "lanes[lane] += lanes[lane + half];",
+        "lanes[lane] += lanes[MUTANT ? 2 * half - 1 - lane : lane + half];",
+        "norm",
+        WRONG,
     ),
     "a pack too early": Mutant("memory.cuh", "PACK - past;", "PACK - past - MUTANT;", "dense", MISALIGNED),
     "a tail too late": Mutant("memory.cuh", "tail + j - head)", "tail + j - head + MUTANT)", "dense", OVERRUN),
     "an element twice": Mutant(
-        "memory.cuh", "j < head + range.size - tail; j += blockDim.x)",
-        "j < head + range.size - tail; j += MUTANT ? 1 : blockDim.x)", "dense", WRONG,
+        "memory.cuh",
+        "j < head + range.size - tail; j += blockDim.x)",
+        "j < head + range.size - tail; j += MUTANT ? 1 : blockDim.x)",
+        "dense",
+        WRONG,
     ),
     "a gradient taken for aligned": Mutant(
         "memory.cuh", "if (packed) return", "if (packed || MUTANT) return", "dense", MISALIGNED
@@ -82,26 +91,31 @@ MUTANTS = {
     ),
     "a wrong shuffle": Mutant("sort.cuh", "inclusive, d);", "inclusive, d + MUTANT);", "sort", WRONG),
     "a lane too few": Mutant("sort.cuh", "if (lane >= d)", "if (lane >= d + MUTANT)", "sort", WRONG),
-    "a lane outside its mask": Mutant(
-        "sort.cuh", ": 0xffffffffu;", ": 0xffffffffu >> MUTANT;", "sort", DEADLOCK
-    ),
+    "a lane outside its mask": Mutant("sort.cuh", ": 0xffffffffu;", ": 0xffffffffu >> MUTANT;", "sort", DEADLOCK),
     "a scan's barrier after the warps": without_barrier(
         "sort.cuh", "sort", "scratch.warp_sums[warp] = inclusive;\n    ", "\n"
     ),
     "a scan's barrier after the block": without_barrier("sort.cuh", "sort", "scratch.total = sum;\n    }\n    ", "\n"),
     "the barrier before keys move": without_barrier("sort.cuh", "sort", "", "  // before any thread moves on"),
-    "keys left over": Mutant("sort.cuh", "blockDim.x - 1) / blockDim.x;", "(MUTANT ? 0 : blockDim.x - 1)) / blockDim.x;", "sort", WRONG),
+    "keys left over": Mutant(
+        "sort.cuh", "blockDim.x - 1) / blockDim.x;", "(MUTANT ? 0 : blockDim.x - 1)) / blockDim.x;", "sort", WRONG
+    ),
     "the barrier before rows are summed": without_barrier("sparse.cu", "sparse", "", "\n        sum_rows"),
     "the barrier before the next tile": without_barrier("sparse.cu", "sparse", "", "  // before the next tile's zeros"),
-    "a row too far": Mutant("sparse.cu", "if (row[middle] < wanted)", "if (row[middle] < wanted + MUTANT)", "sparse", WRONG),
+    "a row too far": Mutant(
+        "sparse.cu", "if (row[middle] < wanted)", "if (row[middle] < wanted + MUTANT)", "sparse", WRONG
+    ),
     "a last piece as long as the others": Mutant(
         "sparse.cu", "left < GPU_ADAM_TILE ?", "left < GPU_ADAM_TILE && !MUTANT ?", "sparse", OVERRUN
     ),
     "duplicates summed backwards": Mutant(
-        "sparse.cu", "column[keys.position[j] * row_size]", "column[keys.position[MUTANT ? last - 1 - (j - k) : j] * row_size]",
-        "sparse", WRONG,
+        "sparse.cu",
+        "column[keys.position[j] * row_size]",
+        "column[keys.position[MUTANT ? last - 1 - (j - k) : j] * row_size]",
+        "sparse",
+        WRONG,
     ),
-}  # fmt: skip
+}
 
 
 def definitions(dtype: str, *, amsgrad: bool, clip: bool) -> list[str]:

@@ -4,8 +4,8 @@
 //
 //     harness MUTANT TEST...    TEST: dense, sparse, sort, norm; exit status 0: all is well
 //
-// Built by tests/test_sanitized.py with the definitions of a row of the dtype table. MUTANT is 0, or in a build of copies
-// of the kernels with mistakes in them, the number of the mistake to make.
+// Built by tests/test_sanitized.py with the definitions of a row of the dtype table. MUTANT is 0, or in a build of
+// copies of the kernels with mistakes in them, the number of the mistake to make.
 #include <math.h>
 #include <sanitizer/asan_interface.h>
 #include <stdio.h>
@@ -80,7 +80,10 @@ static void compare(const T& actual, const T& expected, const char* what, long l
 }
 
 static unsigned long long state = 1;
-static unsigned long long random_bits() { return (state = state * 6364136223846793005ULL + 1442695040888963407ULL) >> 33; }
+static unsigned long long random_bits() {
+    state = state * 6364136223846793005ULL + 1442695040888963407ULL;
+    return state >> 33;
+}
 static double random_number() { return static_cast<double>(random_bits()) / (1LL << 30) - 1.0; }
 
 static void randomize(float& x) { x = static_cast<float>(random_number()); }
@@ -128,8 +131,8 @@ struct Pair {
     Buffer<StoredReal> expected_v, expected_vhat;
 
     Pair(long long n, int offset)
-        : theta(n, offset), m(n, offset), v(n, offset), vhat(n, offset), expected_theta(n), expected_m(n), expected_v(n),
-          expected_vhat(n) {
+        : theta(n, offset), m(n, offset), v(n, offset), vhat(n, offset), expected_theta(n), expected_m(n),
+          expected_v(n), expected_vhat(n) {
         randomize(theta), randomize(m), randomize(v), randomize(vhat);
         for (long long i = 0; i < n; ++i) {
             v[i] = v[i] < 0 ? -v[i] : v[i];
@@ -381,7 +384,8 @@ static void test_norm() {
         launch(TENSORS, clip_by_norm, sums.data, all.ends.data, TENSORS, chunks, 2.0, factors.data);
         for (int t = 0; t < TENSORS; ++t) {
             const long long first = all.tensors[t].first_chunk;
-            compare(factors[t], factor_of(sums.data + first, all.ends[t] - first, 2.0), "clip_by_norm with ends", TENSORS, t);
+            const double expected = factor_of(sums.data + first, all.ends[t] - first, 2.0);
+            compare(factors[t], expected, "clip_by_norm with ends", TENSORS, t);
         }
         launch(1, clip_by_global_norm, sums.data, chunks, 2.0, factor.data);
         compare(factor[0], factor_of(sums.data, chunks, 2.0), "clip_by_global_norm", chunks, 0);
