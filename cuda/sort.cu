@@ -16,7 +16,8 @@ __device__ inline void read_keys(const Indices indices, Run run, const Keys keys
         const bool inside = 0 <= row && row < indices.rows;
         if (!inside) {
             atomicAdd(&errors->count, 1ULL);
-            atomicMin(&errors->first_position, static_cast<unsigned long long>(i));
+            // Of the first step that has any: its position belongs to the index that sparse.cu noted.
+            if (!errors->recorded) atomicMin(&errors->first_position, static_cast<unsigned long long>(i));
         }
         keys.row[i] = inside ? row : indices.rows;
         keys.position[i] = i;
