@@ -5,6 +5,7 @@ value.  A context variable, so that each thread and each asynchronous task sees 
 """
 
 from contextvars import ContextVar
+from importlib import import_module
 from typing import Any, Protocol
 
 
@@ -32,3 +33,8 @@ def check_overwrite(variable: Any) -> None:
     tracer = current_tracer.get()
     if tracer is not None:
         tracer.refuse_overwrite(variable)
+
+
+def adapter(framework: str) -> Any:
+    """The module that hands variables to another framework, "torch" or "jax"; imported when first asked for."""
+    return import_module(f"gpu_adam.autodiff.{framework}")

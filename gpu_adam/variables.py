@@ -12,7 +12,7 @@ from numpy.lib.mixins import NDArrayOperatorsMixin
 
 from gpu_adam.devices import Array, Device, device_of, find_device
 from gpu_adam.errors import ArgumentTypeError, ArgumentValueError
-from gpu_adam.tracing import check_overwrite, operand
+from gpu_adam.tracing import adapter, check_overwrite, operand
 
 
 def _in_place(ufunc: np.ufunc) -> Any:
@@ -194,6 +194,9 @@ class Variable(NDArrayOperatorsMixin):
             return getattr(operand(self), name)
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
+    def __jax_array__(self) -> Any:
+        return adapter("jax").view(self)
+
     def __dlpack__(self, **options: Any) -> Any:
         return operand(self).__dlpack__(**options)
 
@@ -202,6 +205,9 @@ class Variable(NDArrayOperatorsMixin):
         return int(kind), int(index)
 
     def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **options: Any) -> Any:
+        value = operand(self)
+        if value is not self._value:  # recorded: it takes the call, and what stands for the other variables
+            return value.__array_ufunc__(ufunc, method, *inputs, **options)
         if "out" in options:
             options["out"] = _plain(options["out"])
         return getattr(ufunc, method)(*_plain(inputs), **options)

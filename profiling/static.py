@@ -186,7 +186,7 @@ def dumped(whole: Table) -> str:
     for key, value in whole.items():
         if isinstance(value, dict):
             lines = [f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in sorted(value.items())]
-            parts.append(f' {json.dumps(key)}: {{\n' + ",\n".join(lines) + "\n }")
+            parts.append(f" {json.dumps(key)}: {{\n" + ",\n".join(lines) + "\n }")
         else:
             parts.append(f" {json.dumps(key)}: {json.dumps(value)}")
     return "{\n" + ",\n".join(parts) + "\n}\n"

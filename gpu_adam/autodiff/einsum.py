@@ -50,7 +50,7 @@ def _einsum_vjp(position: int, g: Any, y: Any, *args: Any, terms: list[str], res
     return np.expand_dims(found, missing) + np.zeros_like(args[position])
 
 
-_recorded_einsum = Primitive(_einsum, Each(_einsum_vjp))
+_recorded_einsum = Primitive(_einsum, Each(_einsum_vjp), of=np.einsum)
 
 
 @composed(np.einsum)

@@ -57,7 +57,7 @@ def _power(a: Any, b: Any) -> Any:
     return a**b if isinstance(b, (int, float)) else np.power(a, b)
 
 
-TABLE[np.power] = Primitive(_power, (_power_base, _power_exponent), arrays_only=True)
+TABLE[np.power] = Primitive(_power, (_power_base, _power_exponent), of=np.power, arrays_only=True)
 derivative(np.float_power, _power_base, _power_exponent)
 
 # -- exponentials and logarithms

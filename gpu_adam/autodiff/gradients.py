@@ -1,7 +1,7 @@
 """Gradients of a loss: call it once, read the tape backwards."""
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -10,15 +10,15 @@ from gpu_adam.autodiff import upstream
 from gpu_adam.autodiff.node import Node
 from gpu_adam.autodiff.picked import Picked
 from gpu_adam.autodiff.rules import plain
-from gpu_adam.autodiff.tape import Tape
+from gpu_adam.autodiff.tape import HandOver, Tape
 from gpu_adam.errors import ArgumentTypeError, ArgumentValueError
-from gpu_adam.tracing import current_tracer
+from gpu_adam.tracing import adapter, current_tracer
 from gpu_adam.variables import Variable
 
 Loss = Callable[[], Any]
 
 # Frameworks that differentiate what they computed themselves, by the package of the result's type.
-_ADAPTERS = {"torch": "gpu_adam.autodiff.torch", "jax": "gpu_adam.autodiff.jax", "jaxlib": "gpu_adam.autodiff.jax"}
+_FRAMEWORKS = {"torch": "torch", "jax": "jax", "jaxlib": "jax"}
 
 
 def value_and_grad(loss: Loss, variables: Any) -> tuple[Any, Any]:
@@ -78,7 +78,7 @@ def gradients(loss: Loss, variables: Any, grad_loss: Any = None) -> tuple[Any, l
     try:
         token = current_tracer.set(tape)
         try:
-            returned = loss()
+            returned = _called(loss, tape)
         finally:
             current_tracer.reset(token)
         if wanted is None:
@@ -93,6 +93,17 @@ def gradients(loss: Loss, variables: Any, grad_loss: Any = None) -> tuple[Any, l
         return values if many else values[0], [(found.get(id(variable)), variable) for variable in wanted]
     finally:
         tape.close()
+
+
+def _called(loss: Loss, tape: Tape) -> Any:
+    """What the loss returns.  JAX must itself call what it is to differentiate, which nobody knows beforehand."""
+    if "jax" in sys.modules and adapter("jax").may_ask(loss):
+        return adapter("jax").call(loss, tape)
+    try:
+        return loss()
+    except HandOver as asked:
+        # What is on the tape already gets no gradient.
+        return asked.call(loss, tape)
 
 
 def flatten(variables: Any) -> list[Variable]:
@@ -141,15 +152,14 @@ def _start(tape: Tape, losses: Sequence[Any], seeds: list[Any]) -> list[Any]:
             gradient = upstream.seed(loss.value, seeds[i])
             loss.gradient = gradient if loss.gradient is None else loss.gradient + gradient
             continue
-        adapter = _ADAPTERS.get(type(loss).__module__.partition(".")[0])
-        if adapter is not None:
-            foreign.setdefault(adapter, []).append(i)
+        framework = _FRAMEWORKS.get(type(loss).__module__.partition(".")[0])
+        if framework is not None:
+            foreign.setdefault(framework, []).append(i)
         else:
             values[i] = plain(loss)
             upstream.check_loss(values[i], seeds[i])
-    for adapter, positions in foreign.items():
-        pull_back = import_module(adapter).pull_back
-        found = pull_back(tape, [losses[i] for i in positions], [seeds[i] for i in positions])
+    for framework, positions in foreign.items():
+        found = adapter(framework).pull_back(tape, [losses[i] for i in positions], [seeds[i] for i in positions])
         for i, value in zip(positions, found, strict=True):
             values[i] = value
     return values

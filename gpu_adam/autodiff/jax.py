@@ -1,4 +1,13 @@
-"""Functions of JAX inside a loss, differentiated by JAX.
+"""Losses computed by JAX, differentiated by JAX.
+
+    optimizer.minimize(lambda: jnp.mean((x @ w + b - y) ** 2), [w, b])
+
+A variable gives JAX's operators and `jax.numpy.asarray` a `view` of itself.  (Functions of `jax.numpy` do not ask for
+one: they take `jnp.asarray(w)`, or `view(w)`.)  JAX differentiates functions, not what they return, so it is JAX that
+calls the loss.  Which losses want that is known from their first call, which all go through JAX once it is imported;
+a loss that asks for its first view only in a later call is unwound there and called again from its beginning.
+
+A part of a larger loss, written as a function of arrays and compiled:
 
     from gpu_adam.autodiff.jax import differentiable
 
@@ -6,16 +15,17 @@
     def squared_error(w, b):
         return jnp.mean((x @ w + b - y) ** 2)
 
-    optimizer.minimize(lambda: squared_error(w, b), [w, b])
+    optimizer.minimize(lambda: squared_error(w, b) + 0.01 * np.sum(w * w), [w, b])
 
-JAX differentiates functions, not what they return: the function must be known before it is called, hence the wrapper.
 On a CUDA device JAX reads the memory of the variables.  On the CPU it gets a copy at every call, because it takes the
 arrays it is given to be immutable, while an optimizer overwrites its variables.
 """
 
 import functools
-from collections.abc import Callable
-from typing import Any, NoReturn
+from collections.abc import Callable, Sequence
+from types import CodeType
+from typing import Any
+from weakref import WeakSet
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +33,11 @@ import numpy as np
 
 from gpu_adam.autodiff.node import Node
 from gpu_adam.autodiff.rules import conj, namespace, plain, record, traced
-from gpu_adam.autodiff.tape import Tape
+from gpu_adam.autodiff.tape import HandOver, Tape
+from gpu_adam.autodiff.upstream import check_kind, check_shape
 from gpu_adam.errors import ArgumentTypeError, ArgumentValueError
+from gpu_adam.tracing import current_tracer
+from gpu_adam.variables import Variable
 
 
 def differentiable(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -83,14 +96,102 @@ class _Pullback:
         return conj(_from_jax(self.found[position], y))
 
 
-def pull_back(tape: Tape, losses: list[Any], seeds: list[Any]) -> NoReturn:
-    """Refuse a bare JAX array, of which nobody knows how it was computed."""
-    raise ArgumentTypeError(
-        "loss()",
-        "must not return a bare JAX array, whose history JAX does not keep",
-        f"a {type(losses[0]).__name__}",
-        "wrap the function that computes it in gpu_adam.autodiff.jax.differentiable",
-    )
+class _Call:
+    """A loss that JAX is calling: `jax.vjp` differentiates with respect to views of all variables that it can take.
+
+    Attributes:
+        views: what stands for the variables, by their ids.
+        asked: the ids of those that the loss has asked for.
+        pull: from the gradients of the JAX arrays that the loss returned to those of the views.
+    """
+
+    def __init__(self) -> None:
+        self.views: dict[int, Any] = {}
+        self.asked: set[int] = set()
+        self.pull: Callable[..., Any] = lambda upstream: ({},)
+
+
+# The code of losses that have not asked for a view: they are called directly, without handing their variables to JAX.
+_ASKED_NOTHING: WeakSet[CodeType] = WeakSet()
+
+
+def may_ask(loss: Callable[..., Any]) -> bool:
+    """Whether a loss may ask for a view, as far as is known from its earlier calls."""
+    return getattr(loss, "__code__", None) not in _ASKED_NOTHING
+
+
+def call(loss: Callable[..., Any], tape: Tape) -> Any:
+    """What the loss returns, called by JAX."""
+    current = tape.views["jax"] = _Call()
+    returned: Any = None
+
+    def of_views(views: dict[int, Any]) -> list[Any]:
+        nonlocal returned
+        current.views = views
+        returned = loss()
+        return [one for one in _listed(returned) if isinstance(one, jax.Array)]
+
+    leaves = {key: leaf.value for key, leaf in tape.leaves.items() if _fits(leaf.value)}
+    outputs, current.pull = jax.vjp(of_views, {key: _to_jax(value) for key, value in leaves.items()})
+    code = getattr(loss, "__code__", None)
+    if code is not None:
+        (_ASKED_NOTHING.discard if current.asked else _ASKED_NOTHING.add)(code)
+    values = iter(outputs)
+    given = [next(values) if isinstance(one, jax.Array) else one for one in _listed(returned)]
+    return given if isinstance(returned, (list, tuple)) else given[0]
+
+
+def view(variable: Variable) -> Any:
+    """A JAX array with the contents of a variable; `jax.numpy.asarray` and JAX's operators ask for it themselves.
+
+    Inside a loss that is being differentiated, the array that JAX differentiates with respect to.
+    """
+    tape = current_tracer.get()
+    if not isinstance(tape, Tape) or not (tape.all or id(variable) in tape.leaves):
+        return _to_jax(variable.value)
+    if tape.all:
+        raise ArgumentValueError(
+            "var_list",
+            "must hold the variables of a loss that JAX differentiates, which has to know them before",
+            "a callable",
+            "pass the variables themselves",
+        )
+    _check_width(variable.value)
+    if "jax" not in tape.views:
+        raise HandOver(call)
+    current = tape.views["jax"]
+    current.asked.add(id(variable))
+    return current.views[id(variable)]
+
+
+def pull_back(tape: Tape, losses: list[Any], seeds: list[Any]) -> list[Any]:
+    """Add the gradients of JAX losses to the leaves of the tape; the losses' values."""
+    for loss, seed in zip(losses, seeds, strict=True):
+        check_kind(loss.dtype.kind, f"a JAX array of dtype {loss.dtype}", seed)
+    current = tape.views.get("jax")
+    if current is not None and current.asked:
+        (found,) = current.pull([jnp.conj(_upstream(loss, seed)) for loss, seed in zip(losses, seeds, strict=True)])
+        for key in current.asked:
+            leaf = tape.leaves[key]
+            contribution = conj(_from_jax(found[key], leaf.value))
+            leaf.gradient = contribution if leaf.gradient is None else leaf.gradient + contribution
+    return losses
+
+
+def _listed(returned: Any) -> Sequence[Any]:
+    return returned if isinstance(returned, (list, tuple)) else [returned]
+
+
+def _upstream(loss: Any, seed: Any) -> Any:
+    if seed is None:
+        return jnp.ones_like(loss)
+    seed = plain(seed)
+    check_shape(tuple(np.shape(seed)), tuple(loss.shape))
+    return jnp.ones_like(loss) * (seed if isinstance(seed, (int, float, complex)) else _to_jax(seed))
+
+
+def _fits(value: Any) -> bool:
+    return jax.config.jax_enable_x64 or value.dtype not in (np.float64, np.complex128)
 
 
 def _to_jax(value: Any) -> Any:
@@ -104,7 +205,7 @@ def _to_jax(value: Any) -> Any:
 
 
 def _check_width(value: Any) -> None:
-    if value.dtype in (np.float64, np.complex128) and not jax.config.jax_enable_x64:
+    if not _fits(value):
         raise ArgumentValueError(
             "a variable or array for JAX",
             "must be float32 or complex64 while JAX computes in 32 bits",

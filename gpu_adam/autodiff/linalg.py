@@ -228,7 +228,7 @@ def _euclidean_vjp(g: Any, y: Any, a: Any, axis: Any = None, keepdims: bool = Fa
     return scale * a
 
 
-_recorded_euclidean = Primitive(_euclidean, (_euclidean_vjp,))
+_recorded_euclidean = Primitive(_euclidean, (_euclidean_vjp,), of=np.linalg.norm)
 
 
 @composed(np.linalg.norm)

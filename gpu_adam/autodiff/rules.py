@@ -27,6 +27,9 @@ from gpu_adam.variables import Variable
 
 Vjp = Callable[..., Any]
 
+# The types of most arguments that are not recorded: arrays of NumPy and numbers.
+_PLAIN = {np.ndarray, bool, int, float, complex}
+
 # A method, not numpy.conjugate, which copies real arrays.
 conj: Callable[[Any], Any] = methodcaller("conjugate")
 
@@ -37,15 +40,22 @@ class Primitive:
     Args:
         function: what to call on plain arrays.
         vjps: one per positional argument; None where the result does not depend on it differentiably.
+        of: the function that a user calls, if another one; errors name it.
         arrays_only: whether each argument is an array (a ufunc's are), so that lists among them are converted.
     """
 
-    __slots__ = ("arrays_only", "function", "keywords", "vjps")
+    __slots__ = ("arrays_only", "function", "keywords", "of", "vjps")
 
     def __init__(
-        self, function: Callable[..., Any], vjps: "Sequence[Vjp | None] | Each", *, arrays_only: bool = False
+        self,
+        function: Callable[..., Any],
+        vjps: "Sequence[Vjp | None] | Each",
+        *,
+        of: Callable[..., Any] | None = None,
+        arrays_only: bool = False,
     ) -> None:
         self.function = function
+        self.of = of or function
         self.vjps = vjps
         self.arrays_only = arrays_only
         self.keywords = _keywords(vjps)
@@ -55,18 +65,17 @@ class Primitive:
         values = []
         sources = []
         for position, arg in enumerate(args):
+            if isinstance(arg, Variable):
+                arg = operand(arg)  # noqa: PLW2901
             if type(arg) is not Node:
-                if isinstance(arg, Variable):
-                    arg = operand(arg)  # noqa: PLW2901
-                if type(arg) is not Node:
-                    values.append(np.asarray(arg) if self.arrays_only and type(arg) is list else arg)
-                    continue
+                values.append(arg if type(arg) in _PLAIN else self._constant(arg))
+                continue
             values.append(arg.value)
             if arg.tape is not None:
                 try:
                     vjp = self.vjps[position]
                 except IndexError:
-                    raise missing(f"{function_name(self.function)} with respect to argument {position}") from None
+                    raise missing(f"{function_name(self.of)} with respect to argument {position}") from None
                 if vjp is not None:
                     sources.append((vjp, arg))
         if kwargs:
@@ -75,17 +84,30 @@ class Primitive:
             result = self.function(*values, **kwargs)
         return record(result, sources, values, kwargs) if sources else result
 
-    def _checked(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    def _constant(self, arg: Any) -> Any:
+        """An argument that is not recorded; those of other frameworks would take the result with them."""
+        package = type(arg).__module__.partition(".")[0].removesuffix("lib")
+        if package in ("torch", "jax"):
+            raise TypeError(
+                f"{function_name(self.of)}: a recorded array must not meet one of another framework "
+                f"(got one of {package}); compute with the variable's view, gpu_adam.autodiff.{package}.view, "
+                "or convert the other array with numpy.asarray."
+            )
+        return np.asarray(arg) if self.arrays_only and type(arg) is list else arg
+
+    def _checked(self, kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
         """Keyword arguments without those that say nothing; what the vjp does not know must not pass unnoticed."""
-        given = {key: value for key, value in kwargs.items() if key in self.keywords or value is not None}
+        given = kwargs
+        if not kwargs.keys() <= self.keywords:
+            given = {key: value for key, value in kwargs.items() if key in self.keywords or value is not None}
         for keyword, value in given.items():
-            if isinstance(value, Node | Variable):
+            if isinstance(value, (Node, Variable)):
                 raise TypeError(
-                    f"{function_name(self.function)}: a recorded array must be passed by position "
+                    f"{function_name(self.of)}: a recorded array must be passed by position "
                     f"(got the keyword argument {keyword})"
                 )
             if keyword not in self.keywords:
-                raise missing(f"{function_name(self.function)} with the argument {keyword}=")
+                raise missing(f"{function_name(self.of)} with the argument {keyword}=")
         return given
 
 

@@ -1,5 +1,6 @@
 """Derivatives of operations that move elements about: reshape, transpose, join, split, repeat, pad, shift."""
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -74,18 +75,17 @@ def _broadcast_arrays(*arrays: Any) -> Any:
 
 
 # -- several arrays into one
-def _join(*arrays: Any, axis: int = 0) -> Any:
+def _join(*arrays: Any, axis: int, bounds: list[int]) -> Any:
     return np.concatenate(arrays, axis=axis)
 
 
-def _part_vjp(position: int, g: Any, y: Any, *arrays: Any, axis: int = 0) -> Any:
-    start = sum(a.shape[axis] for a in arrays[:position])
+def _part_vjp(position: int, g: Any, y: Any, *arrays: Any, axis: int, bounds: list[int]) -> Any:
     part = [slice(None)] * g.ndim
-    part[axis] = slice(start, start + arrays[position].shape[axis])
+    part[axis] = slice(bounds[position], bounds[position + 1])
     return g[tuple(part)]
 
 
-_recorded_join = Primitive(_join, Each(_part_vjp))
+_recorded_join = Primitive(_join, Each(_part_vjp), of=np.concatenate)
 
 
 @composed(np.concatenate)
@@ -93,7 +93,9 @@ def _concatenate(arrays: Any, axis: Any = 0, out: Any = None, *, dtype: Any = No
     arrays = tuple(map(traced, arrays))
     if axis is None:
         arrays, axis = tuple(np.ravel(a) for a in arrays), 0
-    joined = _recorded_join(arrays, {"axis": axis})
+    # Where each begins, found once for all of them.
+    bounds = [0, *itertools.accumulate(np.shape(plain(a))[axis] for a in arrays)]
+    joined = _recorded_join(arrays, {"axis": axis, "bounds": bounds})
     return joined if dtype is None else joined.astype(dtype)
 
 

@@ -1,12 +1,23 @@
 """The tape: what was computed during one call of a loss, and the way back through it."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from gpu_adam.autodiff.node import Node
 from gpu_adam.autodiff.picked import Picked
 from gpu_adam.autodiff.rules import fit
 from gpu_adam.errors import ArgumentValueError
+
+
+class HandOver(BaseException):  # not an Exception, which the loss might catch
+    """Unwinds a loss that has turned out to be one for another framework to call.
+
+    Args:
+        call: what to do in place of calling the loss.
+    """
+
+    def __init__(self, call: Callable[..., Any]) -> None:
+        self.call = call
 
 
 class Tape:
@@ -26,8 +37,8 @@ class Tape:
         self.all = variables is None
         for variable in variables or ():
             self._watch(variable)
-        # Tensors of other frameworks that stand for a variable in this loss, by id of the variable.
-        self.views: dict[int, Any] = {}
+        # What stands for the variables in other frameworks, kept here by their adapters.
+        self.views: dict[str, Any] = {}
 
     def operand(self, variable: Any) -> Any:
         """The recorded value of a variable; its plain value if it is not watched or cannot have a gradient."""

@@ -28,12 +28,12 @@ def view(variable: Variable) -> torch.Tensor:
     not be written to, and must not be kept: the next step changes its contents.
     """
     tape = current_tracer.get()
-    tensor = tape.views.get(id(variable)) if isinstance(tape, Tape) else None
-    if tensor is None:
-        tensor = _tensor(variable.value)
-        if isinstance(tape, Tape) and tape.operand(variable) is not variable.value:
-            tape.views[id(variable)] = tensor.requires_grad_()
-    return tensor
+    if not isinstance(tape, Tape) or tape.operand(variable) is variable.value:
+        return _tensor(variable.value)
+    views = tape.views.setdefault("torch", {})
+    if id(variable) not in views:
+        views[id(variable)] = _tensor(variable.value).requires_grad_()
+    return views[id(variable)]
 
 
 def pull_back(tape: Tape, losses: list[Any], seeds: list[Any]) -> list[Any]:
@@ -45,7 +45,8 @@ def pull_back(tape: Tape, losses: list[Any], seeds: list[Any]) -> list[Any]:
         if loss.requires_grad:
             outputs.append(loss)
             upstream.append(_upstream(loss, seed))
-    keys, tensors = list(tape.views), list(tape.views.values())
+    views = tape.views.get("torch", {})
+    keys, tensors = list(views), list(views.values())
     if outputs and tensors:
         gradients = torch.autograd.grad(outputs, tensors, upstream, allow_unused=True)
         for key, gradient in zip(keys, gradients, strict=True):

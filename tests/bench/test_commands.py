@@ -56,8 +56,11 @@ def test_bench_prints_writes_and_compares(device: Device, capsys: pytest.Capture
     page = Path("p.html").read_text()
     assert page.count("<svg") == 2
     assert not re.search(r"(src|href)=\"http", page)
-    ElementTree.fromstring(page.replace("<!doctype html>", "").replace('<meta charset="utf-8">', "").replace(
-        '<meta name="viewport" content="width=device-width, initial-scale=1">', ""))
+    ElementTree.fromstring(
+        page.replace("<!doctype html>", "")
+        .replace('<meta charset="utf-8">', "")
+        .replace('<meta name="viewport" content="width=device-width, initial-scale=1">', "")
+    )
 
 
 @pytest.mark.usefixtures("small")
@@ -112,6 +115,7 @@ def test_profile_runs_it(capsys: pytest.CaptureFixture[str], monkeypatch: pytest
         returncode = 3
 
     monkeypatch.setattr(shutil, "which", lambda name: "/ncu")
+
     def run_instead(command: list[str], check: bool) -> Result:
         called.append(command)
         return Result()

@@ -48,8 +48,13 @@ def test_ours_and_torchs_agree() -> None:
     workload = Workload("w", many(1, 50), "float64")
     candidate = peers.pytorch.torch_fused([Inputs(workload, 0)], HostDevice(threads=1))
     step = candidate.steps[0]
-    parameters = next(cell.cell_contents for cell in step.__closure__ or () if isinstance(cell.cell_contents, list)
-                      and cell.cell_contents and isinstance(cell.cell_contents[0], torch.Tensor))
+    parameters = next(
+        cell.cell_contents
+        for cell in step.__closure__ or ()
+        if isinstance(cell.cell_contents, list)
+        and cell.cell_contents
+        and isinstance(cell.cell_contents[0], torch.Tensor)
+    )
     step()
     moved = parameters[0].detach().numpy() - Inputs(workload, 0).theta(0)
     np.testing.assert_allclose(moved, -0.001 * np.sign(Inputs(workload, 0).gradient(0)), rtol=1e-4)
