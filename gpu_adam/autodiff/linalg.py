@@ -105,6 +105,17 @@ if hasattr(np, "vecdot"):
         return np.sum(np.conjugate(a) * b, axis=axis)
 
 
+if hasattr(np, "matvec"):
+
+    @composed(np.matvec)
+    def _matvec(a: Any, b: Any) -> Any:
+        return np.matmul(a, b[..., None])[..., 0]
+
+    @composed(np.vecmat)
+    def _vecmat(a: Any, b: Any) -> Any:
+        return np.matmul(np.conjugate(a)[..., None, :], b)[..., 0, :]
+
+
 # -- diagonals
 def _diagonal_vjp(g: Any, y: Any, a: Any, offset: int = 0, axis1: int = 0, axis2: int = 1) -> Any:
     total = np.zeros_like(a)

@@ -67,6 +67,14 @@ class TestProducts(DerivativeTests):
         *both("outer-flattens", lambda np, a, b: np.outer(a, b), (3,), (2, 2), hips=False),
         *both("multiply-outer", lambda np, a, b: np.multiply.outer(a, b), (3,), (2, 2), hips=False),
         *both("vdot", lambda np, a, b: np.vdot(a, b), (3, 2), (3, 2), hips=False),
+        *(
+            [  # since NumPy 2.2
+                *both("matvec", lambda np, a, b: np.matvec(a, b), (2, 3, 4), (4,), hips=False),
+                *both("vecmat", lambda np, a, b: np.vecmat(a, b), (3,), (2, 3, 4), hips=False),
+            ]
+            if hasattr(np, "matvec")
+            else []
+        ),
         *both("vecdot", lambda np, a, b: np.vecdot(a, b), (3, 2), (2,), hips=False),
         *both("kron", lambda np, a, b: np.kron(a, b), (2, 3), (3, 2)),
         *both("tensordot", lambda np, a, b: np.tensordot(a, b), (2, 3, 4), (3, 4, 5)),
