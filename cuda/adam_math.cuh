@@ -45,11 +45,15 @@ __device__ inline Element adam(Element e, Value g, const Step& step) {
     return e;
 }
 
+// Whether gradients are clipped by value: the same for all elements of a step.
+__device__ inline bool bounded(const Step& step) { return GPU_ADAM_CLIP && step.clip_value - step.clip_value == 0; }
+
 // Clip by value, then by norm: `factor` is the one that norm.cu computed, which has the equations. Compiled out where
 // nothing is clipped.
+template <bool BOUNDED>
 __device__ inline Value clipped(Value g, const Step& step, double factor) {
 #if GPU_ADAM_CLIP
-    return scaled(clamped(g, real(step.clip_value)), factor);
+    return scaled(BOUNDED ? clamped(g, real(step.clip_value)) : g, factor);
 #else
     return g;
 #endif

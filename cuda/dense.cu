@@ -26,6 +26,11 @@ dense(const TensorTable table, const double* factors, const long long factor_str
         const bool packed = aligned(g + head_size(range.theta, chunk.size));
         // One factor per tensor (stride 1), or one for all (stride 0, the global norm).
         const double factor = factors ? factors[chunk.tensor * factor_stride] : 1.0;
-        update_range(range, GlobalGradient{g, packed, factor}, step);
+        // Two loops: a compiler that vectorises would divide for the bound of complex values where there is none, too.
+        if (bounded(step)) {
+            update_range(range, GlobalGradient<true>{g, packed, factor}, step);
+        } else {
+            update_range(range, GlobalGradient<false>{g, packed, factor}, step);
+        }
     }
 }

@@ -62,7 +62,8 @@ struct Range {
     int size;
 };
 
-// A gradient in global memory, clipped on its way in.
+// A gradient in global memory, clipped on its way in; by value where that has a bound.
+template <bool BOUNDED>
 struct GlobalGradient {
     const Stored* __restrict__ g;
     bool packed;  // g + head is 16-byte aligned
@@ -70,7 +71,7 @@ struct GlobalGradient {
 
     template <int N>
     __device__ Pack<Stored, N> pack(int i) const { return gradient_pack<N>(g + i, packed); }
-    __device__ Value computed(Stored x, const Step& step) const { return clipped(value(x), step, factor); }
+    __device__ Value computed(Stored x, const Step& step) const { return clipped<BOUNDED>(value(x), step, factor); }
 };
 
 // A gradient in shared memory, already clipped and summed.
@@ -84,7 +85,7 @@ struct SharedGradient {
 };
 
 template <typename Gradient>
-__device__ inline void prefetch(const Range& range, const Gradient& gradient, int i) {
+__device__ __forceinline__ void prefetch(const Range& range, const Gradient& gradient, int i) {
     GPU_ADAM_PREFETCH(range.theta + i);
     GPU_ADAM_PREFETCH(range.m + i);
     GPU_ADAM_PREFETCH(range.v + i);

@@ -76,7 +76,7 @@ __device__ inline void sum_rows(const Tile& tile, const Keys keys, long long beg
             Value sum = value(Stored{});
 #pragma unroll 8
             for (long long j = k; j < last; ++j) {
-                sum = sum + clipped(value(column[keys.position[j] * row_size]), step, factor);
+                sum = sum + clipped<true>(value(column[keys.position[j] * row_size]), step, factor);
             }
             target[c] = sum;
         }
