@@ -89,9 +89,10 @@ square_sums_of(const Stored* values, const long long size, const StoredReal clip
     }
 }
 
-// min(1, c / n), the factor that takes a gradient of norm n to at most c; NaN where n is not finite.
+// min(1, c / n), the factor that takes a gradient of norm n to at most c, 0 where that is denormal; NaN where n is not
+// finite.
 __device__ inline double clip_factor(double norm, double clipnorm) {
-    const double ratio = clipnorm / norm;
+    const double ratio = flushed(clipnorm / norm).x;
     return norm - norm == 0.0 ? (ratio < 1.0 ? ratio : 1.0) : norm - norm;
 }
 

@@ -9,19 +9,33 @@
 // Rounding is IEEE nearest-even for + - * / sqrt, and no multiply-add is contracted (-fmad=false, -ffp-contract=off).
 // Denormal numbers are zero, sign kept, as operands and as results:
 //   float    by hardware: NVRTC is given -ftz=true, the host sets the processor's flush mode around a launch;
-//   Double   in software on every device, because CUDA has no such mode for 64 bits.
+//   Double   in software on every device, because CUDA has no such mode for 64 bits. An x86 processor's mode for results
+//            tests them before they are rounded, which is not the same; the one for operands is, and the host uses it.
 #pragma once
 
-// A float64 whose every operation flushes denormals. An integer test, not a comparison: GPUs made for graphics run
-// float64 instructions at 1/64 of the rate of integer ones.
+#ifndef GPU_ADAM_HARDWARE_OPERANDS  // 1 where the processor takes denormal operands for zeros
+#define GPU_ADAM_HARDWARE_OPERANDS 0
+#endif
+
+// A float64 whose every operation flushes denormals.
 struct Double {
     double x;
 };
 
-__device__ inline Double flush(double x) {
+// An integer test, not a comparison: GPUs made for graphics run float64 instructions at 1/64 of the rate of integer ones.
+__device__ inline Double flushed(double x) {
     const long long bits = __double_as_longlong(x);
     const bool normal = (bits & 0x7ff0000000000000LL) != 0;
     return {normal ? x : __longlong_as_double(bits & static_cast<long long>(0x8000000000000000ULL))};
+}
+
+// An operand from memory, or a result: a processor that flushes operands may keep it, until it is stored.
+__device__ inline Double flush(double x) {
+#if GPU_ADAM_HARDWARE_OPERANDS
+    return {x};
+#else
+    return flushed(x);
+#endif
 }
 
 __device__ inline Double operator+(Double a, Double b) { return flush(a.x + b.x); }
@@ -30,7 +44,7 @@ __device__ inline Double operator*(Double a, Double b) { return flush(a.x * b.x)
 __device__ inline Double operator/(Double a, Double b) { return flush(a.x / b.x); }
 __device__ inline Double operator-(Double a) { return {-a.x}; }
 __device__ inline bool operator<(Double a, Double b) { return a.x < b.x; }
-__device__ inline Double square_root(Double a) { return flush(sqrt(a.x)); }
+__device__ inline Double square_root(Double a) { return {sqrt(a.x)}; }  // of a normal number is never denormal
 __device__ inline float square_root(float a) { return sqrtf(a); }
 
 __device__ inline float magnitude(float x) { return fabsf(x); }
@@ -104,7 +118,7 @@ template <typename Real> struct Converted<Complex<Real>> {
     }
 };
 __device__ inline void store(float& place, float x) { place = x; }
-__device__ inline void store(double& place, Double x) { place = x.x; }
+__device__ inline void store(double& place, Double x) { place = GPU_ADAM_HARDWARE_OPERANDS ? flushed(x.x).x : x.x; }
 template <typename To, typename From>
 __device__ inline void store(Complex<To>& place, Complex<From> x) {
     store(place.re, x.re);

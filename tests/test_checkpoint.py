@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import time
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,13 @@ def test_dtypes_that_npy_cannot_name(tmp_path: Path, dtype: type, shape: tuple[i
     array: npt.NDArray[Any] = np.arange(np.prod(shape, dtype=int)).reshape(shape).astype(dtype)
     checkpoint.write(tmp_path / "state", {"w": array}, {})
     assert same(checkpoint.read(tmp_path / "state")[0]["w"], array)
+
+
+def test_the_same_state_gives_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint.write(tmp_path / "today", {"w": np.ones(3)}, {"kind": "x"})
+    monkeypatch.setattr(time, "time", lambda: 2e9)
+    checkpoint.write(tmp_path / "later", {"w": np.ones(3)}, {"kind": "x"})
+    assert (tmp_path / "today").read_bytes() == (tmp_path / "later").read_bytes()
 
 
 def test_strided_arrays_keep_their_elements(tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ def test_resuming_writes_the_same_file(device: Device, capsys: pytest.CaptureFix
     assert run(capsys, "demo", "--seed", "7", "--steps", "2", "--save", half)[0] == 0
     assert run(capsys, "demo", "--steps", "4", "--resume", half, "--save", resumed)[0] == 0
     assert run(capsys, "demo", "--seed", "7", "--steps", "4", "--save", whole)[0] == 0
-    assert Path(resumed).read_bytes()[:200] == Path(whole).read_bytes()[:200]
+    assert Path(resumed).read_bytes() == Path(whole).read_bytes()
     (a, meta_a), (b, meta_b) = checkpoint.read(resumed), checkpoint.read(whole)
     assert meta_a == meta_b == {"demo": "digits", "seed": 7, "step": 4}
     assert {name: array.tobytes() for name, array in a.items()} == {name: array.tobytes() for name, array in b.items()}

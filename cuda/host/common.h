@@ -41,21 +41,26 @@ static inline unsigned long long atomicMin(unsigned long long* place, unsigned l
     return old;
 }
 
-// float32 denormals are zero while a kernel runs, as with NVRTC's -ftz=true; the caller's mode comes back afterwards.
-// float64 flushes in software on every device (numbers.cuh), so its kernels leave the mode alone.
+#ifndef GPU_ADAM_HARDWARE_FLUSH  // a source without a dtype
+#define GPU_ADAM_HARDWARE_FLUSH 0
+#endif
+
+// float32 denormals are zero while a kernel runs, as with NVRTC's -ftz=true; float64's as operands, where the fast mode
+// asks for it, else in software (numbers.cuh). The caller's mode comes back afterwards.
 struct FlushDenormals {
-#if defined(GPU_ADAM_HARDWARE_FLUSH) && GPU_ADAM_HARDWARE_FLUSH && defined(__x86_64__)
+#if defined(__x86_64__) && (GPU_ADAM_HARDWARE_FLUSH || defined(GPU_ADAM_HARDWARE_OPERANDS))
+    static constexpr unsigned OPERANDS = 0x0040, RESULTS = 0x8000;
     unsigned before = _mm_getcsr();
-    FlushDenormals() { _mm_setcsr(before | 0x8040); }  // flush to zero, denormals are zero
+    FlushDenormals() { _mm_setcsr(before | OPERANDS | (GPU_ADAM_HARDWARE_FLUSH ? RESULTS : 0)); }
     ~FlushDenormals() { _mm_setcsr(before); }
-#elif defined(GPU_ADAM_HARDWARE_FLUSH) && GPU_ADAM_HARDWARE_FLUSH && defined(__aarch64__)
+#elif defined(__aarch64__) && GPU_ADAM_HARDWARE_FLUSH
     unsigned long long before;
     FlushDenormals() {
         asm volatile("mrs %0, fpcr" : "=r"(before));
         asm volatile("msr fpcr, %0" : : "r"(before | 1ULL << 24));
     }
     ~FlushDenormals() { asm volatile("msr fpcr, %0" : : "r"(before)); }
-#elif defined(GPU_ADAM_HARDWARE_FLUSH) && GPU_ADAM_HARDWARE_FLUSH
+#elif GPU_ADAM_HARDWARE_FLUSH
 #error "gpu_adam's host device knows the denormal mode of x86-64 and 64-bit Arm processors only"
 #else
     FlushDenormals() {}

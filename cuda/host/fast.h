@@ -1,6 +1,9 @@
 // CUDA words in plain C++, fast mode: one thread per block, so a block is a loop that the compiler vectorises, and the
 // blocks of a launch are spread over a pool of processor threads (pool.cpp). Written before the kernel's source text.
 #pragma once
+#if defined(__x86_64__)
+#define GPU_ADAM_HARDWARE_OPERANDS 1  // whose faithful twin stays with software, so that tests compare the two
+#endif
 #include "common.h"
 
 constexpr struct { unsigned x = 0, y = 0, z = 0; } threadIdx;

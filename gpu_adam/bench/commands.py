@@ -6,6 +6,7 @@ import os
 import shlex
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -35,7 +36,7 @@ def bench(
     device: Annotated[str | None, typer.Option(help="auto, host, cuda or cuda:N; default: GPU_ADAM_DEVICE.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A few small workloads, in about a minute.")] = False,
     only: Annotated[str | None, typer.Option(help="Workloads with this text in their name, and nothing else.")] = None,
-    json: Annotated[Path | None, typer.Option(help="File for the results.")] = None,
+    json: Annotated[Path | None, typer.Option(help="File for the results; with --only they replace its rows.")] = None,
     html: Annotated[Path | None, typer.Option(help="File for a page with figures and tables.")] = None,
     compare: Annotated[Path | None, typer.Option(help="File of an earlier --json, to show beside.")] = None,
 ) -> None:
@@ -50,11 +51,15 @@ def bench(
     if html is not None:
         figures.require()
     earlier = None if compare is None else Report.load(compare)
+    in_file = Report.load(json) if only is not None and json is not None and json.exists() else None
     if device is not None:
         gpu_adam.set_device(device)
-    report = _measured(gpu_adam.get_device(), chosen, quick, whole=only is None)
-    if json is not None:
-        report.save(json)
+
+    def save(measured: Report) -> None:
+        if json is not None:
+            (measured if in_file is None else in_file.updated(measured)).save(json)
+
+    report = _measured(gpu_adam.get_device(), chosen, quick, save, whole=only is None)
     if html is not None:
         html.write_text(page(report, earlier))
     console = Console()
@@ -71,22 +76,30 @@ def bench(
         raise typer.Exit(1)
 
 
-def _measured(device: Device, chosen: list[Workload], quick: bool, *, whole: bool) -> Report:
+def _measured(
+    device: Device, chosen: list[Workload], quick: bool, save: Callable[[Report], None], *, whole: bool
+) -> Report:
+    """The report, saved after every workload: what an interrupt or the system ends has not been for nothing."""
+
+    def advance() -> None:
+        progress.advance(task)
+        save(runner.report)
+
     times = (TimeElapsedColumn(), TimeRemainingColumn())
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), *times)
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task("copy", total=len(chosen) + 1 + whole)
         runner = Runner(device, QUICK if quick else FULL, quick=quick, tick=lambda: progress.advance(task, 0))
         runner.copy()
-        progress.advance(task)
+        advance()
         for workload in chosen:
             progress.update(task, description=workload.name)
             runner.workload(workload)
-            progress.advance(task)
+            advance()
         if whole:
             progress.update(task, description="Python and the first step")
             runner.host_costs()
-            progress.advance(task)
+            advance()
     return runner.report
 
 

@@ -6,7 +6,7 @@ import gc
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from gpu_adam.errors import ArgumentValueError
 
 FORMAT = 1
 _SPARE = 1.6  # a workload's own copies while it is made
+_PEER_SPARE = 3  # and of a peer that copies its inputs and has temporary arrays of their size
 _GPU_BURST = 2e-3
 
 
@@ -90,6 +91,15 @@ class Report:
     overhead: dict[str, Any] = field(default_factory=dict)
     first_step: dict[str, Any] = field(default_factory=dict)
 
+    def updated(self, newer: Report) -> Report:
+        """This report with the rows of a newer one in place of its own of the same workloads, or after them."""
+        rows: dict[str, list[Row]] = {}
+        for row in self.rows:
+            rows.setdefault(row.workload, []).append(row)
+        fresh = {row.workload: [one for one in newer.rows if one.workload == row.workload] for row in newer.rows}
+        kept = {"overhead": newer.overhead or self.overhead, "first_step": newer.first_step or self.first_step}
+        return replace(newer, copy=self.copy, rows=[row for group in (rows | fresh).values() for row in group], **kept)
+
     def save(self, path: Path) -> None:
         """Write it as JSON."""
         path.write_text(json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n")
@@ -145,8 +155,7 @@ class Runner:
         """Check and time one workload; returns its rows, ours first."""
         free, need = facts.free_bytes(self._device), _bytes_of(workload)
         if need * _SPARE > free:
-            note = f"not measured: needs {need * _SPARE / 2**30:.0f} GiB, {free / 2**30:.0f} GiB are free"
-            rows = [self._row(workload, ours.NAME, note=note)]
+            rows = [self._row(workload, ours.NAME, note=_too_large(need * _SPARE, free))]
         else:
             try:
                 known = ours.checked(workload, self._device)
@@ -169,11 +178,15 @@ class Runner:
         makers: list[tuple[str, Callable[[], Candidate]]] = [
             (ours.NAME, make) for make in ours.candidates(inputs, self._device)
         ]
-        makers += [(peer.name, _maker(peer, inputs, self._device)) for peer in _peers_of(workload)]
+        free, peers_need = facts.free_bytes(self._device), sets * need * _PEER_SPARE
+        left_out = [self._row(workload, "peers", note=_too_large(peers_need, free))] if peers_need > free else []
+        if not left_out:
+            makers += [(peer.name, _maker(peer, inputs, self._device)) for peer in _peers_of(workload)]
         together = sets * need * len(makers) * _SPARE < facts.free_bytes(self._device) and self._device.name == "host"
         rows = []
         for group in [makers] if together else [[maker] for maker in makers]:
             rows += list(self._group(workload, group))
+        rows += left_out if workload.peers else []
         for row in rows:
             self._compare(row, known, rows)
         rows[0].launches, rows[0].extra_bytes = known.launches, known.extra_bytes
@@ -229,6 +242,10 @@ class Runner:
             self._device.xp.get_default_memory_pool().free_all_blocks()
             if "torch" in sys.modules and sys.modules["torch"].cuda.is_available():
                 sys.modules["torch"].cuda.empty_cache()
+
+
+def _too_large(need: float, free: int) -> str:
+    return f"not measured: needs {need / 2**30:.0f} GiB, {free / 2**30:.0f} GiB are free"
 
 
 def _peers_of(workload: Workload) -> Iterator[peers.Peer]:

@@ -48,6 +48,12 @@ def test_bench_prints_writes_and_compares(device: Device, capsys: pytest.Capture
     for text in ("little sparse", "gpu_adam", "GB/s", "of copy", "extra memory", "no telemetry"):
         assert text in out
     assert {row.workload for row in Report.load(Path("a.json")).rows} == {"little", "little sparse"}
+    first = Report.load(Path("a.json")).rows
+    assert run(capsys, "bench", *where, "--only", "sparse", "--json", "a.json")[0] == 0
+    again = Report.load(Path("a.json")).rows
+    assert [(row.workload, row.who) for row in again] == [(row.workload, row.who) for row in first]
+    replaced = [after != before for before, after in zip(first, again, strict=True)]
+    assert replaced == [row.workload == "little sparse" for row in first]
     pytest.importorskip("matplotlib", reason="the extra bench brings it")
     more = ("--only", "little", "--quick", "--html", "p.html", "--compare", "a.json")
     status, out, _ = run(capsys, "bench", *where, *more)

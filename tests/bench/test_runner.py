@@ -57,6 +57,17 @@ def test_what_does_not_fit_is_not_measured(device: Device, monkeypatch: pytest.M
     assert row.note.startswith("not measured: needs ")
 
 
+@pytest.mark.usefixtures("peer")
+def test_peers_whose_copies_do_not_fit_are_not_measured(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(facts, "free_bytes", lambda device: 10_000)
+    run = Runner(device, LITTLE)
+    run.copy(2**16)
+    *mine, left_out = run.workload(DENSE)
+    assert all(row.who.startswith("gpu_adam") and row.median for row in mine)
+    assert (left_out.who, left_out.median) == ("peers", None)
+    assert left_out.note.startswith("not measured: needs ")
+
+
 def test_a_wrong_kernel_is_not_timed(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(*_: object) -> ours.Facts:
         raise ours.WrongResultError("w: variable 0, element 1", "must be 1 within 1e-6", 2, "run the tests")

@@ -11,6 +11,9 @@ from gpu_adam.bench.peers.base import EPSILON, RATE, Unsupported, only
 from gpu_adam.bench.workloads import CLIP_NORM
 from gpu_adam.devices import Device
 
+# Beyond, tracing the function takes minutes and gigabytes.
+_MOST_VARIABLES = 200
+
 
 def keras(sets: Sequence[Inputs], device: Device) -> Candidate:
     """``keras.optimizers.Adam`` on TensorFlow, in a ``tf.function``."""
@@ -31,6 +34,8 @@ def _tensorflow(name: str, adam: Any, sets: Sequence[Inputs], device: Device) ->
 
     workload = sets[0].workload
     only(workload, sparse=bool(workload.indices), amsgrad=True, clip=True)
+    if len(sets[0].shapes) > _MOST_VARIABLES:
+        raise Unsupported
     gpus = tf.config.list_physical_devices("GPU")
     if device.name != "host" and not gpus:
         raise Unsupported
@@ -52,7 +57,7 @@ def _tensorflow(name: str, adam: Any, sets: Sequence[Inputs], device: Device) ->
             if hasattr(optimizer, "build"):
                 optimizer.build(variables)
 
-        @tf.function  # type: ignore[untyped-decorator,unused-ignore]
+        @tf.function(autograph=False)  # type: ignore[untyped-decorator,unused-ignore]
         def step() -> None:
             with tf.device(place):
                 optimizer.apply_gradients(zip(gradients, variables, strict=True))
