@@ -49,8 +49,8 @@ class DenseUpdate:
         self._filled = np.array([index for index, variable in enumerate(variables) if variable.size], np.intp)
         self.tensors = len(self._filled)
         self._nbytes = np.array([variable.size * variable.dtype.itemsize for variable in variables], np.uint64)
-        self._last = np.zeros(self.tensors, np.uint64)
-        self._captured: list[PointerTable] = []
+        self._addresses = self._written = np.zeros(self.tensors, np.uint64)
+        self._captured: list[tuple[PointerTable, list[Array]]] = []
 
     def check(self, gradients: list[Any]) -> Bound:
         """The gradients' addresses; what is not an array of the right kind is converted or refused.
@@ -126,10 +126,12 @@ class DenseUpdate:
     def bind(self, bound: Bound) -> bool:
         """Use these gradients from now on. Returns whether the same objects would give the same addresses again."""
         self._kept = bound.kept
-        addresses = bound.addresses[self._filled]
-        if (addresses != self._last).any():
-            self._last = addresses
-            self._gradients.write(addresses)
+        self._addresses = bound.addresses[self._filled]
+        if (self._addresses != self._written).any():
+            if self.device.is_capturing():  # what is written now is written at replays only: see begin_capture
+                return False
+            self._written = self._addresses
+            self._gradients.write(self._written)
         return not bound.kept
 
     def enqueue(self, step: tuple[Any, ...]) -> None:
@@ -139,10 +141,13 @@ class DenseUpdate:
             self._launch(self.chunks)
 
     def begin_capture(self) -> None:
-        """Read the gradients' addresses from a table of its own: a graph does so at every replay, after later steps."""
+        """Read the gradients' addresses from a table of its own: a graph does so at every replay, after later steps.
+
+        It also copies the gradients that need it at every replay, to where it does now.
+        """
         own = self.device.pointer_table(max(1, self.tensors))
-        own.write(self._last)
-        self._captured.append(own)
+        own.write(self._addresses)
+        self._captured.append((own, self._kept))
         self._tensor_table["gradients"] = own.address
 
     def end_capture(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -73,8 +74,10 @@ class Plan:
         self._members = sorted(members.values(), key=lambda numbers: rounds_before(variables, numbers[0]))
         self._updates = [self._update([variables[n] for n in m], sparse[m[0]], errors_of) for m in self._members]
         self._real_dtypes = [kernels.DTYPES[update.dtype].real_dtype for update in self._updates]
+        self._devices = {update.device for update in self._updates}
         self._norms: NormClipping | None = None
         self.captured = False
+        self._memory_of_graphs: list[Any] = []
 
     def _update(
         self, variables: list[Variable], sparse: bool, errors_of: Callable[[Variable], IndexErrors]
@@ -88,10 +91,21 @@ class Plan:
 
     def check(self, gradients: Sequence[Any]) -> list[Any]:
         """The gradients, ready to bind. Raises on the first that does not fit; nothing has changed then."""
-        return [
-            update.check([gradients[n] for n in numbers])
-            for update, numbers in zip(self._updates, self._members, strict=True)
-        ]
+        with self._memory_for_copies():
+            return [
+                update.check([gradients[n] for n in numbers])
+                for update, numbers in zip(self._updates, self._members, strict=True)
+            ]
+
+    def _memory_for_copies(self) -> ExitStack:
+        """Where gradients that need it are copied to. A graph does so at every replay: its memory is nobody else's."""
+        stack = ExitStack()
+        for device in self._devices:
+            if device.is_capturing():
+                memory, context = device.own_memory()
+                self._memory_of_graphs.append(memory)
+                stack.enter_context(context)
+        return stack
 
     def allocate(self, slots: Slots) -> None:
         """Prepare the launches, once the slots exist."""
@@ -112,8 +126,10 @@ class Plan:
         repeatable = []
         for update, bound in zip(self._updates, checked, strict=True):
             overlapped = self._written[update.device].overlapped(*update.read(bound))
-            for index in () if overlapped is None else overlapped:
-                bound = update.copied(bound, int(index))  # noqa: PLW2901
+            if overlapped is not None:
+                with self._memory_for_copies():
+                    for index in overlapped:
+                        bound = update.copied(bound, int(index))  # noqa: PLW2901
             repeatable.append(update.bind(bound))
         return all(repeatable)
 
@@ -126,18 +142,17 @@ class Plan:
     @stage("update")
     def enqueue(self, steps: list[tuple[Any, ...]], clip: Clip) -> None:
         """Enqueue the whole step with the gradients bound last."""
-        if any(device.is_capturing() for device in self._written):
+        if any(device.is_capturing() for device in self._devices):
             self._enqueue_captured(steps, clip)
         else:
             self._enqueue(steps, clip)
 
     def _enqueue_captured(self, steps: list[tuple[Any, ...]], clip: Clip) -> None:
         self.captured = True
-        dense = [update for update in self._updates if isinstance(update, DenseUpdate)]
-        for update in dense:
+        for update in self._updates:
             update.begin_capture()
         self._enqueue(steps, clip)
-        for update in dense:
+        for update in self._updates:
             update.end_capture()
 
     def _enqueue(self, steps: list[tuple[Any, ...]], clip: Clip) -> None:

@@ -53,6 +53,7 @@ class SparseUpdate:
         self._rows, self._row_shape = variable.shape[0], variable.shape[1:]
         self._errors = errors
         self._amsgrad, self._clip = amsgrad, clip
+        self._captured: list[BoundSlices] = []
 
     def check(self, gradients: Sequence[Any]) -> BoundSlices:
         """The one gradient's arrays.
@@ -143,6 +144,13 @@ class SparseUpdate:
         self._step[0] = step
         self._sorter.enqueue()
         self._launch(max(1, self._tiles))
+
+    def begin_capture(self) -> None:
+        """Keep the gradient: a graph reads it at every replay, and copies it to there where that was needed."""
+        self._captured.append(self._bound)
+
+    def end_capture(self) -> None:
+        """Nothing to go back to: addresses are passed by value."""
 
     # Norm of the values, for gradients.NormClipping.
 

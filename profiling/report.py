@@ -164,8 +164,9 @@ def _clipping_time(report: Report, workload: str, plain: str) -> float | None:
     clipped, without = _ours(report, workload), _ours(report, plain)
     if clipped is None or without is None:
         return None
-    more_bytes = (clipped.moved_bytes or 0) - (without.moved_bytes or 0)
-    return ((clipped.median or 0) - (without.median or 0)) / (more_bytes / report.copy["bytes_per_second"])
+    bandwidth: float = report.copy["bytes_per_second"]
+    copied = ((clipped.moved_bytes or 0) - (without.moved_bytes or 0)) / bandwidth
+    return ((clipped.median or 0) - (without.median or 0)) / copied
 
 
 FIGURES: dict[str, Callable[[Report, str, str], float | None]] = {

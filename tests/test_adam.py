@@ -65,11 +65,11 @@ def test_numbers_at_the_ends_of_the_range(device: Device, dtype: str, amsgrad: b
     """Denormals count as zero; an infinite g² leaves the variable where it is; NaN stays where it came in."""
     info = np.finfo(dtype)
     tiny, huge = float(info.tiny), float(info.max)
-    gradient = np.array(
-        [0, -0.0, tiny / 4, -tiny, math.sqrt(tiny) / 2, 1e-7, math.sqrt(huge) * 2, huge, np.inf, np.nan]
-    )
-    initial = np.append(np.full(9, tiny / 2), 1)
-    gradients = [gradient.astype(dtype), gradient[::-1].astype(dtype), np.zeros(10, dtype)]
+    numbers = [0, -0.0, tiny / 4, -tiny, math.sqrt(tiny) / 2, 1e-7, math.sqrt(huge) * 2, huge, np.inf, np.nan]
+    # One after the other, the first and the last make an m that is denormal: 1.5 and then -0.15 times tiny.
+    gradient = np.array([15 * tiny, *numbers, -15 * tiny])
+    initial = np.append(np.full(11, tiny / 2), 1)
+    gradients = [gradient.astype(dtype), gradient[::-1].astype(dtype), np.zeros(12, dtype)]
     variable = Variable(initial.astype(dtype))
     optimizer = gpu_adam.Adam(0.1, amsgrad=amsgrad)
     oracle = reference.Adam([variable.numpy()], 0.1, amsgrad=amsgrad)

@@ -104,22 +104,22 @@ class Pairs:
         array[...] = self.device.array(values)
         return array
 
-    def gradients(self, seed: int, offset: int = 0) -> list[Any]:
-        """New arrays; the same numbers on every device."""
+    def gradients(self, seed: int, offset: int = 0, count: int = 40) -> list[Any]:
+        """New arrays, sparse ones of `count` rows; the same numbers on every device."""
         rng = np.random.default_rng(seed)
         found: list[Any] = []
         for kind, shape in self.shapes:
             if kind == "dense":
                 found.append(self.placed(numbers(rng, shape, self.dtype.name), offset))
             else:
-                indices = rng.integers(0, shape[0], 40).astype(np.int32 if seed % 2 else np.int64)  # with duplicates
-                values = numbers(rng, (40, *shape[1:]), self.dtype.name)
+                indices = rng.integers(0, shape[0], count).astype(np.int32 if seed % 2 else np.int64)
+                values = numbers(rng, (count, *shape[1:]), self.dtype.name)
                 found.append(IndexedSlices(self.placed(values, offset), self.device.array(indices)))
         return found
 
-    def pairs(self, seed: int, offset: int = 0) -> list[tuple[Any, Any]]:
+    def pairs(self, seed: int, offset: int = 0, count: int = 40) -> list[tuple[Any, Any]]:
         """New gradients with their variables."""
-        return list(zip(self.gradients(seed, offset), self.variables, strict=True))
+        return list(zip(self.gradients(seed, offset, count), self.variables, strict=True))
 
 
 def state(optimizer: gpu_adam.Adam, variables: Sequence[Variable]) -> dict[str, Array]:
@@ -325,9 +325,13 @@ def arrays_of(gradients: list[Any]) -> list[Any]:
 
 
 @pytest.mark.parametrize("mode", MODES_OF_ALL)
-@pytest.mark.parametrize("kind", ["dense", "both"])
-def test_steps_between_replays_leave_a_graph_as_it_was(gpu: Device, kind: str, mode: str) -> None:
-    """Later steps have other gradients, more rows and other tables, and the graph still uses its own."""
+@pytest.mark.parametrize("kind", ["dense", "sparse"])
+@pytest.mark.parametrize("seen", [False, True])
+def test_steps_between_replays_leave_a_graph_as_it_was(gpu: Device, kind: str, mode: str, seen: bool) -> None:
+    """Later steps have other gradients, more rows and other tables, and the graph still uses its own; and they theirs.
+
+    The graph's gradients are `seen` before, so that their addresses need not be copied, or are new to it.
+    """
     config = {"learning_rate": 0.1, **MODES[mode]}
     expected, host_optimizer = Pairs(HOST, kind), gpu_adam.Adam(**config)
     work, optimizer = Pairs(gpu, kind), gpu_adam.Adam(**config)
@@ -340,17 +344,59 @@ def test_steps_between_replays_leave_a_graph_as_it_was(gpu: Device, kind: str, m
 
     with stream:
         pairs, host_pairs = work.pairs(1), expected.pairs(1)
-        step(optimizer, work.pairs(0), 0)
-        step(host_optimizer, expected.pairs(0), 0)
+        others = {optimizer: work.pairs(2), host_optimizer: expected.pairs(2)}
+        step(optimizer, pairs if seen else work.pairs(0), 0)
+        step(host_optimizer, host_pairs if seen else expected.pairs(0), 0)
         with captured(stream, graphs):
-            step(optimizer, pairs, 1)  # gradients that it has not seen before
-        for number in range(3):
+            step(optimizer, pairs, 1)
+        for number, count in enumerate((40, 100, 1000)):
             graphs[0].launch()
             step(host_optimizer, host_pairs, 1)
             for own, at in ((optimizer, work), (host_optimizer, expected)):
-                step(own, at.pairs(10 + number), 2 + number)
-                step(own, at.pairs(20 + number)[number:], 2 + number)  # another set of variables: another table
+                step(own, others[own], 2)  # the same gradients before and after a replay
+                step(own, at.pairs(20 + number, count=count)[number % 2 :], 3)  # another set of variables
+                step(own, others[own], 4)
         assert_same_state(state(optimizer, work.variables), state(host_optimizer, expected.variables))
+
+
+@pytest.mark.parametrize("kind", ["strided", "strided slices", "another's variable"])
+def test_a_graph_keeps_the_copies_that_it_reads(gpu: Device, kind: str) -> None:
+    """Gradients that a step has to copy first: a replay copies them again, to where it did before."""
+    stream, graphs = gpu.xp.cuda.Stream(non_blocking=True), list[Any]()
+    gpu.xp.cuda.Device().synchronize()
+    results = []
+    for device, context in ((gpu, stream), (HOST, contextlib.nullcontext())):
+        with context:
+            one, other = (Variable(np.full((3, 2), x, np.float32), name=str(x), device=device) for x in (1.0, 2.0))
+            strided = device.array(np.arange(12, dtype=np.float32).reshape(3, 4))[:, ::2]
+            slices = IndexedSlices(strided, device.array(np.array([2, 9, 0, 9, 2, 9]))[::2])
+            ones = device.array(np.ones((3, 2), np.float32))
+            plain: list[Any] = [(ones, one), (ones, other)]
+            pairs = {
+                "strided": [(strided, one), (strided, other)],
+                "strided slices": [(slices, one)],
+                "another's variable": [(other.value, one), (one.value, other)],
+            }[kind]
+            if kind == "strided slices":
+                plain = [(IndexedSlices(ones, device.array(np.array([0, 1, 0]))), one)]
+            optimizer = gpu_adam.Adam(0.1)
+            optimizer.apply_gradients(pairs)
+            if device is gpu:
+                with captured(stream, graphs):
+                    optimizer.apply_gradients(pairs)
+            for _ in range(2):
+                optimizer.iterations = 2
+                optimizer.apply_gradients(plain)
+                scratch = [device.array(np.full((3, 2), np.nan, np.float32)) for _ in range(20)]  # where others were
+                if device is gpu:
+                    graphs[0].launch()
+                else:
+                    optimizer.iterations = 1
+                    optimizer.apply_gradients(pairs)
+                del scratch
+            optimizer.iterations = 0
+            results.append(state(optimizer, [one, other]))
+    assert_same_state(*results)
 
 
 # The host device's bits.

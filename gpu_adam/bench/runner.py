@@ -97,8 +97,13 @@ class Report:
         for row in self.rows:
             rows.setdefault(row.workload, []).append(row)
         fresh = {row.workload: [one for one in newer.rows if one.workload == row.workload] for row in newer.rows}
-        kept = {"overhead": newer.overhead or self.overhead, "first_step": newer.first_step or self.first_step}
-        return replace(newer, copy=self.copy, rows=[row for group in (rows | fresh).values() for row in group], **kept)
+        return replace(
+            newer,
+            copy=self.copy,
+            rows=[row for group in (rows | fresh).values() for row in group],
+            overhead=newer.overhead or self.overhead,
+            first_step=newer.first_step or self.first_step,
+        )
 
     def save(self, path: Path) -> None:
         """Write it as JSON."""

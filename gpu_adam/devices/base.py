@@ -102,6 +102,10 @@ class Device(ABC):
         """Whether what is enqueued now becomes part of a graph, to run at every replay."""
 
     @abstractmethod
+    def own_memory(self) -> tuple[Any, AbstractContextManager[Any]]:
+        """A pool of memory of its own, and a context whose new arrays lie in it. It must be kept as long as they."""
+
+    @abstractmethod
     def synchronize(self) -> None:
         """Wait until everything enqueued on the current stream is done."""
 

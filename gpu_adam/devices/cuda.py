@@ -105,6 +105,11 @@ class CudaDevice(Device):
         with self.current():
             return bool(cupy.cuda.get_current_stream().is_capturing())
 
+    def own_memory(self) -> tuple[Any, AbstractContextManager[Any]]:
+        """A pool of memory of its own, and a context whose new arrays lie in it."""
+        pool = cupy.cuda.MemoryPool()
+        return pool, cupy.cuda.using_allocator(pool.malloc)
+
     def synchronize(self) -> None:
         """Wait for the current stream."""
         with self.current():
@@ -191,7 +196,7 @@ class _CudaPointers:
     """Addresses in device memory, written through a ring of pinned buffers.
 
     A pinned buffer must not be rewritten before its copy has run. Rather than wait for that, the ring grows. A copy
-    that is captured runs at every replay, so its buffer is never used again.
+    that is captured runs at every replay: its buffer is never used again, and its table must not be used by others.
     """
 
     def __init__(self, device: CudaDevice, size: int) -> None:

@@ -132,6 +132,10 @@ class HostDevice(Device):
         """Never."""
         return False
 
+    def own_memory(self) -> tuple[Any, AbstractContextManager[Any]]:
+        """Every array's memory is its own."""
+        return None, nullcontext()
+
     def synchronize(self) -> None:
         """Nothing to wait for: a launch returns when its blocks are done."""
 
