@@ -10,7 +10,8 @@
 // Denormal numbers are zero, sign kept, as operands and as results:
 //   float    by hardware: NVRTC is given -ftz=true, the host sets the processor's flush mode around a launch;
 //   Double   in software on every device, because CUDA has no such mode for 64 bits. An x86 processor's mode for results
-//            tests them before they are rounded, which is not the same; the one for operands is, and the host uses it.
+//            tests them as rounded without a smallest exponent, which is not the same; its mode for operands is, and the
+//            host uses that.
 #pragma once
 
 #ifndef GPU_ADAM_HARDWARE_OPERANDS  // 1 where the processor takes denormal operands for zeros

@@ -95,6 +95,7 @@ class Controller:
                 for variable in variables:
                     kernels.dtype_row(variable.dtype, f"variable {variable.name!r}")
                 check_overlap(variables)
+                _check_not_capturing(variables)
                 plan = Plan(variables, sparse, mode, self._errors_of)
             checked = plan.check(gradients)
             steps = plan.steps(Scalars(hyper, self._slots.steps_done), clip)
@@ -218,6 +219,18 @@ class _Last:
             self._gradients = list(map(weakref.ref, gradients))
         except TypeError:
             self._gradients = []
+
+
+def _check_not_capturing(variables: Sequence[Variable]) -> None:
+    """What a first step makes, its slots of zeros above all, a graph would make anew at every replay."""
+    for device in {variable.device for variable in variables}:
+        if device.is_capturing():
+            raise ArgumentValueError(
+                "a step captured in a graph",
+                "must have been done before, with these variables, kinds of gradients and clipping",
+                "a first one",
+                "do one such step, then capture the next",
+            )
 
 
 def _listed(grads_and_vars: Iterable[Any]) -> Sequence[Any]:

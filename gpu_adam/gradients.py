@@ -45,6 +45,9 @@ def on_device(obj: Any, device: Device, argument: str, dtype: np.dtype | None) -
     """
     array = obj.value if isinstance(obj, Variable) else obj
     if isinstance(array, (list, tuple, int, float, complex)):
+        if device.is_capturing():  # a copy from memory that is gone at the replays
+            got = type(array).__name__
+            raise ArgumentTypeError(argument, "must be an array while a graph is captured", got, f"use {device.name}'s")
         try:
             array = device.array(np.asarray(array, dtype))
         except (TypeError, ValueError) as error:

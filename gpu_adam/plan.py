@@ -149,11 +149,13 @@ class Plan:
 
     def _enqueue_captured(self, steps: list[tuple[Any, ...]], clip: Clip) -> None:
         self.captured = True
-        for update in self._updates:
-            update.begin_capture()
-        self._enqueue(steps, clip)
-        for update in self._updates:
-            update.end_capture()
+        try:
+            for update in self._updates:
+                update.begin_capture()
+            self._enqueue(steps, clip)
+        finally:
+            for update in self._updates:
+                update.end_capture()
 
     def _enqueue(self, steps: list[tuple[Any, ...]], clip: Clip) -> None:
         if self._norms is not None:

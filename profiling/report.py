@@ -162,11 +162,11 @@ def _element_time(report: Report, workload: str, other: str) -> float | None:
 
 def _clipping_time(report: Report, workload: str, plain: str) -> float | None:
     clipped, without = _ours(report, workload), _ours(report, plain)
-    if clipped is None or without is None:
+    if clipped is None or without is None or clipped.who != without.who:
         return None
     bandwidth: float = report.copy["bytes_per_second"]
     copied = ((clipped.moved_bytes or 0) - (without.moved_bytes or 0)) / bandwidth
-    return ((clipped.median or 0) - (without.median or 0)) / copied
+    return ((clipped.median or 0) - (without.median or 0)) / copied if copied > 0 else None
 
 
 FIGURES: dict[str, Callable[[Report, str, str], float | None]] = {

@@ -16,6 +16,7 @@ from reference import Array, assert_same_bits
 
 import gpu_adam
 from gpu_adam import IndexedSlices, Variable, devices, kernels
+from gpu_adam.dense import DenseUpdate
 from gpu_adam.devices import Device
 from gpu_adam.errors import DeviceError, SparseIndexError
 
@@ -357,6 +358,45 @@ def test_steps_between_replays_leave_a_graph_as_it_was(gpu: Device, kind: str, m
                 step(own, at.pairs(20 + number, count=count)[number % 2 :], 3)  # another set of variables
                 step(own, others[own], 4)
         assert_same_state(state(optimizer, work.variables), state(host_optimizer, expected.variables))
+
+
+@pytest.mark.parametrize("first", ["step", "clipping", "gradient of rows", "list"])
+def test_what_a_graph_would_do_anew_at_every_replay_is_refused(gpu: Device, first: str) -> None:
+    """Slots and tables are made, and lists copied, before; the steps around a refused one are as if it had not been."""
+    stream, graphs = gpu.xp.cuda.Stream(non_blocking=True), list[Any]()
+    gpu.xp.cuda.Device().synchronize()
+    with stream:
+        variable, optimizer = Variable(np.ones((3, 2), np.float32), device=gpu), gpu_adam.Adam(0.1)
+        dense: Any = gpu.array(np.ones((3, 2), np.float32))
+        if first != "step":
+            optimizer.apply_gradients([(dense, variable)])
+        if first == "clipping":
+            optimizer.clipnorm = 1.0
+        gradient = {"list": [[1.0, 2.0]] * 3, "gradient of rows": IndexedSlices(dense, gpu.array(np.arange(3)))}
+        with captured(stream, graphs), pytest.raises((TypeError, ValueError), match="captured"):
+            optimizer.apply_gradients([(gradient.get(first, dense), variable)])
+        assert optimizer.iterations == (first != "step")
+        optimizer.clipnorm = None
+        optimizer.apply_gradients([(dense, variable)])
+        np.testing.assert_allclose(variable.numpy(), 1 - 0.1 * (1 + (first != "step")), rtol=1e-5)
+
+
+def test_a_failed_capture_leaves_later_steps_alone(gpu: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise MemoryError
+
+    stream, graphs = gpu.xp.cuda.Stream(non_blocking=True), list[Any]()
+    gpu.xp.cuda.Device().synchronize()
+    with stream:
+        variable, optimizer = Variable(np.ones(3, np.float32), device=gpu), gpu_adam.Adam(0.1)
+        pairs = [(gpu.array(np.ones(3, np.float32)), variable)]
+        optimizer.apply_gradients(pairs)
+        with monkeypatch.context() as patch:
+            patch.setattr(DenseUpdate, "enqueue", fail)
+            with captured(stream, graphs), pytest.raises(MemoryError):
+                optimizer.apply_gradients(pairs)
+        optimizer.apply_gradients(pairs)
+        np.testing.assert_allclose(variable.numpy(), 0.8, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["strided", "strided slices", "another's variable"])

@@ -44,11 +44,14 @@ static inline unsigned long long atomicMin(unsigned long long* place, unsigned l
 #ifndef GPU_ADAM_HARDWARE_FLUSH  // a source without a dtype
 #define GPU_ADAM_HARDWARE_FLUSH 0
 #endif
+#ifndef GPU_ADAM_HARDWARE_OPERANDS
+#define GPU_ADAM_HARDWARE_OPERANDS 0
+#endif
 
 // float32 denormals are zero while a kernel runs, as with NVRTC's -ftz=true; float64's as operands, where the fast mode
 // asks for it, else in software (numbers.cuh). The caller's mode comes back afterwards.
 struct FlushDenormals {
-#if defined(__x86_64__) && (GPU_ADAM_HARDWARE_FLUSH || defined(GPU_ADAM_HARDWARE_OPERANDS))
+#if defined(__x86_64__) && (GPU_ADAM_HARDWARE_FLUSH || GPU_ADAM_HARDWARE_OPERANDS)
     static constexpr unsigned OPERANDS = 0x0040, RESULTS = 0x8000;
     unsigned before = _mm_getcsr();
     FlushDenormals() { _mm_setcsr(before | OPERANDS | (GPU_ADAM_HARDWARE_FLUSH ? RESULTS : 0)); }

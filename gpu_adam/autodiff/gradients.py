@@ -25,8 +25,8 @@ def value_and_grad(loss: Loss, variables: Any) -> tuple[Any, Any]:
     """The value of a loss and its gradients.
 
     Args:
-        loss: a function without arguments that computes with variables; called once.  What it returns is summed: an
-            array of any shape, or a list of such.
+        loss: a function without arguments that computes with variables; called once (one of JAX is begun again at its
+            first view, once).  What it returns is summed: an array of any shape, or a list of such.
         variables: what to differentiate with respect to: a `Variable`, or a list, tuple or dict of them, nested or not.
 
     Returns:
@@ -96,14 +96,15 @@ def gradients(loss: Loss, variables: Any, grad_loss: Any = None) -> tuple[Any, l
 
 
 def _called(loss: Loss, tape: Tape) -> Any:
-    """What the loss returns.  JAX must itself call what it is to differentiate, which nobody knows beforehand."""
-    if "jax" in sys.modules and adapter("jax").may_ask(loss):
-        return adapter("jax").call(loss, tape)
-    try:
-        return loss()
-    except HandOver as asked:
-        # What is on the tape already gets no gradient.
-        return asked.call(loss, tape)
+    """What the loss returns.  JAX must itself call what it is to differentiate; a view that is asked for tells."""
+    call = adapter("jax").call if "jax" in sys.modules and adapter("jax").asks(loss) else None
+    if call is None:
+        try:
+            return loss()
+        except HandOver as asked:
+            call = asked.call
+            tape.nodes.clear()
+    return call(loss, tape)
 
 
 def flatten(variables: Any) -> list[Variable]:

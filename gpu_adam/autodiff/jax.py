@@ -2,16 +2,17 @@
 
     optimizer.minimize(lambda: jnp.mean((x @ w + b - y) ** 2), [w, b])
 
-A variable gives JAX's operators and `jax.numpy.asarray` a `view` of itself.  (Functions of `jax.numpy` do not ask for
-one: they take `jnp.asarray(w)`, or `view(w)`.)  JAX differentiates functions, not what they return, so it is JAX that
-calls the loss.  Which losses want that is known from their first call, which all go through JAX once it is imported;
-a loss that asks for its first view only in a later call is unwound there and called again from its beginning.
+with `x` and `y` arrays of JAX: its operators ask a variable for a `view` of itself, and so does `jnp.asarray(w)`.  (The
+functions of `jax.numpy` do not; they take `jnp.asarray(w)` or `view(w)`.  A function compiled by `jax.jit` takes views
+as arguments: asked for inside, it would keep the first step's.)
 
-A part of a larger loss, written as a function of arrays and compiled:
+JAX differentiates functions, not what they return, so it is JAX that has to call the loss.  That a loss is one of JAX
+shows when it asks for its first view: there it is unwound, and begun again by JAX.  This happens once, then its code is
+known.  Where not even that is wanted, or only a part of a larger loss is JAX's, name the part:
 
     from gpu_adam.autodiff.jax import differentiable
 
-    @differentiable
+    @differentiable  # a function of arrays; compiled
     def squared_error(w, b):
         return jnp.mean((x @ w + b - y) ** 2)
 
@@ -21,9 +22,9 @@ On a CUDA device JAX reads the memory of the variables.  On the CPU it gets a co
 arrays it is given to be immutable, while an optimizer overwrites its variables.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
-from types import CodeType
 from typing import Any
 from weakref import WeakSet
 
@@ -58,6 +59,8 @@ def differentiable(function: Callable[..., Any]) -> Callable[..., Any]:
         wanted = [i for i, arg in enumerate(args) if type(arg) is Node and arg.tape is not None]
         values = [plain(arg) for arg in args]
         given = [_to_jax(value) for value in values]
+        if not wanted and any(isinstance(value, jax.core.Tracer) for value in given):  # views: JAX is at work already
+            return compiled(*given)
 
         def of_wanted(*chosen: Any) -> Any:
             complete = list(given)
@@ -111,17 +114,27 @@ class _Call:
         self.pull: Callable[..., Any] = lambda upstream: ({},)
 
 
-# The code of losses that have not asked for a view: they are called directly, without handing their variables to JAX.
-_ASKED_NOTHING: WeakSet[CodeType] = WeakSet()
+# Losses that have asked for a view: their code, as many are a new lambda at every step; callable objects themselves.
+_ASKING: WeakSet[Any] = WeakSet()
 
 
-def may_ask(loss: Callable[..., Any]) -> bool:
-    """Whether a loss may ask for a view, as far as is known from its earlier calls."""
-    return getattr(loss, "__code__", None) not in _ASKED_NOTHING
+def _identity(loss: Callable[..., Any]) -> Any:
+    while isinstance(loss, functools.partial):
+        loss = loss.func
+    return getattr(loss, "__code__", loss)
+
+
+def asks(loss: Callable[..., Any]) -> bool:
+    """Whether a loss has asked for a view before."""
+    with contextlib.suppress(TypeError):  # an object without hash
+        return _identity(loss) in _ASKING
+    return False
 
 
 def call(loss: Callable[..., Any], tape: Tape) -> Any:
     """What the loss returns, called by JAX."""
+    with contextlib.suppress(TypeError):  # an object without hash, or without weak references
+        _ASKING.add(_identity(loss))
     current = tape.views["jax"] = _Call()
     returned: Any = None
 
@@ -131,14 +144,27 @@ def call(loss: Callable[..., Any], tape: Tape) -> Any:
         returned = loss()
         return [one for one in _listed(returned) if isinstance(one, jax.Array)]
 
-    leaves = {key: leaf.value for key, leaf in tape.leaves.items() if _fits(leaf.value)}
-    outputs, current.pull = jax.vjp(of_views, {key: _to_jax(value) for key, value in leaves.items()})
-    code = getattr(loss, "__code__", None)
-    if code is not None:
-        (_ASKED_NOTHING.discard if current.asked else _ASKED_NOTHING.add)(code)
+    try:
+        outputs, current.pull = jax.vjp(of_views, _views(tape))
+    except jax.errors.UnexpectedTracerError as error:
+        raise ArgumentValueError(
+            "loss",
+            "must not ask for a view inside a function compiled by jax.jit, which keeps it for later calls",
+            "an array of an earlier call",
+            "pass the views to the function, or use gpu_adam.autodiff.jax.differentiable",
+        ) from error
     values = iter(outputs)
     given = [next(values) if isinstance(one, jax.Array) else one for one in _listed(returned)]
     return given if isinstance(returned, (list, tuple)) else given[0]
+
+
+def _views(tape: Tape) -> dict[int, Any]:
+    """The variables as JAX's arrays, without those that it cannot take: an error only if they are asked for."""
+    found = {}
+    for key, leaf in tape.leaves.items():
+        with contextlib.suppress(ArgumentValueError, TypeError, RuntimeError):
+            found[key] = _to_jax(leaf.value)
+    return found
 
 
 def view(variable: Variable) -> Any:
@@ -156,10 +182,17 @@ def view(variable: Variable) -> Any:
             "a callable",
             "pass the variables themselves",
         )
-    _check_width(variable.value)
     if "jax" not in tape.views:
         raise HandOver(call)
     current = tape.views["jax"]
+    if id(variable) not in current.views:
+        _check_width(variable.value)
+        raise ArgumentValueError(
+            f'variable "{variable.name}"',
+            "must have a dtype and lie on a device that JAX can take",
+            f"dtype {variable.dtype} on {variable.device.name}",
+            "compute with it by NumPy's or CuPy's functions",
+        )
     current.asked.add(id(variable))
     return current.views[id(variable)]
 
@@ -175,7 +208,7 @@ def pull_back(tape: Tape, losses: list[Any], seeds: list[Any]) -> list[Any]:
             leaf = tape.leaves[key]
             contribution = conj(_from_jax(found[key], leaf.value))
             leaf.gradient = contribution if leaf.gradient is None else leaf.gradient + contribution
-    return losses
+    return [jnp.copy(loss) for loss in losses]  # one may be a view, whose memory the next step changes
 
 
 def _listed(returned: Any) -> Sequence[Any]:
@@ -185,9 +218,10 @@ def _listed(returned: Any) -> Sequence[Any]:
 def _upstream(loss: Any, seed: Any) -> Any:
     if seed is None:
         return jnp.ones_like(loss)
-    seed = plain(seed)
-    check_shape(tuple(np.shape(seed)), tuple(loss.shape))
-    return jnp.ones_like(loss) * (seed if isinstance(seed, (int, float, complex)) else _to_jax(seed))
+    seed = jnp.asarray(plain(seed))
+    check_shape(tuple(seed.shape), tuple(loss.shape))
+    seed = seed if loss.dtype.kind == "c" else seed.real
+    return jnp.broadcast_to(seed.astype(loss.dtype), loss.shape)
 
 
 def _fits(value: Any) -> bool:

@@ -109,11 +109,11 @@ if hasattr(np, "matvec"):
 
     @composed(np.matvec)
     def _matvec(a: Any, b: Any) -> Any:
-        return np.matmul(a, b[..., None])[..., 0]
+        return np.matmul(a, np.expand_dims(b, -1))[..., 0]
 
     @composed(np.vecmat)
     def _vecmat(a: Any, b: Any) -> Any:
-        return np.matmul(np.conjugate(a)[..., None, :], b)[..., 0, :]
+        return np.matmul(np.expand_dims(np.conjugate(a), -2), b)[..., 0, :]
 
 
 # -- diagonals

@@ -87,7 +87,7 @@ class Primitive:
     def _constant(self, arg: Any) -> Any:
         """An argument that is not recorded; those of other frameworks would take the result with them."""
         package = type(arg).__module__.partition(".")[0].removesuffix("lib")
-        if package in ("torch", "jax"):
+        if self.arrays_only and package in ("torch", "jax"):
             raise TypeError(
                 f"{function_name(self.of)}: a recorded array must not meet one of another framework "
                 f"(got one of {package}); compute with the variable's view, gpu_adam.autodiff.{package}.view, "

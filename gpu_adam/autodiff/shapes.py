@@ -93,9 +93,11 @@ def _concatenate(arrays: Any, axis: Any = 0, out: Any = None, *, dtype: Any = No
     arrays = tuple(map(traced, arrays))
     if axis is None:
         arrays, axis = tuple(np.ravel(a) for a in arrays), 0
+    values = [plain(a) for a in arrays]
+    result = np.concatenate(values, axis=axis)
     # Where each begins, found once for all of them.
-    bounds = [0, *itertools.accumulate(np.shape(plain(a))[axis] for a in arrays)]
-    joined = _recorded_join(arrays, {"axis": axis, "bounds": bounds})
+    bounds = [0, *itertools.accumulate(np.shape(value)[axis] for value in values)]
+    joined = _recorded_join(arrays, {"axis": axis, "bounds": bounds}, result)
     return joined if dtype is None else joined.astype(dtype)
 
 

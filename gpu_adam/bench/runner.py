@@ -91,8 +91,26 @@ class Report:
     overhead: dict[str, Any] = field(default_factory=dict)
     first_step: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def place(self) -> str:
+        """The device, and what it is: its processor or GPU."""
+        return ", ".join(
+            [self.device, *[str(fact) for fact in self.machine["devices"].get(self.device, {}).values()][:1]]
+        )
+
     def updated(self, newer: Report) -> Report:
-        """This report with the rows of a newer one in place of its own of the same workloads, or after them."""
+        """This report with the rows of a newer one in place of its own of the same workloads, or after them.
+
+        Raises:
+            ArgumentValueError: they are of different machines or devices, or one is of --quick.
+        """
+        for what, mine, its in (
+            ("device", self.place, newer.place),
+            ("list of workloads", *("--quick" if report.quick else "full" for report in (self, newer))),
+        ):
+            if mine != its:
+                rule = f"must be a file of the same {what} for --only"
+                raise ArgumentValueError("--json", rule, f"{mine}; now {its}", "name a new file")
         rows: dict[str, list[Row]] = {}
         for row in self.rows:
             rows.setdefault(row.workload, []).append(row)
@@ -106,8 +124,10 @@ class Report:
         )
 
     def save(self, path: Path) -> None:
-        """Write it as JSON."""
-        path.write_text(json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n")
+        """Write it as JSON; a file that was there is there until the new one is whole."""
+        part = path.with_name(path.name + ".part")
+        part.write_text(json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n")
+        part.replace(path)
 
     @classmethod
     def load(cls, path: Path) -> Report:
@@ -184,14 +204,17 @@ class Runner:
             (ours.NAME, make) for make in ours.candidates(inputs, self._device)
         ]
         free, peers_need = facts.free_bytes(self._device), sets * need * _PEER_SPARE
-        left_out = [self._row(workload, "peers", note=_too_large(peers_need, free))] if peers_need > free else []
-        if not left_out:
-            makers += [(peer.name, _maker(peer, inputs, self._device)) for peer in _peers_of(workload)]
+        peers_there = list(_peers_of(workload))
+        left_out = []
+        if peers_there and peers_need > free:
+            left_out.append(self._row(workload, "peers", note=_too_large(peers_need, free)))
+        else:
+            makers += [(peer.name, _maker(peer, inputs, self._device)) for peer in peers_there]
         together = sets * need * len(makers) * _SPARE < facts.free_bytes(self._device) and self._device.name == "host"
         rows = []
         for group in [makers] if together else [[maker] for maker in makers]:
             rows += list(self._group(workload, group))
-        rows += left_out if workload.peers else []
+        rows += left_out
         for row in rows:
             self._compare(row, known, rows)
         rows[0].launches, rows[0].extra_bytes = known.launches, known.extra_bytes

@@ -54,6 +54,11 @@ def test_bench_prints_writes_and_compares(device: Device, capsys: pytest.Capture
     assert [(row.workload, row.who) for row in again] == [(row.workload, row.who) for row in first]
     replaced = [after != before for before, after in zip(first, again, strict=True)]
     assert replaced == [row.workload == "little sparse" for row in first]
+    status, _, err = run(capsys, "bench", *where, "--only", "little", "--quick", "--json", "a.json")
+    assert status == 1
+    assert "--json must be a file of the same list of workloads for --only (got full; now --quick)" in err
+    assert Report.load(Path("a.json")).rows == again
+    assert not Path("a.json.incomplete").exists()
     pytest.importorskip("matplotlib", reason="the extra bench brings it")
     more = ("--only", "little", "--quick", "--html", "p.html", "--compare", "a.json")
     status, out, _ = run(capsys, "bench", *where, *more)
