@@ -36,7 +36,8 @@ def page(report: Report, earlier: Report | None = None) -> str:
         _table((), ((pair, "") for pair in summary(report))),
         f"<figure>{roofline}</figure>",
         f"<figure>{bars}</figure>",
-        "<h2>All rows</h2><p>Median of a step. A peer's GB/s is what our bytes would need in its time.</p>",
+        "<h2>All rows</h2><p>Median of a step. A peer's GB/s is what our bytes would need in its time. torch "
+        "SparseAdam (lazy) computes something else: it leaves rows without gradient alone.</p>",
         _table(HEADER, rows),
     ]
     if earlier is not None:
