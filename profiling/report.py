@@ -178,8 +178,7 @@ FIGURES: dict[str, Callable[[Report, str, str], float | None]] = {
 
 
 def _machine(report: Report) -> str:
-    facts = report.machine["devices"].get(report.device, {})
-    return f"{next(iter(facts.values()), report.device)}, {report.machine['cores']} cores"
+    return f"{report.model or report.device}, {report.machine['cores']} cores"
 
 
 def full(reports: dict[str, Report]) -> str:

@@ -224,10 +224,6 @@ def _upstream(loss: Any, seed: Any) -> Any:
     return jnp.broadcast_to(seed.astype(loss.dtype), loss.shape)
 
 
-def _fits(value: Any) -> bool:
-    return jax.config.jax_enable_x64 or value.dtype not in (np.float64, np.complex128)
-
-
 def _to_jax(value: Any) -> Any:
     if isinstance(value, np.ndarray | np.generic):
         _check_width(value)
@@ -239,7 +235,7 @@ def _to_jax(value: Any) -> Any:
 
 
 def _check_width(value: Any) -> None:
-    if not _fits(value):
+    if value.dtype in (np.float64, np.complex128) and not jax.config.jax_enable_x64:
         raise ArgumentValueError(
             "a variable or array for JAX",
             "must be float32 or complex64 while JAX computes in 32 bits",

@@ -55,18 +55,16 @@ def bench(
     if device is not None:
         gpu_adam.set_device(device)
 
-    def save(measured: Report, path: Path | None) -> None:
-        if path is not None:
-            (measured if in_file is None else in_file.updated(measured)).save(path)
-
-    # While it grows beside the file of that name: an interrupt leaves the earlier results, and those so far.
+    # It grows beside the file of that name: an interrupt leaves the earlier results, and those so far.
     so_far = None if json is None else json.with_name(json.name + ".incomplete")
-    report = _measured(
-        gpu_adam.get_device(), chosen, quick, lambda measured: save(measured, so_far), whole=only is None
-    )
-    save(report, json)
-    if so_far is not None:
-        so_far.unlink(missing_ok=True)
+
+    def save(measured: Report) -> None:
+        if so_far is not None:
+            (measured if in_file is None else in_file.updated(measured)).save(so_far)
+
+    report = _measured(gpu_adam.get_device(), chosen, quick, save, whole=only is None)
+    if json is not None and so_far is not None:
+        so_far.replace(json)
     if html is not None:
         html.write_text(page(report, earlier))
     console = Console()

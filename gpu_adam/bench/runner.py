@@ -92,11 +92,9 @@ class Report:
     first_step: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def place(self) -> str:
-        """The device, and what it is: its processor or GPU."""
-        return ", ".join(
-            [self.device, *[str(fact) for fact in self.machine["devices"].get(self.device, {}).values()][:1]]
-        )
+    def model(self) -> str:
+        """The device's processor or GPU; "" where it did not tell."""
+        return next(iter(self.machine["devices"].get(self.device, {}).values()), "")
 
     def updated(self, newer: Report) -> Report:
         """This report with the rows of a newer one in place of its own of the same workloads, or after them.
@@ -105,7 +103,7 @@ class Report:
             ArgumentValueError: they are of different machines or devices, or one is of --quick.
         """
         for what, mine, its in (
-            ("device", self.place, newer.place),
+            ("device", *(f"{report.device}, {report.model}" for report in (self, newer))),
             ("list of workloads", *("--quick" if report.quick else "full" for report in (self, newer))),
         ):
             if mine != its:
@@ -124,10 +122,8 @@ class Report:
         )
 
     def save(self, path: Path) -> None:
-        """Write it as JSON; a file that was there is there until the new one is whole."""
-        part = path.with_name(path.name + ".part")
-        part.write_text(json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n")
-        part.replace(path)
+        """Write it as JSON."""
+        path.write_text(json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> Report:

@@ -81,8 +81,7 @@ def summary(report: Report) -> list[tuple[str, str]]:
 
 def _device(report: Report) -> str:
     facts = report.machine["devices"].get(report.device, {})
-    name = next(iter(facts.values()), "")
-    return f"{report.device}, {name}" + (f", {facts['threads']} threads" if "threads" in facts else "")
+    return f"{report.device}, {report.model}" + (f", {facts['threads']} threads" if "threads" in facts else "")
 
 
 def terminal_table(report: Report, *, wide: bool = True) -> Table:
