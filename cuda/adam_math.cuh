@@ -12,12 +12,12 @@
 //
 //     vhat_t  = max(vhat_{t-1}, v_t)                                           and takes the place of v_t in theta_t
 //
-// The order of the operations, each rounded once, is that of tf.keras.optimizers.Adam: every device gives its bits.
+// The order of the operations, each rounded once, is that of tf.keras.optimizers.Adam: every device gives Keras' bits.
 #pragma once
-#include "numbers.cuh"
+#include "slots.cuh"
 
-// The scalars of one step, by value. Mirrored by gpu_adam.kernels.STEP.
-struct Step {
+// The scalars of one step, computed on the host. Mirrored by gpu_adam.kernels.step_scalars.
+struct StepScalars {
     StoredReal alpha;             // alpha_t
     StoredReal one_minus_beta_1;
     StoredReal one_minus_beta_2;
@@ -25,36 +25,36 @@ struct Step {
     StoredReal clip_value;        // bound of |g|, infinity where there is none
 };
 
-struct Element {
-    Value theta;
-    Value m;
-    Real v;
-    Real vhat;  // with AMSGrad only
-};
-
-__device__ inline Element adam(Element e, Value g, const Step& step) {
+__device__ inline Element adam(Element e, Value g, const StepScalars& step) {
     e.m = e.m + (g - e.m) * real(step.one_minus_beta_1);
     e.v = e.v + (squared(g) - e.v) * real(step.one_minus_beta_2);
-#if GPU_ADAM_AMSGRAD
-    e.vhat = maximum(e.vhat, e.v);
-    const Real second_moment = e.vhat;
-#else
-    const Real second_moment = e.v;
-#endif
+    Real second_moment = e.v;
+    if constexpr (AMSGRAD) {
+        e.vhat = maximum(e.vhat, e.v);
+        second_moment = e.vhat;
+    }
     e.theta = e.theta - (e.m * real(step.alpha)) / (square_root(second_moment) + real(step.epsilon));
     return e;
 }
 
+// Whether this kernel clips gradients. Chosen at compile time, although a factor of 1.0 and an infinite bound change no
+// bit: the multiplication in float64 and its conversions cost 32 to 46 instructions for four float32, 18 to 26 % on top
+// ("dense float32 clip" beside "dense float32" in profiling/results/static.json), and GPUs made for graphics run
+// float64 at 1/64 of the rate of float32.
+constexpr bool CLIPS = GPU_ADAM_CLIP;
+
 // Whether gradients are clipped by value: the same for all elements of a step.
-__device__ inline bool bounded(const Step& step) { return GPU_ADAM_CLIP && step.clip_value - step.clip_value == 0; }
+__device__ inline bool bounded(const StepScalars& step) { return CLIPS && step.clip_value - step.clip_value == 0; }
 
 // Clip by value, then by norm: `factor` is the one that norm.cu computed, which has the equations. Compiled out where
 // nothing is clipped.
 template <bool BOUNDED>
-__device__ inline Value clipped(Value g, const Step& step, double factor) {
-#if GPU_ADAM_CLIP
-    return scaled(BOUNDED ? clamped(g, real(step.clip_value)) : g, factor);
-#else
+__device__ inline Value clipped(Value g, const StepScalars& step, double factor) {
+    if constexpr (CLIPS) g = scaled(BOUNDED ? clamped(g, real(step.clip_value)) : g, factor);
     return g;
-#endif
 }
+
+// Whether a kernel reads the scalars in device memory, where each replay of a graph can find other ones, and not among
+// its arguments. Chosen at compile time: an argument is an operand that takes no register. Kernels that chose between
+// the two at run time took up to 12 registers more; 66 of 224 rows of profiling/static.py were worse by more than 2 %.
+constexpr bool STAGED = GPU_ADAM_STAGED;

@@ -1,32 +1,30 @@
 // Dense update: every variable of one dtype in one launch.
 //
+// Scalars  of the step: by value, and `staged` is null; or, with GPU_ADAM_STAGED, from where `staged` points.
 // Launch   any grid, any block of at most 256 threads in x; blocks stride over chunks, threads over a chunk's elements.
-// Memory   theta, m, v (and vhat with AMSGrad) of one tensor lie at one offset from a 16-byte boundary; no two tensors
-//          of a launch overlap. A gradient may equal, but not partly overlap, an array of its own tensor; it must not
+// Memory   all slots of one tensor (slots.cuh) lie at one offset from a 16-byte boundary; no two tensors of a launch
+//          overlap. A gradient may equal, but not partly overlap, an array of its own tensor; it must not
 //          overlap another tensor's.
 // Order    no sums: the bits of an element depend on its own inputs only, not on the launch.
 // chunks=0 nothing happens. NaN and infinity follow IEEE rules; see adam_math.cuh for vhat.
-// Traffic  per element: reads theta, m, v, g, writes theta, m, v (vhat: one more of each): 28 bytes in float32.
+// Traffic  per element: reads every slot and g, writes every slot: 28 bytes in float32 for theta, m and v.
 #include "memory.cuh"
 #include "tensor_table.cuh"
 
 extern "C" __global__ void __launch_bounds__(256)
-dense(const TensorTable table, const double* factors, const long long factor_stride, const Step step) {
+dense(const TensorTable table, const double* factors, const long long factor_stride, const StepScalars scalars,
+      const StepScalars* staged) {
+    const StepScalars step = STAGED ? *staged : scalars;
     for (long long index = blockIdx.x; index < table.chunks; index += gridDim.x) {
         const Chunk chunk = chunk_at(table, index);
         const Tensor tensor = table.tensors[chunk.tensor];
-        const Range range = {
-            in_global_memory(tensor.theta) + chunk.begin,
-            in_global_memory(tensor.m) + chunk.begin,
-            in_global_memory(tensor.v) + chunk.begin,
-            GPU_ADAM_AMSGRAD ? in_global_memory(tensor.vhat) + chunk.begin : nullptr,
-            chunk.size,
-        };
+        const Range range = {tensor.slots.at(chunk.begin), chunk.size};
         const Stored* const g = in_global_memory(table.gradients[chunk.tensor]) + chunk.begin;
-        const bool packed = aligned(g + head_size(range.theta, chunk.size));
+        const bool packed = aligned(g + head_size(range.slots.theta, chunk.size));
         // One factor per tensor (stride 1), or one for all (stride 0, the global norm).
         const double factor = factors ? factors[chunk.tensor * factor_stride] : 1.0;
-        // Two loops: a compiler that vectorises would divide for the bound of complex values where there is none, too.
+        // Two loops: in one loop, a compiler that vectorises would divide by the length of every complex element, even
+        // where values have no bound.
         if (bounded(step)) {
             update_range(range, GlobalGradient<true>{g, packed, factor}, step);
         } else {

@@ -3,16 +3,17 @@
 // A range of consecutive elements belongs to one block. Its first elements up to a 16-byte boundary (the head) and the
 // last ones after the last full pack (the tail) are moved one by one, the rest in packs; a misaligned array costs its
 // head, never the whole range. Slots are allocated at the same offset from a 16-byte boundary as their variable, so one
-// head serves theta, m, v and vhat. A gradient that lies otherwise is loaded element by element.
+// head serves every slot (slots.cuh). A gradient at another offset is loaded element by element.
 //
-// The host's fast mode has packs of one element: its compiler vectorises the loop itself, strip by strip, and the shim
-// fetches a strip ahead of it, because a processor's own prefetchers stop at every 4 KB page (measured: profiling/).
+// The host's fast mode has packs of one element: its compiler vectorises the loop itself, strip by strip. Where that is
+// faster, the shim fetches a strip ahead of it, because a processor's own prefetchers stop at every 4 KB page (fast.h).
 #pragma once
 #include "adam_math.cuh"
 
 #ifndef GPU_ADAM_ONE_THREAD  // defined by the host's fast mode only: a GPU hides latency behind other warps
 #define GPU_ADAM_ONE_THREAD 0
 #define GPU_ADAM_STRIP (1 << 30)
+#define GPU_ADAM_PREFETCHES false
 #define GPU_ADAM_PREFETCH(pointer)
 #define GPU_ADAM_INDEPENDENT
 #endif
@@ -53,13 +54,18 @@ __device__ inline Pack<T, N> gradient_pack(const T* g, bool packed) {
     return pack;
 }
 
-// Where the elements to update lie.
+// Consecutive elements to update: where they begin, and how many.
 struct Range {
-    Stored* __restrict__ theta;
-    Stored* __restrict__ m;
-    StoredReal* __restrict__ v;
-    StoredReal* __restrict__ vhat;
+    Slots slots;
     int size;
+};
+
+// N consecutive elements of every slot, as one thread loads and stores them.
+template <int N>
+struct SlotPacks {
+#define PACK_OF(slot, Memory, Register, present) Pack<Memory, N> slot;
+    GPU_ADAM_SLOTS(PACK_OF)
+#undef PACK_OF
 };
 
 // A gradient in global memory, clipped on its way in; by value where that has a bound.
@@ -71,7 +77,9 @@ struct GlobalGradient {
 
     template <int N>
     __device__ Pack<Stored, N> pack(int i) const { return gradient_pack<N>(g + i, packed); }
-    __device__ Value computed(Stored x, const Step& step) const { return clipped<BOUNDED>(value(x), step, factor); }
+    __device__ Value computed(Stored x, const StepScalars& step) const {
+        return clipped<BOUNDED>(value(x), step, factor);
+    }
 };
 
 // A gradient in shared memory, already clipped and summed.
@@ -81,70 +89,65 @@ struct SharedGradient {
 
     template <int N>
     __device__ Pack<Value, N> pack(int i) const { return gradient_pack<N>(g + i, packed); }
-    __device__ Value computed(Value x, const Step&) const { return x; }
+    __device__ Value computed(Value x, const StepScalars&) const { return x; }
 };
 
 template <typename Gradient>
 __device__ __forceinline__ void prefetch(const Range& range, const Gradient& gradient, int i) {
-    GPU_ADAM_PREFETCH(range.theta + i);
-    GPU_ADAM_PREFETCH(range.m + i);
-    GPU_ADAM_PREFETCH(range.v + i);
-#if GPU_ADAM_AMSGRAD
-    GPU_ADAM_PREFETCH(range.vhat + i);
-#endif
+#define FETCH(slot, Memory, Register, present) \
+    if constexpr (present) GPU_ADAM_PREFETCH(range.slots.slot + i);
+    GPU_ADAM_SLOTS(FETCH)
+#undef FETCH
     GPU_ADAM_PREFETCH(gradient.g + i);
 }
 
-// What one thread updates in one go: a pack, or one element of head or tail.
+// Load, compute and store what one thread updates in one go: a pack, or one element of head or tail.
 template <int N, typename Gradient>
-__device__ inline void update_pack(const Range& range, const Gradient& gradient, const Step& step, int i) {
+__device__ inline void update_pack(const Slots& slots, const Gradient& gradient, const StepScalars& step, int i) {
     const auto g = gradient.template pack<N>(i);
-    Pack<Stored, N> theta = load_pack<N>(range.theta + i);
-    Pack<Stored, N> m = load_pack<N>(range.m + i);
-    Pack<StoredReal, N> v = load_pack<N>(range.v + i);
-#if GPU_ADAM_AMSGRAD
-    Pack<StoredReal, N> vhat = load_pack<N>(range.vhat + i);
-#endif
+    SlotPacks<N> packs;
+#define LOAD(slot, Memory, Register, present) \
+    if constexpr (present) packs.slot = load_pack<N>(slots.slot + i);
+    GPU_ADAM_SLOTS(LOAD)
+#undef LOAD
 #pragma unroll
     for (int k = 0; k < N; ++k) {
-        Element e = {value(theta.x[k]), value(m.x[k]), real(v.x[k])};
-#if GPU_ADAM_AMSGRAD
-        e.vhat = real(vhat.x[k]);
-#endif
+        Element e = {};
+#define READ(slot, Memory, Register, present) \
+    if constexpr (present) e.slot = Converted<Register>::from(packs.slot.x[k]);
+        GPU_ADAM_SLOTS(READ)
+#undef READ
         e = adam(e, gradient.computed(g.x[k], step), step);
-        store(theta.x[k], e.theta);
-        store(m.x[k], e.m);
-        store(v.x[k], e.v);
-#if GPU_ADAM_AMSGRAD
-        store(vhat.x[k], e.vhat);
-#endif
+#define WRITE(slot, Memory, Register, present) \
+    if constexpr (present) store(packs.slot.x[k], e.slot);
+        GPU_ADAM_SLOTS(WRITE)
+#undef WRITE
     }
-    store_pack(range.theta + i, theta);
-    store_pack(range.m + i, m);
-    store_pack(range.v + i, v);
-#if GPU_ADAM_AMSGRAD
-    store_pack(range.vhat + i, vhat);
-#endif
+#define STORE(slot, Memory, Register, present) \
+    if constexpr (present) store_pack(slots.slot + i, packs.slot);
+    GPU_ADAM_SLOTS(STORE)
+#undef STORE
 }
 
 // Update every element of the range once. Threads of the block stride through it; any blockDim.x is right. An element is
-// read before it is written, by the thread that writes it, so the gradient may be theta, m, v or vhat itself, but must
-// not overlap them otherwise. No barrier inside. size = 0: nothing happens.
+// read before it is written, by the thread that writes it, so the gradient may be one of the slots itself, but must
+// not overlap a slot otherwise. No barrier inside. size = 0: nothing happens.
 template <typename Gradient>
-__device__ inline void update_range(const Range range, const Gradient gradient, const Step step) {
-    const int head = head_size(range.theta, range.size);
+__device__ inline void update_range(const Range range, const Gradient gradient, const StepScalars step) {
+    const int head = head_size(range.slots.theta, range.size);
     const int packs = (range.size - head) / PACK;
+    const bool prefetches = GPU_ADAM_PREFETCHES;
     for (int strip = 0; strip < packs; strip += GPU_ADAM_STRIP) {
         const int end = packs - strip < GPU_ADAM_STRIP ? packs : strip + GPU_ADAM_STRIP;
-        prefetch(range, gradient, head + strip * PACK);
+        if (prefetches) prefetch(range, gradient, head + strip * PACK);
         GPU_ADAM_INDEPENDENT
         for (int j = strip + threadIdx.x; j < end; j += blockDim.x) {
-            update_pack<PACK>(range, gradient, step, head + j * PACK);
+            update_pack<PACK>(range.slots, gradient, step, head + j * PACK);
         }
     }
     // Head and tail together are fewer than 2 PACK elements.
     const int tail = head + packs * PACK;
     for (int j = threadIdx.x; j < head + range.size - tail; j += blockDim.x) {
-        update_pack<1>(range, gradient, step, j < head ? j : tail + j - head);
+        update_pack<1>(range.slots, gradient, step, j < head ? j : tail + j - head);
     }
 }

@@ -8,25 +8,47 @@
 //          i, then the lanes are added as a binary tree, lane k taking lane k + 512, k + 256, ... A tensor's or the
 //          global sum adds the chunks' sums the same way. All in float64, so the same bits everywhere.
 // Result   pass 2's sums are valid in thread 0. Empty: norm 0, which clips to factors that leave zeros zeros.
-// NaN      a norm that is NaN or infinite makes every factor it belongs to NaN, so that it is noticed.
+// NaN      a norm that is NaN or infinite makes its factors NaN, and thereby every gradient that the factors clip.
 #include "memory.cuh"
 #include "tensor_table.cuh"
 
 constexpr int LANES = 1024;
-// Lanes that a thread sums side by side in registers: a 16-byte load; all of them where a block is one thread.
-constexpr int WIDTH = GPU_ADAM_ONE_THREAD ? LANES : PACK;
 
-// Sum over [0, n) of the terms, in the order above; the result in lanes[0] until the block's next call.
+// The same sum by a block of one thread: the lanes stay in the processor's first cache, and each row of terms is added to
+// them by a loop that the compiler vectorises. Lanes without a term would be +0, and +0 added to a sum of squares changes
+// no bit: a short tensor's are left out.
+template <typename Terms>
+__device__ inline double sum_of_one_thread(long long n, const Terms& terms, double* lanes) {
+    int used = static_cast<int>(n < LANES ? n : LANES);
+    if (used == 0) return 0.0;
+    GPU_ADAM_INDEPENDENT
+    for (int k = 0; k < used; ++k) lanes[k] = 0.0 + terms.at(k);  // the sum of a denormal term is 0, the term is not
+    for (long long row = LANES; row < n; row += LANES) {
+        const int count = static_cast<int>(n - row < LANES ? n - row : LANES);
+        GPU_ADAM_INDEPENDENT
+        for (int k = 0; k < count; ++k) lanes[k] += terms.at(row + k);
+    }
+    for (int half = LANES / 2; half > 0; half /= 2) {
+        GPU_ADAM_INDEPENDENT
+        for (int k = 0; k < used - half; ++k) lanes[k] += lanes[k + half];
+        used = used < half ? used : half;
+    }
+    return lanes[0];
+}
+
+// Sum over [0, n) of the terms, in the order above; the result stays in lanes[0] until the block's next call.
 template <typename Terms>
 __device__ inline double ordered_sum(long long n, const Terms terms, double* lanes) {
+    if constexpr (GPU_ADAM_ONE_THREAD) return sum_of_one_thread(n, terms, lanes);
     __syncthreads();  // the previous call's result has been read
-    for (int group = threadIdx.x; group < LANES / WIDTH; group += blockDim.x) {
-        double sum[WIDTH] = {};
-        long long i = group * WIDTH;
+    // A thread sums as many lanes side by side in registers as a load brings.
+    for (int group = threadIdx.x; group < LANES / PACK; group += blockDim.x) {
+        double sum[PACK] = {};
+        long long i = group * PACK;
 #pragma unroll 4
-        for (; i + WIDTH <= n; i += LANES) terms.add(sum, i);
-        for (int k = 0; i + k < n && k < WIDTH; ++k) sum[k] += terms.at(i + k);
-        for (int k = 0; k < WIDTH; ++k) lanes[group * WIDTH + k] = sum[k];
+        for (; i + PACK <= n; i += LANES) terms.add(sum, i);
+        for (int k = 0; i + k < n && k < PACK; ++k) sum[k] += terms.at(i + k);
+        for (int k = 0; k < PACK; ++k) lanes[group * PACK + k] = sum[k];
     }
     __syncthreads();
     for (int half = LANES / 2; half > 0; half /= 2) {
@@ -36,31 +58,44 @@ __device__ inline double ordered_sum(long long n, const Terms terms, double* lan
     return lanes[0];
 }
 
+template <bool BOUNDED>
 struct Squares {
     const Stored* g;
     StoredReal clip_value;
     bool packed;
 
-    __device__ double term(Stored x) const { return norm_term(clamped(value(x), real(clip_value))); }
+    __device__ double term(Stored x) const {
+        return norm_term(BOUNDED ? clamped(value(x), real(clip_value)) : value(x));
+    }
     __device__ double at(long long i) const { return term(g[i]); }
     __device__ void add(double* sum, long long i) const {
-        if (!GPU_ADAM_ONE_THREAD && packed) {
+        if (packed) {
             const Pack<Stored> pack = load_pack<PACK>(g + i);
 #pragma unroll
             for (int k = 0; k < PACK; ++k) sum[k] += term(pack.x[k]);
         } else {
 #pragma unroll
-            for (int k = 0; k < WIDTH; ++k) sum[k] += term(g[i + k]);
+            for (int k = 0; k < PACK; ++k) sum[k] += term(g[i + k]);
         }
     }
 };
+
+// The sum of n squares. A processor takes a loop of its own where values have no bound. On a GPU a second loop costs some
+// variants registers or stack, and the bound is hidden behind the loads.
+__device__ inline double sum_of_squares(const Stored* g, long long n, StoredReal clip_value, double* lanes) {
+    const bool bounded = clip_value - clip_value == 0;
+    if (GPU_ADAM_ONE_THREAD && !bounded) {
+        return ordered_sum(n, Squares<false>{g, clip_value, aligned(g)}, lanes);
+    }
+    return ordered_sum(n, Squares<true>{g, clip_value, aligned(g)}, lanes);
+}
 
 struct Partials {
     const double* sums;
 
     __device__ double at(long long i) const { return sums[i]; }
     __device__ void add(double* sum, long long i) const {
-        for (int k = 0; k < WIDTH; ++k) sum[k] += sums[i + k];
+        for (int k = 0; k < PACK; ++k) sum[k] += sums[i + k];
     }
 };
 
@@ -71,7 +106,7 @@ square_sums(const TensorTable table, const StoredReal clip_value, double* sums) 
     for (long long index = blockIdx.x; index < table.chunks; index += gridDim.x) {
         const Chunk chunk = chunk_at(table, index);
         const Stored* const g = in_global_memory(table.gradients[chunk.tensor]) + chunk.begin;
-        const double sum = ordered_sum(chunk.size, Squares{g, clip_value, aligned(g)}, lanes);
+        const double sum = sum_of_squares(g, chunk.size, clip_value, lanes);
         if (threadIdx.x == 0) sums[index] = sum;
     }
 }
@@ -83,28 +118,28 @@ square_sums_of(const Stored* values, const long long size, const StoredReal clip
     for (long long index = blockIdx.x; index * GPU_ADAM_CHUNK < size; index += gridDim.x) {
         const long long begin = index * GPU_ADAM_CHUNK;
         const long long left = size - begin;
-        const Squares squares = {values + begin, clip_value, aligned(values + begin)};
-        const double sum = ordered_sum(left < GPU_ADAM_CHUNK ? left : GPU_ADAM_CHUNK, squares, lanes);
+        const long long size_here = left < GPU_ADAM_CHUNK ? left : GPU_ADAM_CHUNK;
+        const double sum = sum_of_squares(values + begin, size_here, clip_value, lanes);
         if (threadIdx.x == 0) sums[index] = sum;
     }
 }
 
-// min(1, c / n), the factor that takes a gradient of norm n to at most c, 0 where that is denormal; NaN where n is not
+// min(1, c / n), the factor that takes a gradient of norm n to at most c; 0 where c / n is denormal, NaN where n is not
 // finite.
 __device__ inline double clip_factor(double norm, double clipnorm) {
-    const double ratio = flushed(clipnorm / norm).x;
+    const double ratio = flush_always(clipnorm / norm).x;
     return norm - norm == 0.0 ? (ratio < 1.0 ? ratio : 1.0) : norm - norm;
 }
 
-// factors[t] for n = ||g||_2 of each tensor. Tensor t's sums are [ends[t - 1], ends[t]); null ends mean one tensor with
-// `count` sums.
+// factors[t] for n = ||g||_2 of each tensor. Tensor t's sums are [chunk_ends[t - 1], chunk_ends[t]), one
+// for each chunk; null chunk_ends mean one tensor with `count` sums.
 extern "C" __global__ void __launch_bounds__(256)
-clip_by_norm(const double* sums, const long long* ends, const long long tensors, const long long count,
+clip_by_norm(const double* sums, const long long* chunk_ends, const long long tensors, const long long count,
              const double clipnorm, double* factors) {
     __shared__ double lanes[LANES];
     for (long long t = blockIdx.x; t < tensors; t += gridDim.x) {
-        const long long begin = t == 0 ? 0 : ends[t - 1];
-        const long long end = ends ? ends[t] : count;
+        const long long begin = t == 0 ? 0 : chunk_ends[t - 1];
+        const long long end = chunk_ends ? chunk_ends[t] : count;
         const double norm = sqrt(ordered_sum(end - begin, Partials{sums + begin}, lanes));
         if (threadIdx.x == 0) factors[t] = clip_factor(norm, clipnorm);
     }

@@ -1,6 +1,6 @@
 // Numbers: what is stored, what is computed with, and the operations on which devices would otherwise differ.
 //
-// A row of the dtype table (gpu_adam/kernels.py) names four types:
+// A row of the dtype table (gpu_adam/kernels/dtypes.py) names four types:
 //   GPU_ADAM_STORED        an element of a variable and of its gradient in memory
 //   GPU_ADAM_STORED_REAL   an element of v and vhat in memory
 //   GPU_ADAM_VALUE         the same element while it is computed with
@@ -8,14 +8,16 @@
 //
 // Rounding is IEEE nearest-even for + - * / sqrt, and no multiply-add is contracted (-fmad=false, -ffp-contract=off).
 // Denormal numbers are zero, sign kept, as operands and as results:
-//   float    by hardware: NVRTC is given -ftz=true, the host sets the processor's flush mode around a launch;
-//   Double   in software on every device, because CUDA has no such mode for 64 bits. An x86 processor's mode for results
-//            tests them as rounded without a smallest exponent, which is not the same; its mode for operands is, and the
-//            host uses that.
+//   float    by the processor's modes: NVRTC is given -ftz=true, the host sets FTZ (denormal results become zero) and
+//            DAZ (denormal operands are zero) around a launch;
+//   Double   in software on every device, because CUDA has no such modes for 64 bits. FTZ of an x86 processor would not
+//            give the same bits: FTZ rounds as if there were no smallest exponent, and then calls a result denormal,
+//            which differs for a result that rounds up to the smallest normal number. DAZ does give the same bits, so
+//            the host uses DAZ alone.
 #pragma once
 
-#ifndef GPU_ADAM_HARDWARE_OPERANDS  // 1 where the processor takes denormal operands for zeros
-#define GPU_ADAM_HARDWARE_OPERANDS 0
+#ifndef GPU_ADAM_DAZ  // 1 where the processor takes denormal operands for zeros
+#define GPU_ADAM_DAZ 0
 #endif
 
 // A float64 whose every operation flushes denormals.
@@ -23,26 +25,28 @@ struct Double {
     double x;
 };
 
-// An integer test, not a comparison: GPUs made for graphics run float64 instructions at 1/64 of the rate of integer ones.
-__device__ inline Double flushed(double x) {
+// Zero with the sign of x where x is denormal, else x. An integer test, not a comparison: GPUs made for graphics run
+// float64 instructions at 1/64 of the rate of integer ones.
+__device__ inline Double flush_always(double x) {
     const long long bits = __double_as_longlong(x);
     const bool normal = (bits & 0x7ff0000000000000LL) != 0;
     return {normal ? x : __longlong_as_double(bits & static_cast<long long>(0x8000000000000000ULL))};
 }
 
-// An operand from memory, or a result: a processor that flushes operands may keep it, until it is stored.
-__device__ inline Double flush(double x) {
-#if GPU_ADAM_HARDWARE_OPERANDS
+// An operand from memory, or a result. Where DAZ is on, a denormal number may stay in a register: the next operation
+// takes the number for zero, and store() flushes it.
+__device__ inline Double flush_unless_daz(double x) {
+#if GPU_ADAM_DAZ
     return {x};
 #else
-    return flushed(x);
+    return flush_always(x);
 #endif
 }
 
-__device__ inline Double operator+(Double a, Double b) { return flush(a.x + b.x); }
-__device__ inline Double operator-(Double a, Double b) { return flush(a.x - b.x); }
-__device__ inline Double operator*(Double a, Double b) { return flush(a.x * b.x); }
-__device__ inline Double operator/(Double a, Double b) { return flush(a.x / b.x); }
+__device__ inline Double operator+(Double a, Double b) { return flush_unless_daz(a.x + b.x); }
+__device__ inline Double operator-(Double a, Double b) { return flush_unless_daz(a.x - b.x); }
+__device__ inline Double operator*(Double a, Double b) { return flush_unless_daz(a.x * b.x); }
+__device__ inline Double operator/(Double a, Double b) { return flush_unless_daz(a.x / b.x); }
 __device__ inline Double operator-(Double a) { return {-a.x}; }
 __device__ inline bool operator<(Double a, Double b) { return a.x < b.x; }
 __device__ inline Double square_root(Double a) { return {sqrt(a.x)}; }  // of a normal number is never denormal
@@ -78,7 +82,7 @@ __device__ inline double norm_term(Double x) { return (x * x).x; }
 template <typename Real>
 __device__ inline double norm_term(Complex<Real> x) { return norm_term(x.re) + norm_term(x.im); }
 
-// The larger, and `a` where `b` is NaN: what the reference does to vhat. (fmax would drop a NaN in `a` as well.)
+// The larger, and `a` where `b` is NaN, as Keras computes vhat. (fmax would drop a NaN in `a` as well.)
 template <typename Real>
 __device__ inline Real maximum(Real a, Real b) { return a < b ? b : a; }
 
@@ -86,8 +90,8 @@ __device__ inline Real maximum(Real a, Real b) { return a < b ? b : a; }
 template <typename Real>
 __device__ inline Real clamped(Real x, Real bound) { return bound < x ? bound : (x < -bound ? -bound : x); }
 
-// Onto the disc of radius `bound`, keeping the direction; what is NaN or infinite stays. Scaled, so that no square
-// overflows.
+// Onto the disc of radius `bound`, keeping the direction; a number that is NaN or infinite stays. x is divided by its
+// larger part first, so that no square overflows.
 template <typename Real>
 __device__ inline Complex<Real> clamped(Complex<Real> x, Real bound) {
     const Real largest = maximum(magnitude(x.re), magnitude(x.im));
@@ -96,9 +100,9 @@ __device__ inline Complex<Real> clamped(Complex<Real> x, Real bound) {
     return bound < length ? x * (bound / length) : x;
 }
 
-// x times a float64 factor, rounded once: neither the factor nor the norm it comes from need fit into float32.
+// x times a factor, rounded once. The factor is float64 because neither a factor nor a norm need fit into float32.
 __device__ inline float scaled(float x, double factor) { return static_cast<float>(static_cast<double>(x) * factor); }
-__device__ inline Double scaled(Double x, double factor) { return flush(x.x * factor); }
+__device__ inline Double scaled(Double x, double factor) { return flush_unless_daz(x.x * factor); }
 template <typename Real>
 __device__ inline Complex<Real> scaled(Complex<Real> x, double factor) {
     return {scaled(x.re, factor), scaled(x.im, factor)};
@@ -110,7 +114,7 @@ template <> struct Converted<float> {
     __device__ static float from(float x) { return x; }
 };
 template <> struct Converted<Double> {
-    __device__ static Double from(double x) { return flush(x); }
+    __device__ static Double from(double x) { return flush_unless_daz(x); }
 };
 template <typename Real> struct Converted<Complex<Real>> {
     template <typename From>
@@ -119,7 +123,7 @@ template <typename Real> struct Converted<Complex<Real>> {
     }
 };
 __device__ inline void store(float& place, float x) { place = x; }
-__device__ inline void store(double& place, Double x) { place = GPU_ADAM_HARDWARE_OPERANDS ? flushed(x.x).x : x.x; }
+__device__ inline void store(double& place, Double x) { place = GPU_ADAM_DAZ ? flush_always(x.x).x : x.x; }
 template <typename To, typename From>
 __device__ inline void store(Complex<To>& place, Complex<From> x) {
     store(place.re, x.re);

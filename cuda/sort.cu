@@ -5,8 +5,8 @@
 //
 // Launch   sort_rows and sort_scan: one block; the others: one block per GPU_ADAM_SORT_RUN keys. blockDim.x as in
 //          sort.cuh. Both ways give the same result, whatever the block size.
-// Errors   an index outside [0, rows) gets the key `rows`, so it sorts behind every row and is never applied; it is
-//          counted, and the position of the first one kept, in IndexErrors.
+// Errors   an index outside [0, rows) gets the key `rows`, so the index sorts behind every row and is never applied.
+//          IndexErrors counts such indices, and keeps the smallest position of one in the first step that had any.
 // count=0  nothing happens.
 #include "sort.cuh"
 
@@ -16,7 +16,7 @@ __device__ inline void read_keys(const Indices indices, Run run, const Keys keys
         const bool inside = 0 <= row && row < indices.rows;
         if (!inside) {
             atomicAdd(&errors->count, 1ULL);
-            // Of the first step that has any: its position belongs to the index that sparse.cu noted.
+            // Later steps must not overwrite the first bad step's position: sparse.cu has recorded the index there.
             if (!errors->recorded) atomicMin(&errors->first_position, static_cast<unsigned long long>(i));
         }
         keys.row[i] = inside ? row : indices.rows;

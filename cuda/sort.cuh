@@ -15,7 +15,7 @@ struct Indices {
     long long rows;   // of the variable
 };
 
-// What was wrong with them. Mirrored by gpu_adam.kernels.INDEX_ERRORS.
+// Which indices were out of range. Mirrored by gpu_adam.kernels.INDEX_ERRORS.
 struct IndexErrors {
     unsigned long long count;
     unsigned long long first_position;  // the largest value where there is none
@@ -45,14 +45,15 @@ __device__ inline long long index_at(const Indices& indices, long long i) {
     return indices.wide ? static_cast<const long long*>(indices.data)[i] : static_cast<const int*>(indices.data)[i];
 }
 
-// Note the first bad index itself, once all positions are known. One thread of one later launch.
+// Record the index at the first bad position, once all positions are known. One thread of a later launch calls this.
 __device__ inline void record_first(IndexErrors* errors, const Indices& indices) {
     if (errors->count == 0 || errors->recorded) return;
     errors->first_index = index_at(indices, static_cast<long long>(errors->first_position));
     errors->recorded = 1;
 }
 
-// Exclusive sum of `x` over the threads of the block; the sum of all in scratch.total until the next barrier but one.
+// Exclusive sum of `x` over the threads of the block. The sum of all is in scratch.total, until the next barrier
+// but one.
 __device__ inline unsigned block_exclusive_sum(unsigned x, SortScratch& scratch) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = (blockDim.x + 31) / 32;
     const unsigned mask = blockDim.x < 32 ? (1u << blockDim.x) - 1 : 0xffffffffu;

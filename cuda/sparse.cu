@@ -1,11 +1,13 @@
 // Sparse update: one variable with a gradient for some of its rows, equal bit for bit to the dense update with the same
-// gradient written out. Each of theta, m, v (and vhat) is read and written once.
+// gradient written out. Each slot (slots.cuh) is read and written once.
 //
 // A block takes a tile of the variable: as many whole rows as fit into GPU_ADAM_TILE elements, or a piece of one row.
-// It writes the tile's gradient into shared memory, zero where no index points, and then runs dense.cu's update on it.
+// The block writes the tile's gradient into shared memory, zero where no index points, and then updates the tile with
+// that gradient as dense.cu would.
 //
 // Launch   any grid, any block of at most 256 threads in x.
-// Needs    keys sorted by sort.cu; theta, m, v, vhat at one offset from a 16-byte boundary.
+// Needs    keys sorted by sort.cu; all slots at one offset from a 16-byte boundary.
+// Scalars  as in dense.cu.
 // Order    rows that occur several times: 0 + first + second + ..., by position in the gradient. No atomics on numbers:
 //          the same bits for every launch shape.
 // count=0  every row moves by its momentum, as with a dense gradient of zeros. Rows out of range are not applied.
@@ -13,12 +15,9 @@
 #include "memory.cuh"
 #include "sort.cuh"
 
-// The variable and how it is cut. Mirrored by gpu_adam.kernels.TABLE.
-struct Table {
-    Stored* theta;
-    Stored* m;
-    StoredReal* v;
-    StoredReal* vhat;          // null without AMSGrad
+// The variable, and how its rows are cut into tiles. Mirrored by gpu_adam.kernels.EMBEDDING_TABLE.
+struct EmbeddingTable {
+    Slots slots;
     long long rows;
     long long row_size;        // elements of a row, > 0
     long long rows_per_tile;   // 1 where a row is cut into pieces
@@ -46,7 +45,7 @@ struct Tile {
     int columns;
 };
 
-__device__ inline Tile tile_at(const Table& table, long long index) {
+__device__ inline Tile tile_at(const EmbeddingTable& table, long long index) {
     if (table.pieces > 1) {
         const long long row = index / table.pieces;
         const long long first = (index - row * table.pieces) * GPU_ADAM_TILE;
@@ -60,8 +59,9 @@ __device__ inline Tile tile_at(const Table& table, long long index) {
 
 // gradient[row, column] of the tile = the sum of its occurrences; keys [begin, end) are those of the tile's rows. Groups
 // of threads take a row each, threads of a group its columns.
+template <bool BOUNDED>
 __device__ inline void sum_rows(const Tile& tile, const Keys keys, long long begin, long long end, const Stored* values,
-                                long long row_size, double factor, const Step& step, Value* gradient) {
+                                long long row_size, double factor, const StepScalars& step, Value* gradient) {
     const int lanes = tile.columns < static_cast<int>(blockDim.x) ? tile.columns : blockDim.x;
     const int groups = blockDim.x / lanes;
     const int group = threadIdx.x / lanes, lane = threadIdx.x % lanes;
@@ -76,7 +76,7 @@ __device__ inline void sum_rows(const Tile& tile, const Keys keys, long long beg
             Value sum = value(Stored{});
 #pragma unroll 8
             for (long long j = k; j < last; ++j) {
-                sum = sum + clipped<true>(value(column[keys.position[j] * row_size]), step, factor);
+                sum = sum + clipped<BOUNDED>(value(column[keys.position[j] * row_size]), step, factor);
             }
             target[c] = sum;
         }
@@ -84,8 +84,9 @@ __device__ inline void sum_rows(const Tile& tile, const Keys keys, long long beg
 }
 
 extern "C" __global__ void __launch_bounds__(256)
-sparse(const Table table, const Indices indices, const Keys keys, const Stored* values, const double* factors,
-       const Step step, IndexErrors* errors) {
+sparse(const EmbeddingTable table, const Indices indices, const Keys keys, const Stored* values, const double* factors,
+       const StepScalars scalars, const StepScalars* staged, IndexErrors* errors) {
+    const StepScalars step = STAGED ? *staged : scalars;
     alignas(16) __shared__ Value gradient[GPU_ADAM_TILE];
     if (blockIdx.x == 0 && threadIdx.x == 0) record_first(errors, indices);
     const double factor = factors ? *factors : 1.0;
@@ -97,17 +98,16 @@ sparse(const Table table, const Indices indices, const Keys keys, const Stored* 
         const long long begin = lower_bound(keys.row, 0, indices.count, tile.first_row);
         const long long end = lower_bound(keys.row, begin, indices.count, tile.last_row);
         __syncthreads();
-        sum_rows(tile, keys, begin, end, values, table.row_size, factor, step, gradient);
+        // Two loops where norm.cu has two.
+        if (GPU_ADAM_ONE_THREAD && !bounded(step)) {
+            sum_rows<false>(tile, keys, begin, end, values, table.row_size, factor, step, gradient);
+        } else {
+            sum_rows<true>(tile, keys, begin, end, values, table.row_size, factor, step, gradient);
+        }
         __syncthreads();
         const long long offset = tile.first_row * table.row_size + tile.first_column;
-        const Range range = {
-            table.theta + offset,
-            table.m + offset,
-            table.v + offset,
-            GPU_ADAM_AMSGRAD ? table.vhat + offset : nullptr,
-            size,
-        };
-        update_range(range, SharedGradient{gradient, aligned(gradient + head_size(range.theta, size))}, step);
+        const Range range = {table.slots.at(offset), size};
+        update_range(range, SharedGradient{gradient, aligned(gradient + head_size(range.slots.theta, size))}, step);
         __syncthreads();  // before the next tile's zeros
     }
 }

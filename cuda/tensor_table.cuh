@@ -1,18 +1,15 @@
 // The multi-tensor table: any number of tensors of one dtype in one launch.
 //
 // Tensors are cut into chunks of GPU_ADAM_CHUNK consecutive elements, numbered through all tensors; the last chunk of a
-// tensor is shorter. Tensors of no elements have no chunk and no entry. The table lies in device memory, because kernel
-// arguments end at 4 KB, and is written when the set of variables changes; a step refreshes the gradient pointers only.
+// tensor may be shorter. Tensors of no elements have no chunk and no entry. The table lies in device memory, because
+// kernel arguments end at 4 KB. A new set of variables gets a new table; a step rewrites the gradient pointers only.
 #pragma once
-#include "numbers.cuh"
+#include "slots.cuh"
 
 // Mirrored by gpu_adam.kernels.TENSOR.
 struct Tensor {
-    Stored* theta;
-    Stored* m;
-    StoredReal* v;
-    StoredReal* vhat;        // null without AMSGrad
-    long long size;          // elements, > 0
+    Slots slots;
+    long long size;         // elements, > 0
     long long first_chunk;
 };
 
@@ -22,14 +19,6 @@ struct TensorTable {
     const int* chunk_tensor;         // the tensor of each chunk
     long long chunks;
 };
-
-// A pointer that comes out of a table: the compiler cannot see that it points to global memory, and would otherwise load
-// through the slower generic path.
-template <typename T>
-__device__ inline T* in_global_memory(T* p) {
-    __builtin_assume(__isGlobal(p));
-    return p;
-}
 
 struct Chunk {
     int tensor;

@@ -1,4 +1,4 @@
-// What both modes of the shim share: qualifiers, bit casts, atomics, the denormal mode and the call of a kernel.
+// Common to both modes of the shim: qualifiers, bit casts, atomics, the denormal mode and the call of a kernel.
 #pragma once
 #include <math.h>
 #include <stddef.h>
@@ -41,29 +41,30 @@ static inline unsigned long long atomicMin(unsigned long long* place, unsigned l
     return old;
 }
 
-#ifndef GPU_ADAM_HARDWARE_FLUSH  // a source without a dtype
-#define GPU_ADAM_HARDWARE_FLUSH 0
+#ifndef GPU_ADAM_FTZ  // a source without a dtype
+#define GPU_ADAM_FTZ 0
 #endif
-#ifndef GPU_ADAM_HARDWARE_OPERANDS
-#define GPU_ADAM_HARDWARE_OPERANDS 0
+#ifndef GPU_ADAM_DAZ
+#define GPU_ADAM_DAZ 0
 #endif
 
-// float32 denormals are zero while a kernel runs, as with NVRTC's -ftz=true; float64's as operands, where the fast mode
-// asks for it, else in software (numbers.cuh). The caller's mode comes back afterwards.
+// The processor's modes while a kernel runs. Kernels of float32 have FTZ and DAZ: denormal results and operands are zero,
+// as NVRTC's -ftz=true makes them. Kernels of float64 have DAZ where the fast mode asks for it, and flush the rest in
+// software (numbers.cuh). The destructor restores the caller's modes.
 struct FlushDenormals {
-#if defined(__x86_64__) && (GPU_ADAM_HARDWARE_FLUSH || GPU_ADAM_HARDWARE_OPERANDS)
-    static constexpr unsigned OPERANDS = 0x0040, RESULTS = 0x8000;
+#if defined(__x86_64__) && (GPU_ADAM_FTZ || GPU_ADAM_DAZ)
+    static constexpr unsigned DAZ = 0x0040, FTZ = 0x8000;  // bits of MXCSR
     unsigned before = _mm_getcsr();
-    FlushDenormals() { _mm_setcsr(before | OPERANDS | (GPU_ADAM_HARDWARE_FLUSH ? RESULTS : 0)); }
+    FlushDenormals() { _mm_setcsr(before | DAZ | (GPU_ADAM_FTZ ? FTZ : 0)); }
     ~FlushDenormals() { _mm_setcsr(before); }
-#elif defined(__aarch64__) && GPU_ADAM_HARDWARE_FLUSH
+#elif defined(__aarch64__) && GPU_ADAM_FTZ
     unsigned long long before;
     FlushDenormals() {
         asm volatile("mrs %0, fpcr" : "=r"(before));
         asm volatile("msr fpcr, %0" : : "r"(before | 1ULL << 24));
     }
     ~FlushDenormals() { asm volatile("msr fpcr, %0" : : "r"(before)); }
-#elif GPU_ADAM_HARDWARE_FLUSH
+#elif GPU_ADAM_FTZ
 #error "gpu_adam's host device knows the denormal mode of x86-64 and 64-bit Arm processors only"
 #else
     FlushDenormals() {}
@@ -80,7 +81,7 @@ static inline void call(void (*kernel)(Parameters...), void** arguments) {
     call(kernel, arguments, std::index_sequence_for<Parameters...>{});
 }
 
-// The entry point of a kernel, appended to its source text by gpu_adam/devices/host.py.
+// The entry point of a kernel, appended to its source text by gpu_adam/devices/compiler.py.
 #define GPU_ADAM_ENTRY(kernel)                                                                                       \
     extern "C" void kernel##_entry(void** arguments, long long first, long long last, long long blocks,              \
                                    int block_size) {                                                                 \

@@ -1,5 +1,5 @@
 // A copy with non-temporal stores, its blocks spread over the pool (pool.cpp): how much memory moves when nothing is
-// computed, which is what `gpu-adam bench` compares the kernels with.
+// computed. `gpu-adam bench` compares the kernels with this copy.
 //
 // Non-temporal stores do not read the lines that they overwrite, so that a byte copied is two bytes moved.
 #include <string.h>
@@ -10,7 +10,7 @@
 
 extern "C" {
 
-const long long COPY_BLOCK = 1 << 18;  // bytes of a block; mirrored by gpu_adam.bench.copying.BLOCK
+const long long COPY_BLOCK = 1 << 18;  // bytes of a block; mirrored by gpu_adam.bench.copy_bandwidth.BLOCK
 
 #if defined(__AVX512F__)
 typedef __m512i Wide;

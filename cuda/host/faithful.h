@@ -3,7 +3,8 @@
 // Barriers and warp shuffles are real: a fiber that reaches one waits for the others. Shared memory is one per block and
 // full of garbage when a block starts. Fibers run one at a time, each as far as it gets, in ascending and descending
 // order by turns, so that a missing barrier shows as a wrong result. Where a barrier cannot be passed (a thread has left,
-// or waits at another one) the process ends with a sentence. Slow, and for tests: blocks run one after the other.
+// or waits at another barrier) the process ends with a sentence. This mode is slow, and for tests: blocks run one after
+// the other.
 #pragma once
 #include <stdint.h>
 #include <stdio.h>

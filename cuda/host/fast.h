@@ -2,8 +2,10 @@
 // blocks of a launch are spread over a pool of processor threads (pool.cpp). Written before the kernel's source text.
 #pragma once
 #if defined(__x86_64__)
-#define GPU_ADAM_HARDWARE_OPERANDS 1  // whose faithful twin stays with software, so that tests compare the two
+#define GPU_ADAM_DAZ 1  // not in the faithful mode, which flushes in software: tests compare the two ways
 #endif
+#include <time.h>
+
 #include "common.h"
 
 constexpr struct { unsigned x = 0, y = 0, z = 0; } threadIdx;
@@ -17,30 +19,71 @@ static inline void __syncthreads() {}
 // A lane outside the warp gives the caller's own value, as on a GPU.
 template <typename T> static inline T __shfl_up_sync(unsigned, T x, unsigned) { return x; }
 
-// The updates' loop goes in strips of 64 elements, and asks for the memory of the strip four further on.
+// The updates' loop goes in strips of 64 elements, and may fetch the memory of the strip four further on.
 #define GPU_ADAM_ONE_THREAD 1
 #define GPU_ADAM_STRIP 64
+#define GPU_ADAM_PREFETCHES fetches_ahead
 #define GPU_ADAM_PREFETCH(pointer) prefetch_strip(pointer)
 #if defined(__clang__)
 #define GPU_ADAM_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
 #else
 #define GPU_ADAM_INDEPENDENT _Pragma("GCC ivdep")
 #endif
+static thread_local bool fetches_ahead = false;
 // By force: GCC drops calls of a function that does nothing but prefetch.
 template <typename T>
 static __forceinline__ void prefetch_strip(const T* p) {
     for (int i = 0; i < GPU_ADAM_STRIP; i += 64 / sizeof(T)) __builtin_prefetch(p + 4 * GPU_ADAM_STRIP + i, 1);
 }
 
-// Blocks [first, last) of a grid of `blocks`; `block_size` is the faithful mode's business.
+// Whether fetching ahead pays is the processor's affair: on some it saves a twentieth of the time, on others it costs a
+// quarter (profiling/README.md). So the first large launches of a kernel try both ways in turns of a few blocks, side by side on
+// the same arrays, and the way that won more often stays for the life of the process. Either way gives the same bits.
+struct Trial {
+    static constexpr long long LARGE = 256;  // blocks of a launch; what is smaller comes from a cache
+    static constexpr long long TURN = 4;     // blocks: 10 to 50 microseconds
+    static constexpr int PAIRS = 128;        // of turns, each with one of either way
+
+    int pairs = 0;    // so far
+    int balance = 0;  // pairs won by fetching, less those lost
+
+    bool over() const { return __atomic_load_n(&pairs, __ATOMIC_RELAXED) >= PAIRS; }
+    bool fetching_won() const { return __atomic_load_n(&balance, __ATOMIC_RELAXED) > 0; }
+    void count(bool fetching) {
+        __atomic_fetch_add(&balance, fetching ? 1 : -1, __ATOMIC_RELAXED);
+        __atomic_fetch_add(&pairs, 1, __ATOMIC_RELAXED);
+    }
+};
+static Trial trial;
+
+static inline long long nanoseconds() {
+    timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return now.tv_sec * 1000000000LL + now.tv_nsec;
+}
+
+// Blocks [first, last) of a grid of `blocks`; only the faithful mode uses `block_size`.
 template <typename... Parameters>
 static void run_blocks(void (*kernel)(Parameters...), void** arguments, long long first, long long last,
                        long long blocks, int block_size) {
     (void)block_size;
     const FlushDenormals flush;
     gridDim.x = static_cast<unsigned>(blocks);
-    for (long long block = first; block < last; ++block) {
-        blockIdx.x = static_cast<unsigned>(block);
-        call(kernel, arguments);
+    long long next = first;
+    const auto run = [&](long long count, bool fetching) {
+        fetches_ahead = fetching;
+        for (const long long end = next + count; next < end; ++next) {
+            blockIdx.x = static_cast<unsigned>(next);
+            call(kernel, arguments);
+        }
+    };
+    const bool large = blocks >= Trial::LARGE;
+    for (bool fetching = false; large && !trial.over() && last - next >= 2 * Trial::TURN; fetching = !fetching) {
+        const long long start = nanoseconds();
+        run(Trial::TURN, fetching);
+        const long long middle = nanoseconds();
+        run(Trial::TURN, !fetching);
+        trial.count(fetching == (middle - start < nanoseconds() - middle));
     }
+    run(last - next, large && trial.fetching_won());
 }

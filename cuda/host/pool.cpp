@@ -1,8 +1,8 @@
 // A pool of processor threads that runs the blocks of one launch: the host device's "multiprocessors".
 //
 // The calling thread works too, so a launch on one thread starts nothing. Blocks are handed out in runs of consecutive
-// ones, so that which thread runs a block is open, and what it computes is not: blocks share nothing. Threads that are
-// not called for sleep. A launch that finds the pool busy (another Python thread's) runs on its own thread alone. After
+// blocks, to whichever thread comes first; results do not depend on that, because blocks share nothing. Runs get shorter
+// towards the end, so that no thread waits long for another's last run. Threads without work sleep. A launch that finds the pool busy (another Python thread's) runs on its own thread alone. After
 // fork() the child starts a pool of its own.
 #include <pthread.h>
 
@@ -27,14 +27,18 @@ struct Pool {
 
     Entry entry;
     void** arguments;
-    long long blocks, run;
+    long long blocks, sharers;
     std::atomic<long long> next;
 
     void work() {
-        for (;;) {
-            const long long first = next.fetch_add(run, std::memory_order_relaxed);
-            if (first >= blocks) return;
-            entry(arguments, first, first + run < blocks ? first + run : blocks, blocks, 1);
+        long long first = next.load(std::memory_order_relaxed);
+        while (first < blocks) {
+            const long long fair = (blocks - first) / (2 * sharers);
+            const long long end = first + (fair > 1 ? fair : 1);
+            if (next.compare_exchange_weak(first, end, std::memory_order_relaxed)) {
+                entry(arguments, first, end, blocks, 1);
+                first = next.load(std::memory_order_relaxed);
+            }
         }
     }
 
@@ -75,7 +79,7 @@ extern "C" void launch_blocks(Entry entry, void** arguments, long long blocks, i
         p.entry = entry;
         p.arguments = arguments;
         p.blocks = blocks;
-        p.run = blocks / (useful * 8) > 0 ? blocks / (useful * 8) : 1;
+        p.sharers = useful;
         p.next.store(0, std::memory_order_relaxed);
         p.wanted = static_cast<int>(useful) - 1;
         ++p.launch;
@@ -89,7 +93,7 @@ extern "C" void launch_blocks(Entry entry, void** arguments, long long blocks, i
     p.work();
     {
         std::unique_lock<std::mutex> lock(p.mutex);
-        p.wanted = 0;  // who has not come by now need not
+        p.wanted = 0;  // a thread that has not joined by now need not
         p.done.wait(lock, [&] { return p.running == 0; });
     }
     p.launching.unlock();
