@@ -7,13 +7,24 @@ import importlib.util
 import logging
 import os
 import re
+import sys
 from typing import Any
 
 from gpu_adam.devices.base import Array, Device
 from gpu_adam.devices.host import HostDevice, host_device
 from gpu_adam.errors import ArgumentTypeError, ArgumentValueError, DeviceError
 
-__all__ = ["Array", "Device", "HostDevice", "describe", "device_of", "find_device", "get_device", "set_device"]
+__all__ = [
+    "Array",
+    "Device",
+    "HostDevice",
+    "describe",
+    "device_of",
+    "find_device",
+    "get_device",
+    "set_device",
+    "view_of",
+]
 
 _log = logging.getLogger("gpu_adam")
 _chosen: Device | None = None
@@ -66,15 +77,35 @@ def find_device(device: str | Device | None) -> Device:
 
 def device_of(obj: Any) -> Device | None:
     """The device in whose memory an array-like object lies; None where it is no array."""
-    if hasattr(obj, "__cuda_array_interface__"):  # which does not tell the device: CuPy's is .device.id, torch's .index
-        place = getattr(obj, "device", None)
-        return _cuda(getattr(place, "id", getattr(place, "index", None)))
+    cuda = sys.modules.get("gpu_adam.devices.cuda")  # imports CuPy, without which nobody has arrays of CuPy
+    index = None if cuda is None else cuda.index_of(obj)
+    if index is not None:
+        return _cuda(index)
+    # DLPack before the array interface, which does not tell the device, and which some objects refuse to give: torch
+    # raises a RuntimeError for a tensor that requires a gradient.
     if hasattr(obj, "__dlpack_device__"):
         kind, index = (int(number) for number in obj.__dlpack_device__())
         if kind in _CUDA_KINDS:
             return _cuda(index)
         return _host() if kind == 1 else None
+    if hasattr(obj, "__cuda_array_interface__"):
+        place = getattr(obj, "device", None)
+        return _cuda(getattr(place, "id", getattr(place, "index", None)))
     return _host() if hasattr(obj, "__array_interface__") else None
+
+
+def view_of(obj: Any, device: Device, argument: str) -> Array | None:
+    """The memory of `obj` as an array of `device`, without a copy; None where it does not lie there.
+
+    Raises:
+        ArgumentTypeError: the object does not hand its memory out, as a tensor that requires a gradient.
+    """
+    try:
+        return device.view(obj)
+    except (BufferError, RuntimeError, TypeError, ValueError) as error:
+        raise ArgumentTypeError(
+            argument, "must share its memory", error, "detach it, or wrap a copy in gpu_adam.Variable"
+        ) from error
 
 
 def describe() -> list[tuple[str, list[tuple[str, str]]]]:

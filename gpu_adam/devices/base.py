@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -9,7 +10,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from gpu_adam.devices.pair_reader import AddressReader, ExpectedPairs, PairReader, PythonPairReader
+from gpu_adam.devices.torch_tensors import TorchReader
 from gpu_adam.kernels import Kernel
+from gpu_adam.uninterrupted import Call
 
 Array = Any
 """A NumPy array on the host device, a CuPy array on a CUDA device."""
@@ -17,28 +21,30 @@ Array = Any
 PACK_BYTES = 16
 """Width of the kernels' loads and stores."""
 
+LINE_BYTES = 64
+"""A processor's cache line: arrays of different variables do not share one, so that threads do not wait for another."""
+
+SHARED_BYTES = 2**16
+"""Largest new array that shares an allocation with others, and keeps theirs in use as long as itself."""
+
 
 class Launch(Protocol):
     """A kernel with its arguments, ready to run."""
 
+    def call(self, blocks: int) -> Call:
+        """A call that enqueues the kernel with a grid of `blocks` blocks and the arguments' contents of that moment."""
+
     def __call__(self, blocks: int) -> None:
-        """Enqueue the kernel with a grid of `blocks` blocks and the arguments' present contents."""
+        """Make that call."""
 
 
-class AddressReader(Protocol):
-    """Finds the addresses of a fixed number of arrays with fixed shapes and dtype."""
-
-    def __call__(self, arrays: list[Any]) -> np.ndarray:
-        """uint64 addresses, each 0 unless the object is the device's contiguous array of the right shape and dtype."""
-
-
-class PointerTable(Protocol):
-    """An array of addresses in device memory that is rewritten from step to step."""
+class StagedArray(Protocol):
+    """An array of numbers or structs in device memory that is rewritten from step to step."""
 
     address: int
 
-    def write(self, addresses: np.ndarray) -> None:
-        """Enqueue the new contents, without waiting for the device."""
+    def write(self, values: np.ndarray) -> None:
+        """Enqueue new contents, without waiting for the device."""
 
 
 class Device(ABC):
@@ -47,18 +53,18 @@ class Device(ABC):
     Attributes:
         name: "host" or "cuda:N".
         xp: the array module, ``numpy`` or ``cupy``.
-        max_blocks: largest grid of a launch; kernels stride over what is beyond.
+        captures: whether what is enqueued can become part of a graph.
     """
 
     name: str
     xp: Any
-    max_blocks: int
+    captures: bool
 
     def __repr__(self) -> str:
         return f"<gpu_adam device {self.name}>"
 
     @abstractmethod
-    def current(self) -> AbstractContextManager[Any]:
+    def activate(self) -> AbstractContextManager[Any]:
         """A context in which the array module works on this device."""
 
     @abstractmethod
@@ -81,13 +87,39 @@ class Device(ABC):
     def address(self, array: Array) -> int:
         """Address of the first element."""
 
-    @abstractmethod
-    def address_reader(self, shapes: Sequence[tuple[int, ...]], dtype: np.dtype) -> AddressReader:
-        """A function that checks and finds the addresses of arrays of these shapes and this dtype."""
+    def is_plain(self, obj: Any, dtype: np.dtype) -> bool:
+        """Whether `obj` is known at a glance to be this device's own C-contiguous array of that dtype, aligned."""
+        return False
+
+    def addresses(self, arrays: Sequence[Array]) -> np.ndarray:
+        """The address of each array's first element, as uint64."""
+        return np.array([self.address(array) for array in arrays], np.uint64)
 
     @abstractmethod
-    def pointer_table(self, size: int) -> PointerTable:
-        """A new table of `size` addresses."""
+    def address_reader(self, shapes: Sequence[tuple[int, ...]], dtypes: Sequence[np.dtype]) -> AddressReader:
+        """A function that reads the addresses of as many arrays as there are shapes and dtypes.
+
+        An address is 0 unless the object is the device's contiguous array of that shape and dtype.
+        """
+
+    @abstractmethod
+    def staged(self, size: int, dtype: np.dtype, *, captured: bool = False) -> StagedArray:
+        """A new array of `size` elements that is rewritten from step to step.
+
+        Args:
+            size: number of elements.
+            dtype: of an element; a struct's or a number's.
+            captured: whether what is written becomes part of a graph, which writes it again at every replay.
+        """
+
+    @abstractmethod
+    def copy_call(self, targets: Sequence[Array], sources: Sequence[Array]) -> Call:
+        """A call, to be made once, that enqueues copies into arrays of this device.
+
+        Args:
+            targets: C-contiguous arrays of this device.
+            sources: for each a C-contiguous array of the same shape and dtype, on this device or in host memory.
+        """
 
     @abstractmethod
     def prepare(self, kernel: Kernel, arguments: Sequence[np.ndarray]) -> Launch:
@@ -102,8 +134,15 @@ class Device(ABC):
         """Whether what is enqueued now becomes part of a graph, to run at every replay."""
 
     @abstractmethod
-    def own_memory(self) -> tuple[Any, AbstractContextManager[Any]]:
-        """A pool of memory of its own, and a context whose new arrays lie in it. It must be kept as long as they."""
+    def private_pool(self) -> tuple[Any, AbstractContextManager[Any]]:
+        """A pool of memory, and a context in which new arrays are allocated from it.
+
+        The pool must be kept alive as long as the arrays are used.
+        """
+
+    @abstractmethod
+    def keep_with_graph(self, obj: Any) -> None:
+        """Keep an object alive as long as the graph that is being captured, where the graph can be reached."""
 
     @abstractmethod
     def synchronize(self) -> None:
@@ -118,14 +157,59 @@ class Device(ABC):
     def checks_indices(self) -> bool:
         """Whether reading a gradient's indices costs no wait, so that they can be checked before a step."""
 
+    def pair_reader(self, expected: ExpectedPairs) -> PairReader:
+        """A reader that recognises a step whose variables lie on this device."""
+        addresses = self.address_reader(expected.shapes, expected.dtypes)
+        return PythonPairReader(expected, addresses, TorchReader(expected, self.torch_device))
+
+    def torch_device(self, torch: Any) -> Any:
+        """The device of torch that this one is, if a step may read its tensors' memory as it is now; else None.
+
+        Args:
+            torch: the module.
+        """
+        return None
+
     def zeros(self, shape: tuple[int, ...], dtype: np.dtype, like: Array | None = None) -> Array:
-        """New zeros, as many elements past a 16-byte boundary as `like`: one head serves both (memory.cuh)."""
-        size = int(np.prod(shape, dtype=np.int64))
-        skip = 0
-        if like is not None and like.size:
-            pack = max(1, PACK_BYTES // like.dtype.itemsize)
-            skip = self.address(like) // like.dtype.itemsize % pack
-        with self.current():
-            array = self.empty(skip + size, dtype)
+        """New zeros. With `like` they have its misalignment: see `zeros_beside`."""
+        if like is not None:
+            return self.zeros_beside([like], dtype, shape)[0]
+        with self.activate():
+            array = self.empty(math.prod(shape), dtype)
             array.fill(0)
-            return array[skip:].reshape(shape)
+            return array.reshape(shape)
+
+    def zeros_beside(
+        self, arrays: Sequence[Array], dtype: np.dtype, shape: tuple[int, ...] | None = None
+    ) -> list[Array]:
+        """New zeros for each array, of its shape or of `shape`, as many elements past a 16-byte boundary as the array.
+
+        The kernels bring an array to such a boundary by a scalar prologue, which then aligns the new arrays too
+        (memory.cuh). Small arrays share one allocation, so that a model of many variables costs few.
+        """
+        pack = max(1, PACK_BYTES // dtype.itemsize)
+        line = max(1, LINE_BYTES // dtype.itemsize)
+        made: list[Array] = []
+        starts: list[int] = []  # where each array begins in the shared memory; -1 for one with memory of its own
+        used = 0
+        with self.activate():
+            for array, address in zip(arrays, self.addresses(arrays).tolist(), strict=True):
+                wanted = array.shape if shape is None else shape
+                size, itemsize = math.prod(wanted), array.dtype.itemsize
+                skip = address // itemsize % max(1, PACK_BYTES // itemsize) % pack if array.size else 0
+                if size * dtype.itemsize > SHARED_BYTES or len(arrays) == 1:
+                    memory = self.empty(skip + size, dtype)
+                    memory.fill(0)
+                    made.append(memory[skip:].reshape(wanted))
+                    starts.append(-1)
+                else:
+                    made.append(None)
+                    starts.append(used + skip)
+                    used += -(-(skip + size) // line) * line
+            memory = self.empty(used, dtype)
+            memory.fill(0)
+            for number, (array, start) in enumerate(zip(arrays, starts, strict=True)):
+                if start >= 0:
+                    wanted = array.shape if shape is None else shape
+                    made[number] = memory[start : start + math.prod(wanted)].reshape(wanted)
+        return made

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -11,9 +12,14 @@ from typing import Any
 import cupy
 import numpy as np
 
-from gpu_adam.devices.base import PACK_BYTES, AddressReader, Array, Device, Launch, PointerTable
-from gpu_adam.errors import KernelCompileError
+from gpu_adam.devices.base import PACK_BYTES, Array, Device, Launch, StagedArray
+from gpu_adam.devices.native_pairs import ArrayKind, NativeAddressReader, NativePairReader, cupy_is_read_in_c
+from gpu_adam.devices.pair_reader import AddressReader, ExpectedPairs, PairReader
+from gpu_adam.errors import ArgumentValueError, KernelCompileError
 from gpu_adam.kernels import BLOCK_SIZE, Kernel
+from gpu_adam.uninterrupted import Call, all_of, make_all
+
+_NOT_WHILE_CAPTURING = 900  # cudaErrorStreamCaptureUnsupported
 
 # No contraction to multiply-add: the bits of the host device. Division and square root are IEEE by default, and CuPy
 # itself adds -ftz=true.
@@ -28,33 +34,52 @@ class CudaDevice(Device):
     """
 
     xp = cupy
-    max_blocks = 2**31 - 1
     checks_indices = False
+    captures = True
 
     def __init__(self, index: int) -> None:
         self.name = f"cuda:{index}"
         self.index = index
+        self._kind = ArrayKind(cupy.ndarray, index)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return cuda_device, (self.index,)
 
-    def current(self) -> AbstractContextManager[Any]:
+    def activate(self) -> AbstractContextManager[Any]:
         """A context in which CuPy works on this device."""
         return cupy.cuda.Device(self.index)  # type: ignore[no-any-return]
 
     def array(self, values: Any, dtype: np.dtype | None = None) -> Array:
-        """A new C-contiguous array with these values; host values are copied over."""
-        with self.current():
+        """A new C-contiguous array with these values; values on the host or on another device are copied over."""
+        if not isinstance(values, (np.ndarray, cupy.ndarray)) and _is_in_device_memory(values):
+            values = _shared(values)
+        with self.activate():
+            if isinstance(values, cupy.ndarray) and values.device.id != self.index:
+                return self._array_from_elsewhere(values, dtype)
             return cupy.array(values, dtype, order="C")
+
+    def _array_from_elsewhere(self, values: Array, dtype: np.dtype | None) -> Array:
+        """A copy of another device's array, between what the current streams of both devices do before and after."""
+        there, stream = cupy.cuda.Device(values.device.id), cupy.cuda.get_current_stream()
+        with there:
+            values = cupy.ascontiguousarray(values, dtype)
+            its_stream = cupy.cuda.get_current_stream()
+            is_written = its_stream.record()
+        stream.wait_event(is_written)
+        array = cupy.array(values)
+        is_read = stream.record()
+        with there:
+            its_stream.wait_event(is_read)
+        return array
 
     def empty(self, size: int, dtype: np.dtype) -> Array:
         """A new one-dimensional array with undefined contents; CuPy's addresses are multiples of 512."""
-        with self.current():
+        with self.activate():
             return cupy.empty(size, dtype)
 
     def numpy(self, array: Array) -> np.ndarray:
         """A copy in host memory. Waits for the device."""
-        with self.current():
+        with self.activate():
             return np.asarray(cupy.asnumpy(array))
 
     def view(self, obj: Any) -> Array | None:
@@ -62,57 +87,121 @@ class CudaDevice(Device):
         array = None
         if isinstance(obj, cupy.ndarray):
             array = obj
-        elif hasattr(obj, "__cuda_array_interface__"):
-            array = cupy.asarray(obj)
-        elif hasattr(obj, "__dlpack_device__") and int(obj.__dlpack_device__()[0]) in (2, 13):
-            array = cupy.from_dlpack(obj)
+        elif _is_in_device_memory(obj):
+            with self.activate():
+                array = _shared(obj)
         return array if array is not None and array.device.id == self.index else None
 
     def address(self, array: Array) -> int:
         """Address of the first element."""
         return int(array.data.ptr)
 
-    def address_reader(self, shapes: Sequence[tuple[int, ...]], dtype: np.dtype) -> AddressReader:
-        """A function that checks and finds the addresses of arrays of these shapes and this dtype."""
-        ndarray, index, itemsize = cupy.ndarray, self.index, dtype.itemsize
+    def is_plain(self, obj: Any, dtype: np.dtype) -> bool:
+        """Whether `obj` is known at a glance to be this device's own C-contiguous array of that dtype, aligned."""
+        if type(obj) is not cupy.ndarray or obj.dtype != dtype or not obj._c_contiguous:
+            return False
+        memory = obj.data
+        return bool(memory.device_id == self.index and memory.ptr % dtype.itemsize == 0)
+
+    def address_reader(self, shapes: Sequence[tuple[int, ...]], dtypes: Sequence[np.dtype]) -> AddressReader:
+        """A function that reads the addresses of as many arrays as there are shapes and dtypes."""
+        if self._is_read_in_c():
+            return NativeAddressReader(shapes, dtypes, self._kind)
+        ndarray, index = cupy.ndarray, self.index
+        expected = list(zip(shapes, dtypes, strict=True))
 
         def addresses(arrays: list[Any]) -> np.ndarray:
             found = [
-                array.data.ptr
+                memory.ptr or not array.size  # CuPy gives empty arrays no memory
                 if type(array) is ndarray
                 and array.shape == shape
                 and array.dtype == dtype
-                and array.flags.c_contiguous
-                and array.data.device_id == index
-                and array.data.ptr % itemsize == 0
+                and array._c_contiguous
+                and (memory := array.data).device_id == index
+                and memory.ptr % dtype.itemsize == 0
                 else 0
-                for array, shape in zip(arrays, shapes, strict=True)
+                for array, (shape, dtype) in zip(arrays, expected, strict=True)
             ]
             return np.array(found, np.uint64)
 
         return addresses
 
-    def pointer_table(self, size: int) -> PointerTable:
-        """A new table of `size` addresses."""
-        return _CudaPointers(self, size)
+    def _is_read_in_c(self) -> bool:
+        with self.activate():
+            return cupy_is_read_in_c(cupy)
+
+    def pair_reader(self, expected: ExpectedPairs) -> PairReader:
+        """A reader that recognises a step whose variables lie on this device."""
+        if self._is_read_in_c():
+            return NativePairReader(expected, self._kind, self.torch_device)
+        return super().pair_reader(expected)
+
+    def torch_device(self, torch: Any) -> Any:
+        """The device of torch that this one is, while torch enqueues to the same stream as CuPy; else None."""
+        with self.activate():
+            stream = cupy.cuda.get_current_stream().ptr
+        same = torch.cuda.is_initialized() and torch.cuda.current_stream(self.index).cuda_stream == stream
+        return torch.device("cuda", self.index) if same else None
+
+    def staged(self, size: int, dtype: np.dtype, *, captured: bool = False) -> StagedArray:
+        """A new array of `size` elements that is rewritten from step to step."""
+        return _CapturedArray(self, size, dtype) if captured else _StagedArray(self, size, dtype)
+
+    def copy_call(self, targets: Sequence[Array], sources: Sequence[Array]) -> Call:
+        """A call, to be made once, that enqueues copies on the current stream of this device."""
+        runtime = cupy.cuda.runtime
+        to_device, on_device = runtime.memcpyHostToDevice, runtime.memcpyDeviceToDevice
+        is_host = [isinstance(source, np.ndarray) for source in sources]
+        with self.activate():
+            stream = cupy.cuda.get_current_stream().ptr
+        copies = all_of(
+            runtime.memcpyAsync,
+            [target.data.ptr for target in targets],
+            [s.ctypes.data if host else s.data.ptr for s, host in zip(sources, is_host, strict=True)],
+            [target.nbytes for target in targets],
+            [to_device if host else on_device for host in is_host],
+            itertools.repeat(stream),
+        )
+        call = self._made_there(copies)  # the default stream is a number that means the current device's
+        call.__dict__["sources"] = sources  # alive until the copies are enqueued
+        return call
+
+    def _made_there(self, call: Call) -> Call:
+        """The call, made while this device is current."""
+        current = current_index()
+        if current == self.index:
+            return call
+        there, back = (functools.partial(cupy.cuda.runtime.setDevice, index) for index in (self.index, current))
+        return all_of(functools.partial.__call__, (there, call, back))
 
     def prepare(self, kernel: Kernel, arguments: Sequence[np.ndarray]) -> Launch:
         """Compile `kernel` if need be and bind `arguments`."""
-        return _CudaLaunch(self.index, _raw_kernel(kernel, self.index), tuple(arguments))
+        return _CudaLaunch(self, _function(kernel, self.index), arguments)
 
     def is_capturing(self) -> bool:
         """Whether the current stream is being captured."""
-        with self.current():
+        with self.activate():
             return bool(cupy.cuda.get_current_stream().is_capturing())
 
-    def own_memory(self) -> tuple[Any, AbstractContextManager[Any]]:
-        """A pool of memory of its own, and a context whose new arrays lie in it."""
+    def private_pool(self) -> tuple[Any, AbstractContextManager[Any]]:
+        """A pool of memory, and a context in which new arrays are allocated from it."""
         pool = cupy.cuda.MemoryPool()
-        return pool, cupy.cuda.using_allocator(pool.malloc)
+        return pool, cupy.cuda.using_allocator(functools.partial(_allocated, pool))
+
+    def keep_with_graph(self, obj: Any) -> None:
+        """Keep an object alive as long as CuPy's graph of what the current stream captures.
+
+        CuPy's stream hands the graph a list of what it must keep, meant for captured functions of the host. A graph
+        that is not CuPy's own keeps nothing.
+        """
+        with self.activate():
+            kept = getattr(cupy.cuda.get_current_stream(), "_graph_host_funcargs", None)
+        if isinstance(kept, list):
+            kept.append((None, obj))
 
     def synchronize(self) -> None:
         """Wait for the current stream."""
-        with self.current():
+        with self.activate():
             cupy.cuda.get_current_stream().synchronize()
 
     def facts(self) -> list[tuple[str, str]]:
@@ -120,7 +209,7 @@ class CudaDevice(Device):
         runtime = cupy.cuda.runtime
         properties = runtime.getDeviceProperties(self.index)
         name = properties["name"]
-        with self.current():
+        with self.activate():
             free, total = runtime.memGetInfo()
         driver = runtime.driverGetVersion()
         return [
@@ -149,6 +238,45 @@ def current_index() -> int:
     return int(cupy.cuda.runtime.getDevice())
 
 
+def index_of(obj: Any) -> int | None:
+    """Number of the device of a CuPy array; None for anything else."""
+    return int(obj.data.device_id) if isinstance(obj, cupy.ndarray) else None
+
+
+def _is_in_device_memory(obj: Any) -> bool:
+    if hasattr(obj, "__dlpack_device__"):
+        return int(obj.__dlpack_device__()[0]) in (2, 13)
+    return hasattr(obj, "__cuda_array_interface__")
+
+
+def _shared(obj: Any) -> Array:
+    """The memory of another framework's object as a CuPy array.
+
+    DLPack lets the current stream wait for the object's own stream, where the array interface of torch and JAX says
+    nothing of streams. In a capture, where a wait for work outside is not permitted, the array interface is taken.
+    """
+    if hasattr(obj, "__cupy_get_ndarray__"):
+        return cupy.asarray(obj)
+    is_capturing = cupy.cuda.get_current_stream().is_capturing()
+    if hasattr(obj, "__dlpack__") and not is_capturing:
+        try:
+            return cupy.from_dlpack(obj)
+        except BufferError:  # memory that DLPack calls read-only, which the array interface may give nevertheless
+            if not hasattr(obj, "__cuda_array_interface__"):
+                raise
+    if hasattr(obj, "__cuda_array_interface__"):
+        return cupy.asarray(_Interface(obj) if is_capturing else obj)
+    return cupy.from_dlpack(obj)
+
+
+class _Interface:
+    """An object's array interface without its stream, for which CuPy would have the host wait; it keeps the object."""
+
+    def __init__(self, obj: Any) -> None:
+        self._obj = obj
+        self.__cuda_array_interface__ = {**obj.__cuda_array_interface__, "stream": None}
+
+
 @functools.cache
 def cuda_device(index: int) -> CudaDevice:
     """The one object for a device."""
@@ -161,7 +289,8 @@ def options(kernel_defines: Sequence[str]) -> tuple[str, ...]:
 
 
 @functools.cache
-def _raw_kernel(kernel: Kernel, index: int) -> Any:
+def _function(kernel: Kernel, index: int) -> Any:
+    """The kernel as loaded on a device, which may be launched while that device is current."""
     # Headers are part of the text: CuPy's cache on disk does not look into -I directories.
     raw = cupy.RawKernel(kernel.source.text, kernel.name, options=options(kernel.source.defines))
     with cupy.cuda.Device(index):
@@ -174,66 +303,117 @@ def _raw_kernel(kernel: Kernel, index: int) -> Any:
                 f"{error}\n",
                 "check the versions of CuPy and NVRTC with: gpu-adam info",
             ) from error
-    return raw
+        return raw.kernel  # a call of the RawKernel would look for it anew at every launch
+
+
+def _as_argument(array: np.ndarray) -> Any:
+    """An array of size 1 in the form in which CuPy passes its bytes by value at the least cost.
+
+    CuPy asks an array for its `__array_interface__` at every launch: 4 to 7 us for a struct, whose fields NumPy lists.
+    An object of CuPy's own holds the address. Where CuPy has none, bytes without fields are the next best.
+    """
+    holder = getattr(cupy.cuda.function, "CNumpyArray", None)
+    return array.view(np.dtype((np.void, array.nbytes))) if holder is None else holder(array)
+
+
+def _allocated(pool: Any, size: int) -> Any:
+    try:
+        return pool.malloc(size)
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        if error.status != _NOT_WHILE_CAPTURING:
+            raise
+        raise ArgumentValueError(
+            "a step captured in a graph",
+            "must need no memory in the capture modes 'global' and 'thread_local'",
+            error,
+            "do one such step before each capture, with contiguous gradients of as many rows, or capture in 'relaxed'",
+        ) from error
 
 
 class _CudaLaunch:
-    def __init__(self, index: int, kernel: Any, arguments: tuple[np.ndarray, ...]) -> None:
-        self._index, self._kernel, self._arguments = index, kernel, arguments
+    def __init__(self, device: CudaDevice, kernel: Any, arguments: Sequence[np.ndarray]) -> None:
+        self._device, self._kernel = device, kernel
+        self._arguments = tuple(map(_as_argument, arguments))
+        self._call: tuple[int, Call] = -1, functools.partial(int)
+
+    def call(self, blocks: int) -> Call:
+        made_for, launch = self._call
+        if blocks != made_for:
+            launch = functools.partial(self._kernel, (blocks, 1, 1), (BLOCK_SIZE, 1, 1), self._arguments)
+            self._call = blocks, launch
+        return self._device._made_there(launch)
 
     def __call__(self, blocks: int) -> None:
-        if current_index() == self._index:
-            self._kernel((blocks,), (BLOCK_SIZE,), self._arguments)
-        else:
-            with cupy.cuda.Device(self._index):
-                self._kernel((blocks,), (BLOCK_SIZE,), self._arguments)
+        self.call(blocks)()
 
 
-_orphans: list[_Pinned] = []  # buffers whose table is gone before their copy has run
+class _Staging:
+    """Pinned host memory, from which the device copies on its own."""
 
-
-class _CudaPointers:
-    """Addresses in device memory, written through a ring of pinned buffers.
-
-    A pinned buffer must not be rewritten before its copy has run. Rather than wait for that, the ring grows. A copy
-    that is captured runs at every replay: its buffer is never used again, and its table must not be used by others.
-    """
-
-    def __init__(self, device: CudaDevice, size: int) -> None:
-        self._device = device
-        with device.current():
-            self._table = cupy.zeros(size, np.uint64)
-        self.address = int(self._table.data.ptr)
-        self._ring: list[_Pinned] = []
-        self._captured: list[_Pinned] = []
-        _orphans[:] = [pinned for pinned in _orphans if not pinned.copied.done]
-
-    def __del__(self) -> None:
-        if not sys.is_finalizing():
-            _orphans.extend(pinned for pinned in self._ring if not pinned.copied.done)
-
-    def write(self, addresses: np.ndarray) -> None:
-        with self._device.current():
-            stream = cupy.cuda.get_current_stream()
-            if stream.is_capturing():
-                pinned = _Pinned(self._table.size)
-                self._captured.append(pinned)
-            elif self._ring and self._ring[0].copied.done:
-                pinned = self._ring.pop(0)
-                self._ring.append(pinned)
-            else:
-                pinned = _Pinned(self._table.size)
-                self._ring.append(pinned)
-            pinned.array[:] = addresses
-            to_device = cupy.cuda.runtime.memcpyHostToDevice
-            cupy.cuda.runtime.memcpyAsync(self.address, pinned.address, self._table.nbytes, to_device, stream.ptr)
-            if pinned not in self._captured:
-                pinned.copied.record(stream)
-
-
-class _Pinned:
-    def __init__(self, size: int) -> None:
-        memory = cupy.cuda.alloc_pinned_memory(8 * size)
-        self.array = np.frombuffer(memory, np.uint64, size)
+    def __init__(self, size: int, dtype: np.dtype) -> None:
+        memory = cupy.cuda.alloc_pinned_memory(size * dtype.itemsize)
+        self.array = np.frombuffer(memory, dtype, size)
         self.address = memory.ptr
         self.copied = cupy.cuda.Event(disable_timing=True)
+
+    def copy(self, values: np.ndarray, target: Array) -> Call:
+        """Hold these values; a call that enqueues their copy on the current stream."""
+        self.array[:] = values
+        stream, to_device = cupy.cuda.get_current_stream().ptr, cupy.cuda.runtime.memcpyHostToDevice
+        memcpy = cupy.cuda.runtime.memcpyAsync
+        return functools.partial(memcpy, target.data.ptr, self.address, target.nbytes, to_device, stream)
+
+
+_orphans: list[_Staging] = []  # buffers whose array is gone before their copy has run
+
+
+class _StagedArray:
+    """An array in device memory, written through a ring of pinned buffers.
+
+    A pinned buffer must not be rewritten before its copy has run. Rather than wait for that, the ring grows.
+    """
+
+    def __init__(self, device: CudaDevice, size: int, dtype: np.dtype) -> None:
+        self._ring: list[_Staging] = []
+        self._device, self._dtype = device, dtype
+        with device.activate():
+            self._array = cupy.empty(size * dtype.itemsize, np.uint8)
+        self.address = int(self._array.data.ptr)
+        _orphans[:] = [staging for staging in _orphans if not staging.copied.done]
+
+    def __del__(self) -> None:
+        # Whether their copies have run is asked later: a graph may be under capture now, which forbids the question.
+        if not sys.is_finalizing():
+            _orphans.extend(getattr(self, "_ring", ()))  # of an array that could not be made there is none
+
+    def write(self, values: np.ndarray) -> None:
+        with self._device.activate():
+            if self._ring and self._ring[0].copied.done:
+                staging = self._ring.pop(0)
+            else:
+                staging = _Staging(self._array.size // self._dtype.itemsize, self._dtype)
+            self._ring.append(staging)
+            # In one go: a buffer whose copy is under way unrecorded would be rewritten.
+            record = functools.partial(staging.copied.record, cupy.cuda.get_current_stream())
+            make_all([staging.copy(values, self._array), record])
+
+
+class _CapturedArray:
+    """An array in device memory for a graph, which copies the pinned buffer again at every replay.
+
+    The buffer is therefore written once. It exists before the capture, which may forbid to allocate it.
+    """
+
+    def __init__(self, device: CudaDevice, size: int, dtype: np.dtype) -> None:
+        self._device, self._dtype = device, dtype
+        self._array = device.empty(size * dtype.itemsize, np.dtype(np.uint8))
+        self.address = int(self._array.data.ptr)
+        with device.activate():
+            self._staging = _Staging(size, dtype)
+        self._is_written = False
+
+    def write(self, values: np.ndarray) -> None:
+        assert not self._is_written, "a graph has its own array, written by the one step that is captured"
+        self._is_written = True
+        with self._device.activate():
+            self._staging.copy(values, self._array)()

@@ -18,7 +18,7 @@ def stage(name: str) -> Callable[[_Function], _Function]:
     """A decorator: calls of the function are a range "gpu_adam: NAME".
 
     Args:
-        name: what the stage does: step, and in it check, read, update, and in that clip.
+        name: what the stage does: step, and in it check, read and update.
     """
     if os.environ.get("GPU_ADAM_NVTX") != "1":
         return lambda function: function
