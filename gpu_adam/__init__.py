@@ -1,5 +1,6 @@
 """gpu_adam: tf.keras.optimizers.Adam of TensorFlow 2.0 as CUDA kernels, on NVIDIA GPUs and on the CPU."""
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from gpu_adam import schedules
@@ -9,6 +10,7 @@ from gpu_adam.errors import (
     ArgumentTypeError,
     ArgumentValueError,
     CheckpointError,
+    ConcurrentStepError,
     DeviceError,
     GpuAdamError,
     KernelCompileError,
@@ -36,6 +38,7 @@ __all__ = [
     "ArgumentTypeError",
     "ArgumentValueError",
     "CheckpointError",
+    "ConcurrentStepError",
     "CosineDecay",
     "CosineDecayRestarts",
     "DeviceError",
@@ -64,4 +67,6 @@ def __getattr__(name: str) -> Any:
         from gpu_adam import autodiff  # noqa: PLC0415
 
         return getattr(autodiff, name)
+    if name == "np":  # not in __all__: a star import must not put it in NumPy's place
+        return importlib.import_module("gpu_adam.np")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,31 +2,41 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib
+import itertools
 import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
 
-from gpu_adam import checkpoint, schedules
-from gpu_adam.controller import Controller
+from gpu_adam import schedules
+from gpu_adam.autodiff_seam import current_tracer
 from gpu_adam.devices import find_device
-from gpu_adam.errors import ArgumentTypeError, ArgumentValueError, CheckpointError
+from gpu_adam.errors import ArgumentTypeError, ArgumentValueError, CheckpointError, ConcurrentStepError
 from gpu_adam.hyperparameters import (
     DEFAULT_EPSILON,
     NO_CLIPPING,
-    Bound,
+    ClipAttribute,
     Hyperparameter,
     as_number,
     checked,
     evaluated,
 )
-from gpu_adam.kernels import COMPLEX_MODES
+from gpu_adam.kernels import COMPLEX_MODES, UpdateRule
 from gpu_adam.schedules import LearningRateSchedule
-from gpu_adam.slots import Slots, initialized
-from gpu_adam.tracing import current_tracer
+from gpu_adam.state import checkpoint
+from gpu_adam.state.adam_state import AdamState
+from gpu_adam.state.counter import checked_count
+from gpu_adam.state.registry import News
+from gpu_adam.state.slots import initialized
+from gpu_adam.state.transaction import Transaction
+from gpu_adam.step.controller import Controller
+from gpu_adam.uninterrupted import make_all
 from gpu_adam.variables import Variable, as_dtype
 
 _KEYWORDS = ("clipnorm", "clipvalue", "global_clipnorm", "lr", "decay", "complex_mode")
@@ -89,7 +99,6 @@ class Adam:
             if not callable(learning_rate) and as_number("learning_rate", learning_rate) < 0:
                 raise ArgumentValueError("lr", "must be >= 0", learning_rate, "use learning_rate for a negative rate")
         decay = kwargs.get("decay", 0.0)
-        self._name = name or type(self).__name__
         self._hyper: dict[str, Any] = {
             "learning_rate": checked("learning_rate", learning_rate),
             "beta_1": checked("beta_1", beta_1),
@@ -105,8 +114,9 @@ class Adam:
         if complex_mode not in COMPLEX_MODES:
             rule = f"must be one of {', '.join(COMPLEX_MODES)}"
             raise ArgumentValueError("complex_mode", rule, repr(complex_mode), "pass one of them")
-        self._slots = Slots(complex_mode)
-        self._controller = Controller(self._slots, self._name)
+        self._complex_mode: str = complex_mode
+        self._state = AdamState(name or type(self).__name__, complex_mode)
+        self._controller = Controller(self._state)
 
     # Stepping.
 
@@ -130,13 +140,20 @@ class Adam:
             ArgumentTypeError: no pairs, or not of arrays.
             ArgumentValueError: no gradients at all; a shape, dtype or device that does not fit; variables that overlap;
                 a hyperparameter's value outside its range.
+            ConcurrentStepError: another call of this optimizer is at work.
             SparseIndexError: on the host, an index outside its variable. (On CUDA see `check_errors`.)
-            Whatever it raises, nothing has changed.
+            Whatever the step itself raises, nothing has changed. A KeyboardInterrupt comes either before anything has
+            changed, or after the step is done and counted; `iterations` tells which.
         """
         if current_tracer.get() is not None:
             rule = "must not be called while a loss is being differentiated"
             raise ArgumentValueError("apply_gradients", rule, "a call inside the loss", "move it behind the loss")
-        return self._controller.step(grads_and_vars, self._hyper, amsgrad=bool(self.amsgrad), clip=self._clip)
+        return self._controller.step(grads_and_vars, self._rule(), self._hyper, self._clip)
+
+    def _rule(self) -> UpdateRule:
+        """Which update the present configuration asks for; the same object for the same configuration."""
+        clip = self._clip
+        return _update_rule(self._complex_mode, bool(self.amsgrad), clip.clips, clip.norm)
 
     def minimize(
         self,
@@ -151,7 +168,8 @@ class Adam:
 
         Args:
             loss: a function without arguments that computes with variables by NumPy or CuPy calls, or by PyTorch's or
-                JAX's; called once. What it returns is summed.
+                JAX's; called once, while the device of the variables is CuPy's current one, unless `var_list` is a
+                function or they lie on several. What it returns is summed.
             var_list: a Variable, any nesting of lists, tuples and dicts of them, or a function that returns such and is
                 called after the loss.
             grad_loss: multiplies the gradient: a number, or an array of the loss's shape; None is 1. Not with
@@ -170,7 +188,8 @@ class Adam:
             NotImplementedError: the loss uses an operation whose derivative is not known.
         """
         if grad_fn is None:
-            _, pairs = _autodiff().gradients(loss, var_list, grad_loss)
+            with _device_of_all(var_list):
+                _, pairs = _autodiff().gradients(loss, var_list, grad_loss)
         else:
             gradients = _given_gradients(grad_fn, grad_loss)
             variables = _autodiff().flatten(var_list() if callable(var_list) else var_list)
@@ -210,11 +229,11 @@ class Adam:
         Raises:
             ArgumentTypeError, ArgumentValueError: what is no variable, or cannot be updated; nothing has changed then.
         """
-        self._controller.build([var_list] if isinstance(var_list, Variable) else var_list, amsgrad=bool(self.amsgrad))
+        self._controller.build([var_list] if isinstance(var_list, Variable) else var_list, self._rule())
 
     def synchronize(self) -> None:
         """Wait until all steps are done."""
-        for device in {weight.device for weight in self._slots.weights}:
+        for device in {weight.device for weight in self._state.weights}:
             device.synchronize()
 
     def check_errors(self) -> None:
@@ -223,14 +242,15 @@ class Adam:
         Raises:
             SparseIndexError: on CUDA, an index outside its variable since the last check; such rows were left out.
         """
-        self._controller.check_errors()
+        with self._state.alone():
+            self._controller.check_errors()
 
     # Hyperparameters: each reads as its present value and may be assigned at any time.
 
     @property
     def name(self) -> str:
         """The optimizer's name."""
-        return self._name
+        return self._state.name
 
     learning_rate = Hyperparameter(
         "learning_rate",
@@ -241,49 +261,70 @@ class Adam:
     beta_2 = Hyperparameter("beta_2", "Decay of the mean of squared gradients, in [0, 1).")
     epsilon = Hyperparameter("epsilon", "Added to the root of v, >= 0. Assigned here, 0 is 0.")
     decay = Hyperparameter("decay", "The learning rate is divided by 1 + decay (t - 1); >= 0.")
-    clipvalue = Bound("clipvalue", "Bound of every gradient element's absolute value, > 0, or None.")
-    clipnorm = Bound("clipnorm", "Bound of each gradient's L2 norm, > 0, or None. Applied after clipvalue.")
-    global_clipnorm = Bound(
+    clipvalue = ClipAttribute("clipvalue", "Bound of every gradient element's absolute value, > 0, or None.")
+    clipnorm = ClipAttribute("clipnorm", "Bound of each gradient's L2 norm, > 0, or None. Applied after clipvalue.")
+    global_clipnorm = ClipAttribute(
         "global_clipnorm", "Bound of the L2 norm over all gradients of a step, > 0, or None. Applied after clipvalue."
     )
 
     @property
     def complex_mode(self) -> str:
         """How complex variables are updated: "abs2" or "real_imag"."""
-        return self._slots.complex_mode
+        return self._complex_mode
 
     # State.
 
     @property
     def iterations(self) -> Variable:
         """The counter of steps done, an int64 Variable on the host. Assigning an int sets it."""
-        return self._slots.iterations(self._name)
+        if not self._state.counts:
+            # A step that is at work, which a callable learning rate may be part of, does so itself.
+            busy, alone = contextlib.suppress(ConcurrentStepError), self._state.alone
+            with busy, alone(is_brief=True), Transaction(self._state) as change:
+                change.ensure_counter()
+        return self._state.counter
 
     @iterations.setter
     def iterations(self, value: Any) -> None:
+        counter = self._state.counter
+        if value is counter:
+            return  # `adam.iterations += 1` has changed it in place
         if isinstance(value, Variable):
-            self._slots.adopt_iterations(value)
+            self._count_in(value)
             return
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
             raise ArgumentTypeError(
                 "iterations", "must be an int", type(value).__name__, "pass the number of steps done"
             )
-        if value < 0:
-            raise ArgumentValueError("iterations", "must be >= 0", value, "pass the number of steps done")
-        self.iterations.assign(np.int64(value))
+        count = checked_count(value, "iterations")
+        with self._state.alone(), Transaction(self._state) as change:
+            counter = change.ensure_counter()
+            make_all([functools.partial(counter.value.fill, count), change.commit])
+
+    def _count_in(self, counter: Variable) -> None:
+        """Count in the user's variable; only before the counter exists."""
+        if self._state.counts:
+            rule = "must be set before the counter exists"
+            raise ArgumentValueError("iterations", rule, repr(counter), "assign an int, which sets the counter")
+        if counter.shape != () or counter.dtype != np.int64 or counter.device.name != "host":
+            rule = "must be an int64 scalar on the host"
+            raise ArgumentValueError("iterations", rule, repr(counter), "assign an int, which sets the counter")
+        checked_count(counter, "iterations")
+        with self._state.alone(), Transaction(self._state) as change:
+            change.set_counter(counter)
 
     @property
     def weights(self) -> list[Variable]:
         """The live list of iterations and slots, in order of creation."""
-        return self._slots.weights
+        return self._state.weights
 
     def variables(self) -> list[Variable]:
         """The same list as `weights`."""
-        return self._slots.weights
+        return self._state.weights
 
     def get_slot_names(self) -> list[str]:
         """Names of the slots in order of first creation."""
-        return self._slots.names
+        return self._state.names
 
     def get_slot(self, var: Any, slot_name: str) -> Variable:
         """The slot of a variable.
@@ -292,7 +333,7 @@ class Adam:
             SlotNotFoundError: the variable has no such slot.
             ArgumentTypeError: `var` is no variable.
         """
-        return self._slots.get(self._controller.registry.find(var, "var"), slot_name)
+        return self._state.slot(self._state.registry.find(var, "var", News()), slot_name)
 
     def add_slot(self, var: Any, slot_name: str, initializer: Any = "zeros") -> Variable:
         """Create a slot of a variable, or return it where it exists.
@@ -305,8 +346,38 @@ class Adam:
         Raises:
             ArgumentTypeError, ArgumentValueError: what is no variable, or no initializer.
         """
-        variable = self._controller.registry.find(var, "var")
-        return self._slots.add(variable, slot_name, initializer, f"{self._name}/{variable.name}/{slot_name}")
+        return self._controller.add_slot(var, slot_name, initializer)
+
+    def forget(self, variable: Any) -> None:
+        """Drop the slots of a variable, and everything that stands for it; a later step begins with new slots.
+
+        Args:
+            variable: a variable that was stepped or built.
+
+        Raises:
+            ArgumentTypeError: no variable.
+            ArgumentValueError: a variable that the optimizer does not know. Nothing has changed then.
+        """
+        self._controller.forget(variable)
+
+    def replace(self, old: Any, new: Any, index: Any = None) -> None:
+        """Hand the slots of a variable, or rows of them, over to another variable: what is grown, pruned or swapped.
+
+        Args:
+            old: a variable with slots; the optimizer forgets it.
+            new: a variable that the optimizer does not know yet, of the same dtype and device. Its slots stand in
+                `weights` where those of `old` stood.
+            index: whole numbers [n], which rows of `old` the rows of `new` continue, in [0, rows of `old`), as often as
+                wanted: then `new` has the shape [n, ...row]. None: `new` has the shape of `old`. Slots of another shape
+                than the variable's, which only `add_slot` makes, are handed over as they are.
+
+        Raises:
+            ArgumentTypeError, ArgumentValueError: no variables; `old` has no slots, or `new` has; another shape, dtype
+                or device.
+            SparseIndexError: a row out of range.
+            Whatever is raised, nothing has changed.
+        """
+        self._controller.replace(old, new, index)
 
     def add_weight(
         self,
@@ -344,46 +415,37 @@ class Adam:
 
     def get_weights(self) -> list[Any]:
         """NumPy copies of `weights`, the first a np.int64. Waits for the device; raises as `check_errors`."""
-        self.check_errors()
-        return [weight.numpy()[()] for weight in self.weights]
+        return [array[()] for array in self._exported().values()]
+
+    def _exported(self) -> dict[str, np.ndarray]:
+        with self._state.alone():
+            self._controller.check_errors()
+            return self._state.export()
 
     def set_weights(self, weights: Iterable[Any]) -> None:
-        """Overwrite `weights` by arrays of the same shapes, cast to their dtypes.
+        """Overwrite `weights` by arrays of the same shapes, cast to their dtypes: all of them or, on an error, none.
 
         Args:
             weights: as many arrays as there are weights, in their order: see `build`. The list of an AMSGrad optimizer
-                (3n + 1 arrays for n variables) also fits the same optimizer without AMSGrad.
+                (3n + 1 arrays for n variables) also fits the same optimizer without AMSGrad. Live arrays of the
+                optimizer count as they are before the call.
 
         Raises:
-            ArgumentValueError: another number of arrays or other shapes; nothing has changed then.
+            ArgumentTypeError, ArgumentValueError: another number of arrays, other shapes, no numbers, or a first array
+                that is no number of steps; nothing has changed then.
         """
-        arrays, slots = list(weights), self.weights
-        variables = self._slots.variable_count
-        if len(slots) == 2 * variables + 1 and len(arrays) == 3 * variables + 1:
-            arrays = arrays[: len(slots)]
-        if len(arrays) != len(slots):
-            rule = f"must hold {len(slots)} arrays for optimizer {self._name!r}"
-            raise ArgumentValueError(
-                "weights", rule, f"{len(arrays)}", "call build(variables) first, or pass the full list"
-            )
-        for number, (array, slot) in enumerate(zip(arrays, slots, strict=True)):
-            try:
-                dtype = getattr(array, "dtype", None) or np.asarray(array).dtype
-            except ValueError:  # a ragged list
-                dtype = np.dtype(object)
-            if dtype.kind in "OSUMm":
-                what = f"{type(array).__name__} of {dtype}"
-                raise ArgumentTypeError(
-                    f"weights[{number}]", "must consist of numbers", what, "pass get_weights()'s arrays"
-                )
-            shape = tuple(np.shape(array))
-            if shape != slot.shape:
-                rule = f"must have shape {slot.shape} for {slot.name!r}"
+        with self._state.alone():
+            arrays, count = list(weights), len(self.weights)
+            variables = len(self._state.variables)
+            if count == 2 * variables + 1 and len(arrays) == 3 * variables + 1:
+                arrays = arrays[:count]
+            if len(arrays) != count:
+                rule = f"must hold {count} arrays for optimizer {self.name!r}"
                 raise ArgumentValueError(
-                    f"weights[{number}]", rule, shape, "pass the arrays in the order of get_weights()"
+                    "weights", rule, f"{len(arrays)}", "call build(variables) first, or pass the full list"
                 )
-        for array, slot in zip(arrays, slots, strict=True):
-            slot.assign(array)
+            by_name = dict(zip(self._state.weight_names(), arrays, strict=True))
+            self._state.restore(by_name, lambda number: f"weights[{number}]")
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write iterations, slots and configuration to one `.npz` file, replaced atomically.
@@ -392,32 +454,54 @@ class Adam:
             OSError: the file system refuses.
             SparseIndexError: as `check_errors`.
         """
+        arrays = {f"weights/{number}": array for number, array in enumerate(self._exported().values())}
         names = [weight.name for weight in self.weights]
-        arrays = {f"weights/{n}": np.asarray(array) for n, array in enumerate(self.get_weights())}
         checkpoint.write(path, arrays, {"kind": "Adam", "names": names, "config": self.get_config()})
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Read iterations and slots that `save` wrote; the slots must exist: see `build`.
 
-        Hyperparameters stay as they are. ``gpu_adam.checkpoint.read(path)[1]["config"]`` is the saved configuration.
+        Hyperparameters stay as they are. ``gpu_adam.state.checkpoint.read(path)[1]["config"]`` is the saved
+        configuration.
 
         Raises:
             FileNotFoundError: there is no such file.
-            CheckpointError: no checkpoint of Adam, or of other variables; nothing has changed then.
+            CheckpointError: no checkpoint of Adam, or of other variables, dtypes or another `complex_mode`; nothing has
+                changed then.
         """
         arrays, meta = checkpoint.read(path)
+        self._check_fits(str(path), meta)
+        with self._state.alone():
+            names = [f"weights/{number}" for number in range(len(self.weights))]
+            if len(arrays) != len(names) or not all(map(arrays.__contains__, names)):
+                got = next((f"no {name}" for name in names if name not in arrays), f"{len(arrays)} arrays")
+                raise CheckpointError(str(path), f"must hold {len(names)} weights", got, "pass its own checkpoint")
+            by_name = dict(zip(self._state.weight_names(), map(arrays.__getitem__, names), strict=True))
+            try:
+                self._state.restore(by_name, names.__getitem__, from_file=True)
+            except (ArgumentTypeError, ArgumentValueError) as error:
+                raise CheckpointError(str(path), "must fit this optimizer", error, "pass its own checkpoint") from error
+
+    def _check_fits(self, path: str, meta: Mapping[str, Any]) -> None:
+        """Raise CheckpointError unless a file's note is that of an optimizer with these weights."""
         if meta.get("kind") != "Adam":
-            raise CheckpointError(str(path), "must be written by Adam.save", meta.get("kind"), "pass another file")
-        names = [weight.name for weight in self.weights] or "none: no variable is known yet"
-        if meta["names"] != names:
-            rule = f"must hold this optimizer's weights {names}"
+            raise CheckpointError(path, "must be written by Adam.save", meta.get("kind"), "pass another file")
+        names, config = meta.get("names"), meta.get("config")
+        if not isinstance(names, list) or not isinstance(config, Mapping):
+            got = f"names: {type(names).__name__}, config: {type(config).__name__}"
+            raise CheckpointError(path, "must hold a list of names and a configuration", got, "pass an older copy")
+        own = [weight.name for weight in self.weights]
+        if names != own:
             raise CheckpointError(
-                str(path), rule, meta["names"], "call build(variables) with the same variables, in order"
+                path,
+                "must hold this optimizer's weights",
+                _first_difference(names, own),
+                "call build(variables) with the same variables, in order",
             )
-        try:
-            self.set_weights([arrays[f"weights/{n}"] for n in range(len(names))])
-        except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(str(path), "must fit this optimizer", error, "pass its own checkpoint") from error
+        mode = config.get("complex_mode", COMPLEX_MODES[0])
+        if mode != self.complex_mode:
+            rule = f"must come from an optimizer with complex_mode={self.complex_mode!r}"
+            raise CheckpointError(path, rule, repr(mode), "construct the optimizer with the file's complex_mode")
 
     # Configuration.
 
@@ -425,7 +509,7 @@ class Adam:
         """The constructor's arguments as JSON-serialisable values; a callable counts as what it returns now."""
         clips = {"clipnorm": self.clipnorm, "clipvalue": self.clipvalue, "global_clipnorm": self.global_clipnorm}
         return {
-            "name": self._name,
+            "name": self.name,
             **{name: bound for name, bound in clips.items() if bound is not None},
             **{
                 name: _serialized(name, self._hyper[name])
@@ -453,34 +537,37 @@ class Adam:
             arguments["learning_rate"] = schedules.deserialize(arguments["learning_rate"], custom_objects)
         return cls(**arguments)
 
-    # Copies.
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Adam:
-        """An optimizer with slots of its own, bound to the same variables."""
-        new = type(self).__new__(type(self))
-        memo[id(self)] = new
-        new.__dict__.update(self.__dict__)
-        new._hyper = dict(self._hyper)
-        new._slots = self._slots.copied(memo)
-        new._controller = Controller(new._slots, self._name)
-        new._controller.registry = self._controller.registry.copied()
-        return new
+    # Copies: everything reachable is copied, variables included, by pickle and deepcopy alike. A twin over the same
+    # variables is made by from_config, build and set_weights.
 
     def __getstate__(self) -> dict[str, Any]:
+        self._controller.follow_memory()
         state = dict(self.__dict__)
-        controller = state.pop("_controller")
-        return {**state, "registry": controller.registry}
+        del state["_controller"]
+        return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        registry = state.pop("registry")
         self.__dict__.update(state)
-        self._controller = Controller(self._slots, self._name)
-        self._controller.registry = registry
+        self._controller = Controller(self._state)
+
+
+_update_rule = functools.cache(UpdateRule)
 
 
 def _autodiff() -> Any:
     """The package of derivatives, imported with the first loss: a process that brings its gradients starts faster."""
     return importlib.import_module("gpu_adam.autodiff")
+
+
+def _device_of_all(variables: Any) -> AbstractContextManager[Any]:
+    """A context in which the variables' device is current; nothing where they are not known yet, or on several."""
+    if callable(variables):
+        return nullcontext()
+    try:
+        devices = {variable.device for variable in _autodiff().flatten(variables)}
+    except ArgumentValueError:  # which the differentiation raises in its turn
+        return nullcontext()
+    return devices.pop().activate() if len(devices) == 1 else nullcontext()
 
 
 def _given_gradients(grad_fn: Any, grad_loss: Any) -> list[Any]:
@@ -500,12 +587,23 @@ def _given_gradients(grad_fn: Any, grad_loss: Any) -> list[Any]:
 
 def _all_gradients(loss: Callable[[], Any], params: Any) -> list[tuple[Any, Variable]]:
     """(gradient, variable) pairs; raises where a variable has no gradient."""
-    _, pairs = _autodiff().gradients(loss, params)
+    with _device_of_all(params):
+        _, pairs = _autodiff().gradients(loss, params)
     without = [variable.name for gradient, variable in pairs if gradient is None]
     if without:
         rule = "must be differentiable with respect to every variable"
         raise ArgumentValueError("loss", rule, f"no gradient for {without}", "leave those variables out of params")
     return list(pairs)
+
+
+def _first_difference(names: Sequence[Any], own: Sequence[str]) -> str:
+    """Where a file's list of names leaves an optimizer's, in words."""
+    if not own:
+        return f"{len(names)} weights, this optimizer none: no variable is known yet"
+    for number, (name, expected) in enumerate(itertools.zip_longest(names, own)):
+        if name != expected:
+            return f"{name!r} as weight {number}, not {expected!r}; {len(names)} weights, not {len(own)}"
+    return "the same names"
 
 
 def _is_zero(value: Any) -> bool:

@@ -6,6 +6,7 @@
     ├── CheckpointError     (ValueError)    a file that is not a checkpoint, or does not fit this optimizer
     ├── SparseIndexError    (IndexError)    a row index outside its variable
     ├── SlotNotFoundError   (KeyError)      no such slot
+    ├── ConcurrentStepError (RuntimeError)  a call of an optimizer while another one is at work
     └── DeviceError         (RuntimeError)  a device, driver or compiler that is not there
         └── KernelCompileError              a kernel that does not compile
 
@@ -49,6 +50,10 @@ class SparseIndexError(GpuAdamError, IndexError):
 
 class SlotNotFoundError(GpuAdamError, KeyError):
     """A slot was asked for that does not exist."""
+
+
+class ConcurrentStepError(GpuAdamError, RuntimeError):
+    """An optimizer was called while another call of it was at work."""
 
 
 class DeviceError(GpuAdamError, RuntimeError):

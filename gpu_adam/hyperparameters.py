@@ -1,41 +1,29 @@
-"""Hyperparameters: numbers, callables and schedules, their rules, and the scalars of a step that they become."""
+"""Hyperparameters: numbers, callables and schedules, their rules, and clipping; step/scalars.py evaluates them."""
 
 from __future__ import annotations
 
-import ctypes
-import ctypes.util
-import functools
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from gpu_adam.errors import ArgumentTypeError, ArgumentValueError
+from gpu_adam.errors import ArgumentValueError
+from gpu_adam.rules import BELOW_ONE, FINITE, FINITE_NOT_NEGATIVE, LIMITS, NOT_NEGATIVE, POSITIVE, Rule, real_number
 from gpu_adam.schedules import LearningRateSchedule
 from gpu_adam.variables import Variable
 
 DEFAULT_EPSILON = 1e-7
-_ONE = np.float32(1)
 
-
-class _Limits(NamedTuple):
-    tiny: float
-    max: float
-
-
-_LIMITS = {name: _Limits(float(np.finfo(name).tiny), float(np.finfo(name).max)) for name in ("float32", "float64")}
-
-# (holds, rule, remedy) of each hyperparameter.
-_RULES: dict[str, tuple[Callable[[float], bool], str, str]] = {
-    "learning_rate": (math.isfinite, "must be finite", "pass a finite number"),
-    "beta_1": (lambda x: 0 <= x < 1, "must lie in [0, 1)", "pass 0.9, say"),
-    "beta_2": (lambda x: 0 <= x < 1, "must lie in [0, 1)", "pass 0.999, say"),
-    "epsilon": (lambda x: x >= 0, "must be >= 0", "pass 1e-7, say"),
-    "decay": (lambda x: 0 <= x < math.inf, "must be >= 0 and finite", "pass 0 for no decay"),
-    "clipnorm": (lambda x: x > 0, "must be > 0", "pass None for no clipping"),
-    "clipvalue": (lambda x: x > 0, "must be > 0", "pass None for no clipping"),
-    "global_clipnorm": (lambda x: x > 0, "must be > 0", "pass None for no clipping"),
+_CLIPPING = POSITIVE._replace(remedy="pass None for no clipping")
+_RULES: dict[str, Rule] = {
+    "learning_rate": FINITE._replace(remedy="pass a finite number"),
+    "beta_1": BELOW_ONE._replace(remedy="pass 0.9, say"),
+    "beta_2": BELOW_ONE._replace(remedy="pass 0.999, say"),
+    "epsilon": NOT_NEGATIVE._replace(remedy="pass 1e-7, say"),
+    "decay": Rule("must be >= 0 and finite", FINITE_NOT_NEGATIVE.holds, "pass 0 for no decay"),
+    "clipnorm": _CLIPPING,
+    "clipvalue": _CLIPPING,
+    "global_clipnorm": _CLIPPING,
 }
 
 _MAY_BE_CALLABLE = ("learning_rate", "beta_1", "beta_2", "epsilon")
@@ -66,31 +54,20 @@ def checked(name: str, value: Any) -> Any:
 
 def as_number(name: str, value: Any) -> float:
     """`value` as a float that obeys the rule of hyperparameter `name`."""
-    what = "must be a real number" + (" or a callable without arguments" if name in _MAY_BE_CALLABLE else "")
-    if isinstance(value, (str, bytes)) or value is None or callable(value) or np.ndim(value) != 0:
-        raise ArgumentTypeError(name, what, _shown(value), _RULES[name][2])
-    try:
-        number = float(value)
-    except (TypeError, ValueError) as error:
-        raise ArgumentTypeError(name, what, _shown(value), _RULES[name][2]) from error
-    holds, rule, remedy = _RULES[name]
-    if not holds(number):
-        raise ArgumentValueError(name, rule, number, remedy)
+    rule = _RULES[name]
+    kind = "a real number" + (" or a callable without arguments" if name in _MAY_BE_CALLABLE else "")
+    number = float(real_number(name, value, kind=kind, remedy=rule.remedy))
+    rule.check(name, number)
     return number
 
 
 def evaluated(name: str, value: Any) -> float:
-    """The number that a stored callable, variable or 0-d array has now; schedules are for `Scalars`."""
+    """The number that a stored callable, variable or 0-d array has now; schedules are for `step.scalars.Scalars`."""
     return as_number(name, value() if callable(value) and not _is_live(value) else value)
 
 
 def _is_live(value: Any) -> bool:
     return isinstance(value, Variable) or (hasattr(value, "dtype") and not isinstance(value, np.generic))
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{type(value).__name__} {text[:40]}..."
 
 
 class Clip(NamedTuple):
@@ -106,13 +83,30 @@ class Clip(NamedTuple):
     clipnorm: float | None
     global_clipnorm: float | None
 
+    @property
+    def norm(self) -> Literal["each", "global"] | None:
+        """Which norm is bounded: that of each gradient, the one over all gradients together, or none."""
+        if self.global_clipnorm is not None:
+            return "global"
+        return None if self.clipnorm is None else "each"
+
+    @property
+    def limit(self) -> float | None:
+        """The bound of that norm."""
+        return self.clipnorm if self.global_clipnorm is None else self.global_clipnorm
+
+    @property
+    def clips(self) -> bool:
+        """Whether gradients are clipped in any way."""
+        return self != NO_CLIPPING
+
     def value_in(self, dtype: str) -> float:
         """`clipvalue` as the kernels of a dtype take it: infinite where nothing is bounded.
 
         Raises:
             ArgumentValueError: the dtype would flush it to 0.
         """
-        value, limits = self.clipvalue, _LIMITS[dtype]
+        value, limits = self.clipvalue, LIMITS[dtype]
         if value is None or value > limits.max:
             return math.inf
         if value < limits.tiny:
@@ -150,7 +144,7 @@ class Hyperparameter:
             optimizer._hyper[self.name] = new
 
 
-class Bound:
+class ClipAttribute:
     """An attribute of an optimizer that bounds its gradients; None where it does not.
 
     Args:
@@ -171,89 +165,3 @@ class Bound:
             got = f"{clip.clipnorm} and {clip.global_clipnorm}"
             raise ArgumentValueError("clipnorm", rule, got, "set one of them to None")
         optimizer._clip = clip
-
-
-class Scalars:
-    """The hyperparameters' values at one step, each evaluated once.
-
-    Args:
-        hyper: the stored values by name: learning_rate, beta_1, beta_2, epsilon, decay.
-        iterations: steps done before this one, t - 1.
-
-    Raises:
-        ArgumentTypeError, ArgumentValueError: a callable's or schedule's value breaks its rule.
-    """
-
-    __slots__ = ("beta_1", "beta_2", "decay", "epsilon", "iterations", "learning_rate")
-
-    def __init__(self, hyper: dict[str, Any], iterations: int) -> None:
-        self.iterations = iterations
-        rate = hyper["learning_rate"]
-        if type(rate) is not float:
-            rate = (
-                as_number("learning_rate", rate(iterations))
-                if isinstance(rate, LearningRateSchedule)
-                else evaluated("learning_rate", rate)
-            )
-        self.learning_rate: float = rate
-        self.beta_1: float = _now("beta_1", hyper["beta_1"])
-        self.beta_2: float = _now("beta_2", hyper["beta_2"])
-        self.epsilon: float = _now("epsilon", hyper["epsilon"])
-        self.decay: float = hyper["decay"]
-
-    def for_real(self, dtype: str) -> tuple[Any, ...]:
-        """(alpha_t, 1 - beta_1, 1 - beta_2, epsilon), every operation rounded in `dtype` as the reference does.
-
-        alpha_t = (lr_t sqrt(1 - beta_2^t)) / (1 - beta_1^t) with lr_t = lr / (1 + decay (t - 1)).
-        """
-        if dtype == "float64":
-            return self._float64()
-        constants = _in_float32(self.beta_1, self.beta_2, self.epsilon, self.decay)
-        beta_1, beta_2, one_minus_beta_1, one_minus_beta_2, epsilon, decay = constants
-        if abs(self.learning_rate) > _LIMITS["float32"].max:
-            rule = "must be finite in float32"
-            raise ArgumentValueError("learning_rate", rule, self.learning_rate, "pass less, or use float64 variables")
-        f, t, power = np.float32, self.iterations + 1, _powf()
-        rate = f(self.learning_rate)
-        if decay > 0:
-            rate = rate / (_ONE + decay * f(self.iterations))
-        alpha = (rate * np.sqrt(_ONE - f(power(beta_2, t)))) / (_ONE - f(power(beta_1, t)))
-        return alpha, one_minus_beta_1, one_minus_beta_2, epsilon
-
-    def _float64(self) -> tuple[float, ...]:
-        t, rate = float(self.iterations + 1), self.learning_rate
-        if self.decay > 0:
-            rate = rate / (1.0 + self.decay * float(self.iterations))
-        alpha = (rate * math.sqrt(1.0 - math.pow(self.beta_2, t))) / (1.0 - math.pow(self.beta_1, t))
-        return alpha, 1.0 - self.beta_1, 1.0 - self.beta_2, self.epsilon
-
-
-def _now(name: str, value: Any) -> float:
-    return value if type(value) is float else evaluated(name, value)
-
-
-@functools.lru_cache(64)
-def _in_float32(beta_1: float, beta_2: float, epsilon: float, decay: float) -> tuple[Any, ...]:
-    """beta_1, beta_2, 1 - beta_1, 1 - beta_2, epsilon and decay in float32; refused where rounding breaks a rule."""
-    tiny, largest = _LIMITS["float32"]
-    for name, value in (("beta_1", beta_1), ("beta_2", beta_2)):
-        if np.float32(value) == 1:
-            rule = "must be below 1 after rounding to float32"
-            raise ArgumentValueError(name, rule, value, "pass at most 0.9999999, or use float64 variables")
-    for name, value in (("epsilon", epsilon), ("decay", decay)):
-        if value > largest or (name == "epsilon" and 0 < value < tiny):
-            rule = f"must be 0 or at least {tiny:.3g}, and at most {largest:.3g}, for float32 variables"
-            raise ArgumentValueError(name, rule, value, "pass another value, or use float64 variables")
-    rounded = np.float32(beta_1), np.float32(beta_2)
-    return *map(float, rounded), _ONE - rounded[0], _ONE - rounded[1], np.float32(epsilon), np.float32(decay)
-
-
-@functools.cache
-def _powf() -> Any:
-    """The C library's powf, as the reference uses: numpy.power on float32 differs from it in the last bit."""
-    try:
-        powf = ctypes.CDLL("libm.so.6").powf
-    except OSError:  # not glibc
-        powf = ctypes.CDLL(ctypes.util.find_library("m")).powf
-    powf.argtypes, powf.restype = (ctypes.c_float, ctypes.c_float), ctypes.c_float
-    return powf

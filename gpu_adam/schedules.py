@@ -12,11 +12,19 @@ Reference: https://www.tensorflow.org/versions/r2.0/api_docs/python/tf/keras/opt
 import math
 from abc import ABC, abstractmethod
 from bisect import bisect_left
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, SupportsFloat
 
 from gpu_adam.errors import ArgumentTypeError, ArgumentValueError
+from gpu_adam.rules import (
+    FINITE,
+    FINITE_AT_LEAST_ONE,
+    FINITE_NOT_NEGATIVE,
+    FINITE_POSITIVE,
+    Rule,
+    real_number,
+)
 
 if TYPE_CHECKING:
     from typing import Self
@@ -47,12 +55,6 @@ class LearningRateSchedule(ABC):
         return cls(**config)
 
 
-_FINITE = ("must be finite", math.isfinite)
-_POSITIVE = ("must be finite and > 0", lambda x: 0 < x < math.inf)
-_NOT_NEGATIVE = ("must be finite and >= 0", lambda x: 0 <= x < math.inf)
-_AT_LEAST_ONE = ("must be finite and >= 1", lambda x: 1 <= x < math.inf)
-
-
 # Equality, text and immutability are written once: generated for every class they take 10 ms of `import gpu_adam`.
 @dataclass(repr=False, eq=False)
 class _Standard(LearningRateSchedule):
@@ -78,19 +80,16 @@ class _Standard(LearningRateSchedule):
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self._values().items())})"
 
-    def _check(self, **rules: tuple[str, Callable[[float], bool]]) -> None:
+    def _check(self, **rules: Rule) -> None:
         """Replace every field named in `rules` by a Python number that obeys its rule."""
         for name, rule in rules.items():
             vars(self)[name] = _number(f"{type(self).__name__}({name})", getattr(self, name), rule)
 
 
-def _number(argument: str, value: Any, rule: tuple[str, Callable[[float], bool]]) -> float:
-    if isinstance(value, (bool, str, bytes)) or not hasattr(value, "__float__") or getattr(value, "ndim", 0) != 0:
-        raise ArgumentTypeError(argument, "must be a real number", f"{type(value).__name__} {value!r}", "pass a float")
-    text, holds = rule
-    number = value if type(value) is int else float(value)
-    if not holds(number):
-        raise ArgumentValueError(argument, text, value, "choose a value in this range")
+def _number(argument: str, value: Any, rule: Rule) -> float:
+    """`value` as a number that obeys its rule; an int stays one, so that a configuration is given back as it was."""
+    number = real_number(argument, value)
+    rule.check(argument, number)
     return number
 
 
@@ -120,7 +119,7 @@ class ExponentialDecay(_Standard):
     name: str | None = None
 
     def __post_init__(self) -> None:
-        self._check(initial_learning_rate=_FINITE, decay_steps=_POSITIVE, decay_rate=_NOT_NEGATIVE)
+        self._check(initial_learning_rate=FINITE, decay_steps=FINITE_POSITIVE, decay_rate=FINITE_NOT_NEGATIVE)
 
     def __call__(self, step: SupportsFloat) -> float:
         """Return η at `step`."""
@@ -147,7 +146,7 @@ class PiecewiseConstantDecay(_Standard):
             label, given = f"PiecewiseConstantDecay({name})", getattr(self, name)
             if isinstance(given, str) or not hasattr(given, "__iter__"):
                 raise ArgumentTypeError(label, "must be a sequence of numbers", repr(given), "pass a list")
-            numbers = tuple(_number(f"{label}[{i}]", x, _FINITE) for i, x in enumerate(given))
+            numbers = tuple(_number(f"{label}[{i}]", x, FINITE) for i, x in enumerate(given))
             vars(self)[name] = numbers
         label = "PiecewiseConstantDecay(boundaries)"
         if not self.boundaries:
@@ -187,8 +186,8 @@ class PolynomialDecay(_Standard):
     name: str | None = None
 
     def __post_init__(self) -> None:
-        self._check(initial_learning_rate=_FINITE, decay_steps=_POSITIVE, end_learning_rate=_FINITE)
-        self._check(power=_NOT_NEGATIVE)
+        self._check(initial_learning_rate=FINITE, decay_steps=FINITE_POSITIVE, end_learning_rate=FINITE)
+        self._check(power=FINITE_NOT_NEGATIVE)
 
     def __call__(self, step: SupportsFloat) -> float:
         """Return η at `step`."""
@@ -219,7 +218,7 @@ class InverseTimeDecay(_Standard):
     name: str | None = None
 
     def __post_init__(self) -> None:
-        self._check(initial_learning_rate=_FINITE, decay_steps=_POSITIVE, decay_rate=_NOT_NEGATIVE)
+        self._check(initial_learning_rate=FINITE, decay_steps=FINITE_POSITIVE, decay_rate=FINITE_NOT_NEGATIVE)
 
     def __call__(self, step: SupportsFloat) -> float:
         """Return η at `step`."""
@@ -253,9 +252,11 @@ class CosineDecay(_Standard):
     warmup_steps: float = 0
 
     def __post_init__(self) -> None:
-        self._check(initial_learning_rate=_FINITE, decay_steps=_POSITIVE, alpha=_FINITE, warmup_steps=_NOT_NEGATIVE)
+        self._check(
+            initial_learning_rate=FINITE, decay_steps=FINITE_POSITIVE, alpha=FINITE, warmup_steps=FINITE_NOT_NEGATIVE
+        )
         if self.warmup_target is not None:
-            self._check(warmup_target=_FINITE)
+            self._check(warmup_target=FINITE)
 
     def __call__(self, step: SupportsFloat) -> float:
         """Return η at `step`."""
@@ -292,8 +293,8 @@ class CosineDecayRestarts(_Standard):
     name: str | None = None
 
     def __post_init__(self) -> None:
-        self._check(initial_learning_rate=_FINITE, first_decay_steps=_POSITIVE, t_mul=_AT_LEAST_ONE)
-        self._check(m_mul=_NOT_NEGATIVE, alpha=_FINITE)
+        self._check(initial_learning_rate=FINITE, first_decay_steps=FINITE_POSITIVE, t_mul=FINITE_AT_LEAST_ONE)
+        self._check(m_mul=FINITE_NOT_NEGATIVE, alpha=FINITE)
 
     def __call__(self, step: SupportsFloat) -> float:
         """Return η at `step`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import operator
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -10,15 +11,15 @@ from typing import Any
 import numpy as np
 from numpy.lib.mixins import NDArrayOperatorsMixin
 
-from gpu_adam.devices import Array, Device, device_of, find_device
+from gpu_adam.autodiff_seam import adapter, check_overwrite, operand
+from gpu_adam.devices import Array, Device, device_of, find_device, view_of
 from gpu_adam.errors import ArgumentTypeError, ArgumentValueError
-from gpu_adam.tracing import adapter, check_overwrite, operand
 
 
 def _in_place(ufunc: np.ufunc) -> Any:
     def operator(self: Variable, other: Any) -> Variable:
         check_overwrite(self)
-        with self._device.current():
+        with self._device.activate():
             ufunc(self._value, _plain(other), out=self._value)
         return self
 
@@ -36,8 +37,8 @@ class Variable(NDArrayOperatorsMixin):
         trainable: a mark for the user's own code; optimizers update what they are given.
         name: for messages, slot names and checkpoints; need not be unique. Default "Variable".
         dtype: default: the array's own; float32 for Python floats, int32 for Python integers, as in TensorFlow.
-        device: "host", "cuda", "cuda:N" or a device; default: where `initial_value` lies if it is a CuPy array, else
-            the default device.
+        device: "host", "cuda", "cuda:N" or a device, to which a value on another one is copied; default: where
+            `initial_value` lies if it lies on a CUDA device, else the default device.
 
     Raises:
         ArgumentTypeError, ArgumentValueError: the value does not make an array, or the device is unknown.
@@ -61,12 +62,15 @@ class Variable(NDArrayOperatorsMixin):
             initial_value = initial_value.value
         if name is not None and not isinstance(name, str):
             raise ArgumentTypeError("name", "must be a str", type(name).__name__, "pass a str or None")
-        if device is None and hasattr(initial_value, "__cuda_array_interface__"):
-            device = device_of(initial_value)
+        place = _place_of(initial_value)
+        if device is None and place is not None and place.xp is not np:
+            device = place
         self._device = find_device(device)
         wanted = _initial_dtype(initial_value, dtype)
         try:
-            self._value = self._device.array(initial_value, wanted)
+            self._value = self._device.array(_reachable(initial_value, place, self._device, "initial_value"), wanted)
+        except ArgumentTypeError:
+            raise
         except (TypeError, ValueError) as error:
             raise ArgumentValueError(
                 "initial_value", "must be convertible to an array of numbers", error, "pass numbers or an array"
@@ -86,6 +90,10 @@ class Variable(NDArrayOperatorsMixin):
         self._name = "Variable" if name is None else name
         self.trainable = trainable
         return self
+
+    def _move_to(self, array: Array) -> None:
+        """Stand for another array of the same shape and dtype: a variable follows the object whose memory it shows."""
+        self._value = array
 
     @property
     def value(self) -> Array:
@@ -131,7 +139,7 @@ class Variable(NDArrayOperatorsMixin):
         """Overwrite the contents, cast to the variable's dtype.
 
         Args:
-            value: what converts to an array of exactly the variable's shape; on a CUDA device also a host array.
+            value: what converts to an array of exactly the variable's shape; also an array on another device.
 
         Returns:
             The variable.
@@ -140,32 +148,36 @@ class Variable(NDArrayOperatorsMixin):
             ArgumentValueError: another shape, or no numbers.
         """
         converted = self._converted(value, "assign's value")
-        with self._device.current():
+        with self._device.activate():
             self._value[...] = converted
         return self
 
     def assign_add(self, delta: Any) -> Variable:
         """Add `delta`, of exactly the variable's shape, in place. Returns the variable."""
         converted = self._converted(delta, "assign_add's delta")
-        with self._device.current():
+        with self._device.activate():
             self._value[...] += converted
         return self
 
     def assign_sub(self, delta: Any) -> Variable:
         """Subtract `delta`, of exactly the variable's shape, in place. Returns the variable."""
         converted = self._converted(delta, "assign_sub's delta")
-        with self._device.current():
+        with self._device.activate():
             self._value[...] -= converted
         return self
 
     def _converted(self, value: Any, argument: str) -> Array:
         check_overwrite(self)
-        array = value.value if isinstance(value, Variable) else value
+        device, array = self._device, value.value if isinstance(value, Variable) else value
+        place = _place_of(array)
         try:
-            if not isinstance(array, self._device.xp.ndarray):
-                array = self._device.array(np.asarray(array))
+            if not isinstance(array, device.xp.ndarray) or (place is not None and place.name != device.name):
+                array = device.array(np.asarray(array) if place is None else _reachable(array, place, device, argument))
             if tuple(array.shape) == self.shape:
-                return array.real.astype(self.dtype) if self.dtype.kind != "c" else array.astype(self.dtype)
+                with device.activate():
+                    return array.real.astype(self.dtype) if self.dtype.kind != "c" else array.astype(self.dtype)
+        except ArgumentTypeError:
+            raise
         except (TypeError, ValueError) as error:
             raise ArgumentValueError(
                 argument, f"must be numbers for variable {self._name!r}", error, "cast it"
@@ -191,14 +203,24 @@ class Variable(NDArrayOperatorsMixin):
         # Interfaces that exist on one kind of device only, and must be absent on the other; and the methods of arrays.
         public = not name.startswith("_") or name in ("__array_interface__", "__cuda_array_interface__")
         if public and "_value" in self.__dict__:
-            return getattr(operand(self), name)
+            device = self._device
+            if device.xp is np:
+                return getattr(operand(self), name)
+            with device.activate():
+                found = getattr(operand(self), name)
+            return functools.partial(_called_on, device, found) if callable(found) else found
+        if name == "__cupy_get_ndarray__" and "_value" in self.__dict__ and self._device.xp is not np:
+            value = operand(self)
+            if value is self._value:  # a recorded value is no array of CuPy
+                return functools.partial(_itself, value)
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def __jax_array__(self) -> Any:
         return adapter("jax").view(self)
 
     def __dlpack__(self, **options: Any) -> Any:
-        return operand(self).__dlpack__(**options)
+        with self._device.activate():
+            return operand(self).__dlpack__(**options)
 
     def __dlpack_device__(self) -> tuple[int, int]:
         kind, index = self._value.__dlpack_device__()
@@ -206,24 +228,31 @@ class Variable(NDArrayOperatorsMixin):
 
     def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **options: Any) -> Any:
         value = operand(self)
-        if value is not self._value:  # recorded: it takes the call, and what stands for the other variables
-            return value.__array_ufunc__(ufunc, method, *inputs, **options)
-        if "out" in options:
-            options["out"] = _plain(options["out"])
-        return getattr(ufunc, method)(*_plain(inputs), **options)
+        with self._device.activate():
+            if value is not self._value:  # recorded: it takes the call, and what stands for the other variables
+                return value.__array_ufunc__(ufunc, method, *inputs, **options)
+            if "out" in options:
+                options["out"] = _plain(options["out"])
+            return getattr(ufunc, method)(*_plain(inputs), **options)
 
     def __cupy_override_elementwise_kernel__(self, kernel: Callable[..., Any], *inputs: Any, **options: Any) -> Any:
-        return kernel(*_plain(inputs), **options)
+        with self._device.activate():
+            return kernel(*_plain(inputs), **options)
 
     def __array_function__(self, function: Callable[..., Any], types: Any, args: Any, options: Any) -> Any:
-        return function(*_plain(args), **{key: _plain(option) for key, option in options.items()})
+        with self._device.activate():
+            if function in MAKERS:
+                return make(function, self._device.xp, args, options)
+            return function(*_plain(args), **{key: _plain(option) for key, option in options.items()})
 
     def __getitem__(self, index: Any) -> Array:
-        return operand(self)[_plain(index)]
+        with self._device.activate():
+            return operand(self)[_plain(index)]
 
     def __setitem__(self, index: Any, value: Any) -> None:
         check_overwrite(self)
-        self._value[_plain(index)] = _plain(value)
+        with self._device.activate():
+            self._value[_plain(index)] = _plain(value)
 
     def __len__(self) -> int:
         return len(self._value)
@@ -296,6 +325,59 @@ class IndexedSlices:
         return f"IndexedSlices(values={self.values!r}, indices={self.indices!r})"
 
 
+MAKERS = frozenset(
+    getattr(np, name)
+    for name in (
+        *("array", "asarray", "asanyarray", "ascontiguousarray", "asfortranarray"),
+        *("arange", "empty", "eye", "full", "identity", "ones", "tri", "zeros"),
+    )
+)
+"""The functions of NumPy that make an array on the device of another one, their argument `like`."""
+
+
+def make(function: Callable[..., Any], xp: Any, args: Any, options: Any) -> Array:
+    """A new array by one of the `MAKERS`, with the function of that name of an array module.
+
+    NumPy's functions do the same for arrays, but pass `device`, which most of CuPy's functions do not take.
+    """
+    given = {key: value for key, value in options.items() if value is not None}
+    return getattr(xp, function.__name__)(*args, **given)
+
+
+def _place_of(value: Any) -> Device | None:
+    """The device in whose memory a value lies; None for numbers and lists."""
+    return None if isinstance(value, (list, tuple, int, float, complex, np.generic)) else device_of(value)
+
+
+def _reachable(value: Any, place: Device | None, device: Device, argument: str) -> Any:
+    """A value that `device.array` takes: a copy in host memory of what the host cannot read, else the value itself.
+
+    Args:
+        value: numbers, or an array.
+        place: where it lies.
+        device: where it goes.
+        argument: the value's name, for messages.
+
+    Raises:
+        ArgumentTypeError: an array that does not hand its memory out.
+    """
+    if place is None or place.xp is np or isinstance(value, place.xp.ndarray):
+        array = value
+    else:
+        array = view_of(value, place, argument)  # here, where its refusal gets a sentence
+    return place.numpy(array) if place is not None and place.xp is not np and device.xp is np else array
+
+
+def _itself(array: Array) -> Array:
+    return array
+
+
+def _called_on(device: Device, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """What a method of a device's array returns, called while that device is current."""
+    with device.activate():
+        return method(*_plain(args), **{key: _plain(option) for key, option in kwargs.items()})
+
+
 def _initial_dtype(value: Any, dtype: Any) -> np.dtype | None:
     """The dtype that the constructor's arguments mean; None leaves it to NumPy."""
     found: np.dtype | None = None
@@ -326,108 +408,3 @@ def _plain(obj: Any) -> Any:
     if type(obj) in (tuple, list):
         return type(obj)(_plain(item) for item in obj)
     return obj
-
-
-class Registry:
-    """The variables an optimizer has met. Raw arrays are recognised again by their memory.
-
-    Attributes:
-        known: the variable of each object met, by the object's id.
-    """
-
-    def __init__(self) -> None:
-        self.known: dict[int, Variable] = {}
-        self._objects: list[Any] = []  # keeps them alive, so that their ids stay theirs
-        self._by_memory: dict[Any, Variable] = {}
-
-    def find(self, obj: Any, argument: str) -> Variable:
-        """The variable for `obj`: itself, or one over a raw array's memory.
-
-        Raises:
-            ArgumentTypeError: no variable, and no array of a device.
-            ArgumentValueError: an array that cannot be updated in place.
-        """
-        variable = self.known.get(id(obj))
-        if variable is None:
-            variable = obj if isinstance(obj, Variable) else over_raw_array(obj, argument)
-            known = self._by_memory.get(_memory_key(variable))
-            if known is not None:
-                return known  # another object over the same memory; not kept, or a new view in every step would pile up
-            self._by_memory[_memory_key(variable)] = variable
-            self._add(obj, variable)
-        return variable
-
-    def _add(self, obj: Any, variable: Variable) -> None:
-        self._objects.append(obj)
-        self.known[id(obj)] = variable
-
-    def forget(self, count: int) -> None:
-        """Keep only the first `count` objects: what a rejected call has brought is dropped again."""
-        for obj in self._objects[count:]:
-            del self._by_memory[_memory_key(self.known.pop(id(obj)))]
-        del self._objects[count:]
-
-    def __len__(self) -> int:
-        return len(self._objects)
-
-    def copied(self) -> Registry:
-        """Another registry of the same variables."""
-        new = Registry()
-        new.__setstate__(self.__getstate__())
-        return new
-
-    def __getstate__(self) -> list[tuple[Any, Variable]]:
-        return [(obj, self.known[id(obj)]) for obj in self._objects]
-
-    def __setstate__(self, state: list[tuple[Any, Variable]]) -> None:
-        self.__init__()  # type: ignore[misc]
-        for obj, variable in state:
-            if not isinstance(obj, Variable):
-                # Pickled apart from its variable, whose array may be a view: share memory again.
-                view = variable.device.view(obj)
-                variable._value = variable._value if view is None else view
-            self._add(obj, variable)
-            self._by_memory[_memory_key(variable)] = variable
-
-
-def _memory_key(variable: Variable) -> Any:
-    if variable.size == 0:
-        return id(variable)
-    return variable.device, variable.device.address(variable.value), variable.shape, variable.dtype
-
-
-def over_raw_array(obj: Any, argument: str) -> Variable:
-    """A variable over the memory of a raw array: NumPy, CuPy, or what speaks DLPack or an array interface."""
-    device = None if isinstance(obj, np.generic) else device_of(obj)
-    if device is None:
-        raise ArgumentTypeError(
-            argument,
-            "must be a Variable or a writeable device array",
-            type(obj).__name__,
-            "wrap the value in gpu_adam.Variable",
-        )
-    try:
-        array = device.view(obj)
-    except (BufferError, RuntimeError, TypeError, ValueError) as error:
-        raise ArgumentTypeError(
-            argument, "must share its memory", error, "detach it, or wrap a copy in gpu_adam.Variable"
-        ) from error
-    if array is None:
-        raise ArgumentTypeError(
-            argument, f"must lie on {device.name}", type(obj).__name__, "wrap it in gpu_adam.Variable"
-        )
-    flags = array.flags
-    if not flags.c_contiguous:
-        raise ArgumentValueError(
-            argument, "must be C-contiguous", f"strides {array.strides}", "pass a contiguous array"
-        )
-    if not array.dtype.isnative:
-        raise ArgumentValueError(argument, "must have the machine's byte order", array.dtype.str, "use astype")
-    if array.size and device.address(array) % array.dtype.itemsize:
-        rule = f"must begin at a multiple of {array.dtype.itemsize} bytes"
-        raise ArgumentValueError(argument, rule, hex(device.address(array)), "wrap a copy in gpu_adam.Variable")
-    if device.xp is np and not flags.writeable:
-        raise ArgumentValueError(
-            argument, "must be writeable", "a read-only array", "pass a writeable array, or a Variable"
-        )
-    return Variable.over(array, device)

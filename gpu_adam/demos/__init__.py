@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 import gpu_adam
-from gpu_adam import checkpoint
 from gpu_adam.errors import CheckpointError
+from gpu_adam.state import checkpoint
 
 if TYPE_CHECKING:
     from typing import Self
@@ -140,7 +140,7 @@ class Demo(ABC):
 def product(a: Any, b: Any) -> Any:
     """Return the matrix product of a [n, k] and b [k, m] on either device.
 
-    CuPy's `@` calls cuBLAS, which is not among the wheels that gpu_adam asks for; a demo's matrices are small enough to
+    CuPy's `@` calls cuBLAS, which the extras cuda12 and cuda13 do not bring; a demo's matrices are small enough to
     multiply and add instead, at the price of n·k·m temporary numbers.
     """
     return a @ b if isinstance(a, np.ndarray) else (a[:, :, None] * b[None]).sum(1)

@@ -76,14 +76,14 @@ class Ptychography(Demo):
 
     def _windows(self, image: Any) -> Any:
         """The parts of an image [side, side] that lie in the beam: [n, window, window]."""
-        # Slices, not one index array: the gradient of that is a sum of atomic additions on CUDA, in any order.
+        # Slices, not one index array: the gradient of that would sort the numbers of all elements.
         return np.stack([image[y : y + WINDOW, x : x + WINDOW] for y, x in self.corners])
 
     def _far_field(self, waves: Any) -> Any:
         """The Fourier transform of waves [n, window, window] along both axes."""
         if self.xp is np:
             return np.fft.fft2(waves, norm="ortho")
-        # CuPy's FFT calls cuFFT and its `@` cuBLAS, which are not among the wheels that gpu_adam asks for. At this size
+        # CuPy's FFT calls cuFFT and its `@` cuBLAS, which the extras cuda12 and cuda13 do not bring. At this size
         # it costs little to multiply and add, at the price of n·window³ temporary numbers: 72 MB, several times.
         waves = (self._transform[:, :, None] * waves[:, None]).sum(2)
         return (waves[:, :, None] * self._transform).sum(3)

@@ -1,12 +1,16 @@
 """The seam between a variable and a running differentiation: what a variable stands for when it is computed with.
 
-While a loss is being differentiated a tracer is set, and a variable hands itself to it; otherwise a variable is its
-value.  A context variable, so that each thread and each asynchronous task sees its own tracer and no other's.
+While a loss is being differentiated a tracer is set, and a variable hands itself to the tracer; otherwise a variable is
+its value.  The tracer is a context variable, so that each thread and each asynchronous task sees its own tracer and no
+other's.
 """
 
-from contextvars import ContextVar
+from collections.abc import Callable
+from contextvars import ContextVar, copy_context
 from importlib import import_module
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
+
+_Result = TypeVar("_Result")
 
 
 class Tracer(Protocol):
@@ -20,6 +24,21 @@ class Tracer(Protocol):
 
 
 current_tracer: ContextVar[Tracer | None] = ContextVar("gpu_adam_tracer", default=None)
+
+
+def traced_by(tracer: Tracer, function: Callable[..., _Result], *args: Any) -> _Result:
+    """Call a function while `tracer` is set.
+
+    The tracer is set in a copy of the caller's context, which C code enters and leaves: an interrupt can come between
+    any two lines of Python, and a line that takes the tracer away again might never run.  What the function sets in
+    other context variables ends with the copy.
+    """
+    return copy_context().run(_set_and_call, tracer, function, *args)
+
+
+def _set_and_call(tracer: Tracer, function: Callable[..., _Result], *args: Any) -> _Result:
+    current_tracer.set(tracer)
+    return function(*args)
 
 
 def operand(variable: Any) -> Any:

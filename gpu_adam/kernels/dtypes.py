@@ -1,0 +1,75 @@
+"""The dtype table: one row for each dtype that the kernels know. A row more is a dtype more."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from gpu_adam.errors import ArgumentValueError
+
+
+@dataclass(frozen=True)
+class Dtype:
+    """A row of the dtype table.
+
+    Attributes:
+        stored: C type of an element of a variable, its gradient and ``m`` in memory.
+        stored_real: C type of an element of ``v`` and ``vhat`` in memory.
+        value: C type in which an element is computed with.
+        real: C type in which ``v`` and the scalars of a step are computed with.
+        real_dtype: NumPy dtype of ``stored_real``, in which the scalars of a step are computed on the host.
+        ftz: whether the processor's own mode (FTZ, "flush to zero") flushes denormals, rather than the kernels' code.
+    """
+
+    stored: str
+    stored_real: str
+    value: str
+    real: str
+    real_dtype: str
+    ftz: bool
+
+    @property
+    def defines(self) -> tuple[str, ...]:
+        """The row as preprocessor definitions."""
+        return (
+            f"GPU_ADAM_STORED={self.stored}",
+            f"GPU_ADAM_STORED_REAL={self.stored_real}",
+            f"GPU_ADAM_VALUE={self.value}",
+            f"GPU_ADAM_REAL={self.real}",
+            f"GPU_ADAM_FTZ={int(self.ftz)}",
+        )
+
+
+DTYPES = {
+    "float32": Dtype("float", "float", "float", "float", "float32", ftz=True),
+    "float64": Dtype("double", "double", "Double", "Double", "float64", ftz=False),
+    "complex64": Dtype("ComplexFloat", "float", "ComplexFloat", "float", "float32", ftz=True),
+    "complex128": Dtype("StoredComplexDouble", "double", "ComplexDouble", "Double", "float64", ftz=False),
+}
+
+
+def dtype_row(dtype: np.dtype, argument: str) -> Dtype:
+    """The row of `dtype`, or an ArgumentValueError that names `argument` and lists the dtypes there are."""
+    row = DTYPES.get(dtype.name)
+    if row is None:
+        known = ", ".join(DTYPES)
+        raise ArgumentValueError(argument, f"must have one of the dtypes {known}", dtype.name, "cast it to one of them")
+    return row
+
+
+COMPLEX_MODES = ("abs2", "real_imag")
+"""How a complex variable is updated: by |g|^2, or real and imaginary part as if they were two real elements."""
+
+
+class Layout(NamedTuple):
+    """How a variable's elements appear to the kernels.
+
+    Attributes:
+        dtype: name of a row of the dtype table.
+        parts: kernel elements per element of the variable: 2 for complex ones in the mode "real_imag", else 1.
+    """
+
+    dtype: str
+    parts: int

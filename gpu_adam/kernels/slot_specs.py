@@ -1,0 +1,60 @@
+"""The table of slots: the arrays that an optimizer keeps beside a variable and that the kernels read and write.
+
+The order of the table is the order of the slots in an optimizer's weights and in the kernels' struct of pointers. The
+C++ side has its own list, in ``cuda/slots.cuh``; tests compare the two.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from gpu_adam.kernels.dtypes import DTYPES
+from gpu_adam.kernels.variants import UpdateRule
+
+
+@dataclass(frozen=True)
+class SlotSpec:
+    """A row of the table.
+
+    Attributes:
+        name: of the slot, as in the paper and in C++.
+        is_real: whether an element is real where the variable's is complex, as the moving averages of |g|^2 are.
+        exists: whether the update of a rule has the slot.
+    """
+
+    name: str
+    is_real: bool
+    exists: Callable[[UpdateRule], bool]
+
+    def dtype(self, variable_dtype: np.dtype, complex_mode: str) -> np.dtype:
+        """The slot's dtype beside a variable of that dtype.
+
+        Args:
+            variable_dtype: of the variable. One that is not in DTYPES gives itself.
+            complex_mode: one of COMPLEX_MODES. With "real_imag" every slot has the variable's dtype.
+        """
+        if self.is_real and complex_mode == "abs2" and variable_dtype.name in DTYPES:
+            return np.dtype(DTYPES[variable_dtype.name].real_dtype)
+        return variable_dtype
+
+
+SLOT_SPECS = (
+    SlotSpec("m", is_real=False, exists=lambda rule: True),
+    SlotSpec("v", is_real=True, exists=lambda rule: True),
+    SlotSpec("vhat", is_real=True, exists=lambda rule: rule.amsgrad),
+)
+
+
+@functools.lru_cache
+def slots_of(rule: UpdateRule) -> tuple[SlotSpec, ...]:
+    """The slots that the update of a rule reads and writes, in order."""
+    return tuple([spec for spec in SLOT_SPECS if spec.exists(rule)])
+
+
+def slot_spec(name: str) -> SlotSpec | None:
+    """The row of a slot; None for a slot that the kernels do not know, which a user may have added."""
+    return next((spec for spec in SLOT_SPECS if spec.name == name), None)

@@ -1,0 +1,76 @@
+"""Structs that cross the border to C++, as NumPy dtypes, and arguments of kernels made of them.
+
+Each struct stands once in C++, in the file that its docstring names, and once here; tests compare names, sizes and
+offsets.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+
+import numpy as np
+
+from gpu_adam.kernels.slot_specs import SLOT_SPECS
+
+_POINTER, _INTEGER = np.uint64, np.int64
+
+
+@functools.cache
+def step_scalars(real_dtype: str) -> np.dtype:
+    """``StepScalars`` of adam_math.cuh, for a dtype whose real numbers are of `real_dtype`."""
+    names = ("alpha", "one_minus_beta_1", "one_minus_beta_2", "epsilon", "clip_value")
+    return np.dtype([(name, real_dtype) for name in names], align=True)
+
+
+SLOT_POINTERS = np.dtype([(name, _POINTER) for name in ("theta", *(spec.name for spec in SLOT_SPECS))], align=True)
+"""``Slots`` of slots.cuh: where a variable and its slots lie; a slot that the rule has not is null."""
+
+TENSOR = np.dtype([("slots", SLOT_POINTERS), ("size", _INTEGER), ("first_chunk", _INTEGER)], align=True)
+"""``Tensor`` of tensor_table.cuh."""
+
+TENSOR_TABLE = np.dtype(
+    [(name, _POINTER) for name in ("tensors", "gradients", "chunk_tensor")] + [("chunks", _INTEGER)], align=True
+)
+"""``TensorTable`` of tensor_table.cuh."""
+
+EMBEDDING_TABLE = np.dtype(
+    [("slots", SLOT_POINTERS)]
+    + [(name, _INTEGER) for name in ("rows", "row_size", "rows_per_tile", "pieces", "tiles")],
+    align=True,
+)
+"""``EmbeddingTable`` of sparse.cu."""
+
+INDICES = np.dtype([("data", _POINTER), ("wide", _INTEGER), ("count", _INTEGER), ("rows", _INTEGER)], align=True)
+"""``Indices`` of sort.cuh."""
+
+KEYS = np.dtype([("row", _POINTER), ("position", _POINTER)], align=True)
+"""``Keys`` of sort.cuh."""
+
+INDEX_ERRORS = np.dtype(
+    [("count", np.uint64), ("first_position", np.uint64), ("first_index", _INTEGER), ("recorded", _INTEGER)], align=True
+)
+"""``IndexErrors`` of sort.cuh."""
+
+NO_INDEX_ERRORS = np.array((0, np.iinfo(np.uint64).max, 0, 0), INDEX_ERRORS)
+"""The state in which no index was wrong yet."""
+
+
+def slot_pointers(addresses: Mapping[str, int]) -> tuple[int, ...]:
+    """A value of SLOT_POINTERS from addresses by name, "theta" for the variable; a name that is missing is null."""
+    return tuple([addresses.get(name, 0) for name in SLOT_POINTERS.names or ()])
+
+
+def struct(dtype: np.dtype, *values: object) -> np.ndarray:
+    """One struct as an array of size 1, which both devices pass by value and which may be changed between launches."""
+    return np.array([values], dtype)
+
+
+def scalar(value: int, dtype: type = np.int64) -> np.ndarray:
+    """An integer argument of a kernel."""
+    return np.array([value], dtype)
+
+
+def pointer(address: int) -> np.ndarray:
+    """An address as an argument of a kernel; 0 is null."""
+    return np.array([address], np.uint64)

@@ -1,0 +1,114 @@
+"""Variants: one compilation of one file of ``cuda/`` for one row of the dtype table and one choice of switches.
+
+The rule for switches: compile time for memory traffic, run time for arithmetic that has an exact neutral element. A
+kernel with ``vhat`` moves one array more than a kernel without, so AMSGrad is a variant. A scalar of which one value
+changes no bit of the result (a factor of 1.0: ``x * 1.0`` is ``x``) is an argument of a kernel that is there anyway.
+(0.0 is no neutral element of the sum: ``x + 0.0`` turns -0.0 into 0.0.) Variants multiply, arguments do not.
+
+Two switches are exceptions, because measurements say so: ``GPU_ADAM_CLIP`` and ``GPU_ADAM_STAGED``. adam_math.cuh has
+the reasons beside them.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import numpy as np
+
+from gpu_adam.kernels.dtypes import DTYPES, Layout
+from gpu_adam.kernels.sources import Kernel, Source
+
+CHUNK = 4096
+"""Elements of a tensor that one block updates, and that one partial sum of a norm covers."""
+
+SORT_RUN = 4096
+"""Indices that one block sorts."""
+
+BLOCK_SIZE = 256
+"""CUDA threads of a block."""
+
+# Shared memory for the gradient of a sparse tile. With so much all 2048 threads of a multiprocessor stay resident.
+_TILE_BYTES = 16384
+
+
+class UpdateRule(NamedTuple):
+    """Which update an optimizer does, as opposed to the numbers that an update is given: the key of a kernel variant.
+
+    Attributes:
+        complex_mode: one of COMPLEX_MODES. It chooses the dtype that a complex variable has for the kernels.
+        amsgrad: whether the update keeps and uses the maximum of ``v``.
+        clips: whether gradients are clipped in any way, by value or by norm.
+        norm: which norm gradients are clipped by: None, "each" variable's own, or the "global" one over all variables.
+    """
+
+    complex_mode: str = "abs2"
+    amsgrad: bool = False
+    clips: bool = False
+    norm: str | None = None
+
+    def layout(self, dtype: np.dtype) -> Layout:
+        """How a variable of that dtype appears to the kernels."""
+        if dtype.kind == "c" and self.complex_mode == "real_imag":
+            return Layout(DTYPES[dtype.name].real_dtype, 2)
+        return Layout(dtype.name, 1)
+
+
+def _switches(*, amsgrad: bool, clips: bool, staged: bool) -> tuple[str, ...]:
+    switches = {"AMSGRAD": amsgrad, "CLIP": clips, "STAGED": staged}
+    return (*(f"GPU_ADAM_{name}={int(on)}" for name, on in switches.items()), f"GPU_ADAM_CHUNK={CHUNK}")
+
+
+def tile_size(dtype_name: str) -> int:
+    """Elements of a tile of the sparse update."""
+    return _TILE_BYTES // np.dtype(dtype_name).itemsize
+
+
+def dense(dtype_name: str, rule: UpdateRule, *, staged: bool = False) -> Kernel:
+    """The update of all dense variables of a dtype.
+
+    Args:
+        dtype_name: a key of DTYPES.
+        rule: the update.
+        staged: whether the scalars of the step are read through the argument ``staged``, a pointer to device memory,
+            instead of from the argument ``scalars``.
+    """
+    return _update("dense", dtype_name, rule.amsgrad, rule.clips, staged)
+
+
+def sparse(dtype_name: str, rule: UpdateRule, *, staged: bool = False) -> Kernel:
+    """The update of one variable by some of its rows. Arguments as for dense."""
+    return _update("sparse", dtype_name, rule.amsgrad, rule.clips, staged)
+
+
+@functools.cache  # by what chooses the variant: rules that differ in nothing else have one kernel object
+def _update(name: str, dtype_name: str, amsgrad: bool, clips: bool, staged: bool) -> Kernel:
+    defines = (*DTYPES[dtype_name].defines, *_switches(amsgrad=amsgrad, clips=clips, staged=staged))
+    if name == "sparse":
+        defines += (f"GPU_ADAM_TILE={tile_size(dtype_name)}", f"GPU_ADAM_SORT_RUN={SORT_RUN}")
+    return Kernel(Source(f"{name}.cu", defines), name)
+
+
+@functools.cache
+def norm(dtype_name: str, kernel_name: str) -> Kernel:
+    """A pass of the norms of gradients: square_sums, square_sums_of, clip_by_norm or clip_by_global_norm."""
+    defines = (*DTYPES[dtype_name].defines, *_switches(amsgrad=False, clips=True, staged=False))
+    return Kernel(Source("norm.cu", defines), kernel_name)
+
+
+@functools.cache
+def sort(kernel_name: str) -> Kernel:
+    """A step of the sort of row numbers: sort_rows, sort_keys, sort_count, sort_scan or sort_scatter."""
+    return Kernel(Source("sort.cu", (f"GPU_ADAM_SORT_RUN={SORT_RUN}",)), kernel_name)
+
+
+def update_rules() -> list[UpdateRule]:
+    """One rule for each variant of the updates."""
+    return [UpdateRule(amsgrad=amsgrad, clips=clips) for amsgrad in (False, True) for clips in (False, True)]
+
+
+def variants() -> list[Source]:
+    """Every source that a step can ask for, once: tests compile these, and profiling lists them."""
+    updates = [update(dtype, rule) for dtype in DTYPES for update in (dense, sparse) for rule in update_rules()]
+    others = [*(norm(dtype, "square_sums") for dtype in DTYPES), sort("sort_rows")]
+    return [kernel.source for kernel in (*updates, *others)]

@@ -1,0 +1,1 @@
+"""What an optimizer remembers between steps, and its files."""

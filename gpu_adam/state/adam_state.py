@@ -1,0 +1,221 @@
+"""What an optimizer remembers between steps: its name, the counter, the slots and the variables that it has met.
+
+A `Transaction` (transaction.py) makes all changes of what there is, as a whole or not at all. Whoever reads or writes
+the values of all weights (`get_weights`, `set_weights`, files) does so by name, through `export` and `restore`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from gpu_adam.devices import Array, Device
+from gpu_adam.errors import ArgumentValueError, SlotNotFoundError
+from gpu_adam.kernels import UpdateRule, slots_of
+from gpu_adam.state.counter import checked_count
+from gpu_adam.state.door import Door
+from gpu_adam.state.registry import Registry
+from gpu_adam.state.slots import as_slot, beside, is_beside
+from gpu_adam.uninterrupted import make_all
+from gpu_adam.variables import Variable
+
+COUNTER = "iterations"
+"""The name under which `AdamState.export` gives the counter of steps."""
+
+
+class AdamState:
+    """The state of one optimizer.
+
+    Args:
+        name: begins the names of the slots.
+        complex_mode: one of kernels.COMPLEX_MODES, on which the dtypes of slots depend.
+
+    Attributes:
+        weights: the counter and all slots in order of creation: for the first step the counter, every m, every v, and
+            with AMSGrad every vhat; a variable that comes later appends its own. The same list for ever.
+        names: slot names in order of first creation. The same list for ever.
+        registry: which object stands for which variable.
+        slots: for each slot name the slots by variable, in order of creation.
+        counter: the counter of steps done, an int64 on the host; one of `weights` from the first step or look at it on.
+        index_errors: for each variable with a sparse gradient, where the kernels note rows out of range.
+        layout: another object whenever a slot or a variable comes to lie elsewhere, or goes. Who has their addresses
+            compares.
+        alone: ``with state.alone():`` is the context of one call at a time. It raises ConcurrentStepError where another
+            call of the optimizer is at work, in another thread or around this one.
+    """
+
+    def __init__(self, name: str, complex_mode: str) -> None:
+        self.name, self.complex_mode = name, complex_mode
+        self.weights: list[Variable] = []
+        self.names: list[str] = []
+        self.registry = Registry()
+        self.slots: dict[str, dict[Variable, Variable]] = {}
+        self.counter = Variable(np.int64(0), trainable=False, name=f"{name}/iter", device="host")
+        self.index_errors: dict[Variable, Any] = {}
+        self.layout = object()
+        self._weight_names: list[str] | None = None
+        self.alone = Door(name)
+
+    # Reading.
+
+    @property
+    def steps_done(self) -> int:
+        """Value of the counter."""
+        return int(self.counter.value.item())
+
+    @property
+    def counts(self) -> bool:
+        """Whether the counter is one of the weights."""
+        weights, counter = self.weights, self.counter
+        return bool(weights) and (weights[0] is counter or any(weight is counter for weight in weights))
+
+    @property
+    def variables(self) -> list[Variable]:
+        """The variables that have slots, in order of their first slot."""
+        return list(dict.fromkeys(variable for owners in self.slots.values() for variable in owners))
+
+    def has_slots(self, variable: Variable) -> bool:
+        """Whether a variable has slots."""
+        return any(variable in owners for owners in self.slots.values())
+
+    def has_slot(self, variable: Variable, name: str) -> bool:
+        """Whether a variable has a slot of that name."""
+        return variable in self.slots.get(name, ())
+
+    def slot(self, variable: Variable, name: str) -> Variable:
+        """The slot of a variable.
+
+        Raises:
+            SlotNotFoundError: there is none of that name; the message says which there are.
+        """
+        found = self.slots.get(name, {}).get(variable)
+        if found is None:
+            raise SlotNotFoundError(
+                f"slot {name!r} of variable {variable.name!r}",
+                "must exist",
+                f"slots {[known for known in self.names if self.has_slot(variable, known)]}",
+                "call build([variable]) or apply_gradients first",
+            )
+        return found
+
+    def slots_at(self, variables: Sequence[Variable], rule: UpdateRule) -> dict[str, list[Array]]:
+        """For each slot of an update, in the order of the kernels' structs, the variables' arrays."""
+        return {
+            spec.name: [owned[variable].value for variable in variables]
+            for spec in slots_of(rule)
+            for owned in (self.slots[spec.name],)
+        }
+
+    # As a whole, by name.
+
+    def weight_names(self) -> list[str]:
+        """A name of its own for each of `weights`: "iterations", and "<variable>/<slot>" for each slot.
+
+        Of several variables with one name the second is called "<variable>_1", and so on, in order of their first slot.
+        """
+        if self._weight_names is None:
+            unique = _unique_names(self.variables)
+            names = {id(self.counter): COUNTER}
+            for slot_name, owned in self.slots.items():
+                names.update({id(slot): f"{unique[variable]}/{slot_name}" for variable, slot in owned.items()})
+            self._weight_names = [names[id(weight)] for weight in self.weights]
+        return self._weight_names
+
+    def forget_names(self) -> None:
+        """To be called before the list of weights changes, and after."""
+        self._weight_names = None
+
+    def export(self) -> dict[str, np.ndarray]:
+        """Copies in host memory by name, in the order of `weights`. Waits for the device."""
+        return {name: weight.numpy() for name, weight in zip(self.weight_names(), self.weights, strict=True)}
+
+    def restore(
+        self, arrays: Mapping[str, Any], label: Callable[[int], str] | None = None, *, from_file: bool = False
+    ) -> None:
+        """Overwrite the state: all arrays or, where one does not fit, none.
+
+        Args:
+            arrays: one for each name that `export` gives; numbers, arrays of any device, or Variables. A live array of
+                the state counts as it is before the call.
+            label: what messages call the array of a weight, by the weight's number; by default its name.
+            from_file: whether the arrays come from a file. Then each must have its slot's dtype, and as nobody else has
+                the arrays they are not copied before they are written.
+
+        Raises:
+            ArgumentTypeError, ArgumentValueError: an array is missing, left over, of another shape or dtype, or holds
+                no numbers; a counter that is no number of steps. Nothing has changed then.
+        """
+        names = self.weight_names()
+        if len(arrays) != len(names) or not all(map(arrays.__contains__, names)):
+            missing = next((f"nothing for {name!r}" for name in names if name not in arrays), None)
+            raise ArgumentValueError(
+                "weights",
+                f"must hold one array for each of the {len(names)} weights of optimizer {self.name!r}",
+                missing or f"{next(iter(arrays.keys() - set(names)))!r} besides",
+                "call build(variables) with the same variables first",
+            )
+        label = label or names.__getitem__
+        copies: dict[Device, tuple[list[Array], list[Array]]] = {}
+        for number, (name, weight) in enumerate(zip(names, self.weights, strict=True)):
+            value, target = arrays[name], weight.value
+            if weight is self.counter:
+                count = checked_count(value, label(number))
+                source = as_slot(value if from_file else count, weight, label(number), from_file=from_file)
+            elif type(value) is not np.ndarray or value.dtype != target.dtype or value.shape != target.shape:
+                source = as_slot(value, weight, label(number), from_file=from_file)
+            else:
+                source = value if from_file and value.flags.c_contiguous else value.copy()
+            targets, sources = copies.setdefault(weight.device, ([], []))
+            targets.append(target)
+            sources.append(source)
+
+        def write() -> None:
+            make_all([device.copy_call(targets, sources) for device, (targets, sources) in copies.items()])
+
+        try:
+            write()
+        except BaseException:
+            write()  # all once more: after an error in between the state would be neither the old nor the new one
+            raise
+
+    # Copies: everything reachable is copied, by pickle and deepcopy alike.
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = dict(self.__dict__)
+        for name in ("alone", "index_errors", "layout"):  # of this process
+            del state[name]
+        # As lists: a copied dict of variables would be filled before the variables are.
+        state["slots"] = {name: list(owned.items()) for name, owned in self.slots.items()}
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.alone = Door(self.name)
+        self.index_errors, self.layout = {}, object()
+        self.slots = {name: dict(owned) for name, owned in state["slots"].items()}
+        for owned in self.slots.values():
+            for variable, slot in owned.items():
+                if not is_beside(slot, variable):
+                    slot._move_to(beside(slot.value, variable))
+
+
+def _unique_names(variables: Sequence[Variable]) -> dict[Variable, str]:
+    """A name for each variable that no other one has."""
+    taken = {variable.name for variable in variables}
+    if len(taken) == len(variables):
+        return {variable: variable.name for variable in variables}
+    used: set[str] = set()
+    numbers: dict[str, int] = {}
+    unique: dict[Variable, str] = {}
+    for variable in variables:
+        name = variable.name
+        while name in used:
+            numbers[variable.name] = numbers.get(variable.name, 0) + 1
+            name = f"{variable.name}_{numbers[variable.name]}"
+            if name in taken:  # another variable is called so
+                name = variable.name
+        used.add(name)
+        unique[variable] = name
+    return unique

@@ -1,0 +1,104 @@
+"""The arrays behind slots: where they lie, how they begin, and what may be written into them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from gpu_adam.devices import Array, Device, device_of, find_device
+from gpu_adam.errors import ArgumentTypeError, ArgumentValueError
+from gpu_adam.variables import Variable
+
+_FILLS = {"zeros": 0, "ones": 1}
+
+
+def beside(values: Array, variable: Variable) -> Array:
+    """A copy of `values` as far from a 16-byte boundary as the variable."""
+    device = variable.device
+    array = device.zeros(tuple(values.shape), values.dtype, like=variable.value)
+    with device.activate():
+        array[...] = values
+    return array
+
+
+def _offset(variable: Variable) -> int:
+    return variable.device.address(variable.value) % 16 // variable.dtype.itemsize
+
+
+def is_beside(slot: Variable, variable: Variable) -> bool:
+    """Whether a slot lies as many elements past a 16-byte boundary as its variable."""
+    if variable.size == 0 or slot.size == 0:
+        return True
+    pack = max(1, 16 // slot.dtype.itemsize)
+    return _offset(slot) % pack == _offset(variable) % pack
+
+
+def initialized(initializer: Any, shape: tuple[int, ...], dtype: np.dtype, device: Device | str | None) -> Any:
+    """The array that an initializer makes: "zeros", "ones", a callable(shape=, dtype=), or the value itself."""
+    device = find_device(device)
+    if isinstance(initializer, str):
+        if initializer not in _FILLS:
+            raise ArgumentValueError(
+                "initializer",
+                f"must be one of {list(_FILLS)}",
+                f"unknown initializer {initializer!r}",
+                "pass a callable",
+            )
+        array = device.zeros(shape, dtype)
+        with device.activate():
+            array.fill(_FILLS[initializer])
+        return array
+    if initializer is None:
+        raise ArgumentValueError(
+            "initializer", "must make an array", None, "pass 'zeros', 'ones', a callable or a value"
+        )
+    value = initializer(shape=shape, dtype=dtype) if callable(initializer) else initializer
+    value = value.value if isinstance(value, Variable) else value
+    try:
+        return device.array(value, dtype)
+    except (TypeError, ValueError) as error:
+        raise ArgumentTypeError("initializer", "must give numbers", error, "pass 'zeros', or an array") from error
+
+
+def as_slot(value: Any, slot: Variable, argument: str, *, from_file: bool) -> Array:
+    """A contiguous array of its own with the slot's shape and dtype: what `Device.copy_call` copies into the slot.
+
+    Args:
+        value: numbers, an array on any device, or a Variable.
+        slot: what the array is for.
+        argument: the value's name, for messages.
+        from_file: whether the value comes from a file: then its dtype must be the slot's, and it is not copied.
+
+    Returns:
+        An array in host memory; on the slot's device where the value lies there.
+
+    Raises:
+        ArgumentTypeError: no numbers.
+        ArgumentValueError: another shape, or another dtype than is allowed.
+    """
+    array = value.value if isinstance(value, Variable) else value
+    place = device_of(array) if not isinstance(array, (np.ndarray, np.generic)) else None
+    try:
+        if place is not None and place.name != "host":
+            array = place.view(array)
+            array = array if place is slot.device else place.numpy(array)
+        else:
+            array = np.asarray(array if place is None else place.view(array))
+    except (BufferError, RuntimeError, TypeError, ValueError):  # a ragged list; a tensor that requires a gradient
+        array = np.asarray(None)
+    if array.dtype.kind in "OSUMmV" and array.dtype != slot.dtype:
+        what = f"{type(value).__name__} of {array.dtype}"
+        raise ArgumentTypeError(argument, "must consist of numbers", what, "pass get_weights()'s arrays")
+    if tuple(array.shape) != slot.shape:
+        rule = f"must have shape {slot.shape} for {slot.name!r}"
+        raise ArgumentValueError(argument, rule, tuple(array.shape), "pass the arrays in the order of get_weights()")
+    if from_file and array.dtype != slot.dtype:
+        rule = f"must have dtype {slot.dtype} for {slot.name!r}"
+        raise ArgumentValueError(argument, rule, array.dtype, "save it from variables of the same dtype")
+    if array.dtype.kind == "c" and slot.dtype.kind != "c":
+        rule = f"must be real for {slot.name!r}"
+        raise ArgumentValueError(argument, rule, array.dtype, "pass the arrays in the order of get_weights()")
+    if isinstance(array, np.ndarray):
+        return np.array(array, slot.dtype, order="C", copy=None if from_file else True)
+    return slot.device.array(array, slot.dtype)

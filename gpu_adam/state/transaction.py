@@ -1,0 +1,199 @@
+"""Changes of an optimizer's state, made as a whole or not at all. Nothing else changes the state."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from functools import partial
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from gpu_adam.devices import Array, Device
+from gpu_adam.errors import ArgumentValueError
+from gpu_adam.kernels import UpdateRule, slot_spec, slots_of
+from gpu_adam.state.adam_state import AdamState
+from gpu_adam.state.registry import News
+from gpu_adam.state.slots import beside, initialized, is_beside
+from gpu_adam.uninterrupted import Call, make_all
+from gpu_adam.variables import Variable
+
+
+class Transaction:
+    """Changes of a state that are made as a whole or not at all.
+
+    Nothing is copied until something changes, so that a step with known variables pays nothing.
+
+    ::
+
+        with Transaction(state) as change:
+            change.adopt(news)
+            make_all([..., change.commit])
+
+    Args:
+        state: what changes.
+
+    Attributes:
+        commit: a call after which the changes stay, even where the block raises later: to be made with what cannot be
+            undone. A block that ends without error needs none.
+    """
+
+    def __init__(self, state: AdamState) -> None:
+        self._state = state
+        self._before: list[Call] = []
+        self._committed: list[bool] = []
+        self.commit: Call = partial(self._committed.append, True)
+
+    def __enter__(self) -> Transaction:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if self._before:
+            if kind is not None and not self._committed:
+                make_all(reversed(self._before))
+            self._state.forget_names()
+
+    def _remember(self) -> None:
+        """Note how to go back, before the first change."""
+        if not self._before:
+            state = self._state
+            state.forget_names()
+            tables = {name: dict(owned) for name, owned in state.slots.items()}
+            replace_items = [(a_list, list(a_list)) for a_list in (state.weights, state.names)]
+            attributes = [
+                (state, "slots", tables),
+                (state, "counter", state.counter),
+                (state, "index_errors", dict(state.index_errors)),
+                *((state.registry, name, table) for name, table in state.registry.tables().items()),
+            ]
+            self._before = [
+                *(partial(operator.setitem, a_list, slice(None), items) for a_list, items in replace_items),
+                *(partial(setattr, *attribute) for attribute in attributes),
+            ]
+
+    def _move(self, variable: Variable, array: Array) -> None:
+        self._before.append(partial(variable._move_to, variable.value))
+        variable._move_to(array)
+        self._state.layout = object()
+
+    def ensure_counter(self) -> Variable:
+        """The counter of steps done, which is one of the weights from now on."""
+        state = self._state
+        if not state.counts:
+            self._remember()
+            state.weights.append(state.counter)
+        return state.counter
+
+    def set_counter(self, counter: Variable) -> None:
+        """Count in this variable, where the counter is none of the weights yet."""
+        self._remember()
+        self._state.counter = counter
+        self._state.weights.append(counter)
+
+    def note(self, index_errors: Mapping[Variable, Any]) -> None:
+        """Keep where the kernels note rows out of range of variables."""
+        if index_errors and index_errors.keys() - self._state.index_errors.keys():
+            self._remember()
+            self._state.index_errors.update(index_errors)
+
+    def adopt(self, news: News) -> None:
+        """Register new variables, and follow the memory of known ones; their slots are placed beside it anew."""
+        if not news:
+            return
+        self._remember()
+        self._state.registry.adopt(news)
+        for variable, array in news.moved.items():
+            self._move(variable, array)
+        for variable in news.moved:
+            for owned in self._state.slots.values():
+                slot = owned.get(variable)
+                if slot is not None and not is_beside(slot, variable):
+                    self._move(slot, beside(slot.value, variable))
+
+    def ensure_slots(self, variables: Sequence[Variable], rule: UpdateRule) -> None:
+        """Create the slots of an update that are missing, zero, slot name by slot name."""
+        if not variables:  # a step like the last one
+            return
+        state = self._state
+        for spec in slots_of(rule):
+            owned = state.slots.get(spec.name, {})
+            missing = [variable for variable in dict.fromkeys(variables) if variable not in owned]
+            if not missing:
+                continue
+            self._remember()
+            by_kind: dict[tuple[Device, np.dtype], list[Variable]] = {}
+            for variable in missing:
+                by_kind.setdefault((variable.device, variable.dtype), []).append(variable)
+            arrays: dict[Variable, Array] = {}
+            for (device, variable_dtype), same in by_kind.items():
+                dtype = spec.dtype(variable_dtype, state.complex_mode)
+                zeros = device.zeros_beside([variable.value for variable in same], dtype)
+                arrays.update(zip(same, zeros, strict=True))
+            self._add(missing, spec.name, [arrays[variable] for variable in missing])
+
+    def add_slot(self, variable: Variable, name: str, initializer: Any) -> Variable:
+        """A slot with values from an initializer; where the slot exists, the slot as it is."""
+        state = self._state
+        if state.has_slot(variable, name):
+            return state.slot(variable, name)
+        spec = slot_spec(name)
+        dtype = variable.dtype if spec is None else spec.dtype(variable.dtype, state.complex_mode)
+        array = beside(initialized(initializer, variable.shape, dtype, variable.device), variable)
+        if spec is not None and tuple(array.shape) != variable.shape:
+            raise ArgumentValueError(
+                f"initializer of slot {name!r} for variable {variable.name!r}",
+                f"must give the variable's shape {variable.shape}",
+                tuple(array.shape),
+                "pass 'zeros', or an array of that shape",
+            )
+        self._remember()
+        self._add([variable], name, [array])
+        return state.slot(variable, name)
+
+    def _add(self, variables: Sequence[Variable], name: str, arrays: Sequence[Array]) -> None:
+        state = self._state
+        slots = [
+            Variable.over(array, variable.device, f"{state.name}/{variable.name}/{name}", trainable=False)
+            for variable, array in zip(variables, arrays, strict=True)
+        ]
+        state.slots.setdefault(name, {}).update(zip(variables, slots, strict=True))
+        state.weights += slots
+        if name not in state.names:
+            state.names.append(name)
+
+    def forget(self, variable: Variable) -> None:
+        """Drop the slots of a variable, and what stands for it."""
+        self._remember()
+        state = self._state
+        dropped = {id(owned[variable]) for owned in state.slots.values() if variable in owned}
+        for owned in state.slots.values():
+            owned.pop(variable, None)
+        state.weights[:] = [weight for weight in state.weights if id(weight) not in dropped]
+        state.index_errors.pop(variable, None)
+        state.registry.drop(variable)
+        state.layout = object()
+
+    def replace(self, old: Variable, new: Variable, arrays: Mapping[str, Array]) -> None:
+        """Give `new` slots with these values in place of the slots of `old`; the places among the weights stay.
+
+        Args:
+            old: a variable with slots.
+            new: a variable without.
+            arrays: the values of each slot of `old`.
+        """
+        self._remember()
+        state = self._state
+        successors: dict[int, Variable] = {}
+        for name, array in arrays.items():
+            title = f"{state.name}/{new.name}/{name}"
+            slot = Variable.over(beside(array, new), new.device, title, trainable=False)
+            owned = state.slots[name]
+            successors[id(owned[old])] = slot
+            state.slots[name] = {
+                new if owner is old else owner: slot if owner is old else own for owner, own in owned.items()
+            }
+        state.weights[:] = [successors.get(id(weight), weight) for weight in state.weights]
+        state.index_errors.pop(old, None)
+        state.registry.drop(old)
+        state.layout = object()

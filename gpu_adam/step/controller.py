@@ -1,0 +1,225 @@
+"""The road of a step: read the request, compute the scalars, make the state fit, enqueue the launches and count.
+
+Whatever raises before the first launch has changed nothing. From the first launch on the step is done and counted:
+nothing can interrupt the calls in between (gpu_adam/uninterrupted.py).
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from gpu_adam.errors import ArgumentValueError
+from gpu_adam.hyperparameters import Clip
+from gpu_adam.kernels import UpdateRule
+from gpu_adam.nvtx import stage
+from gpu_adam.state.adam_state import AdamState
+from gpu_adam.state.counter import check_countable
+from gpu_adam.state.registry import News
+from gpu_adam.state.replace import successors
+from gpu_adam.state.transaction import Transaction
+from gpu_adam.step import request as requests
+from gpu_adam.step.capture import Graphs
+from gpu_adam.step.plan import Plan, check_updatable
+from gpu_adam.step.request import Memo, Request
+from gpu_adam.uninterrupted import make_all
+from gpu_adam.variables import Variable
+
+_enqueue = stage("update")(make_all)
+_NUMBERS = {float}  # the hyperparameters that run no code of their own
+_PLANS_KEPT = 8  # sets of variables whose launches stay: a GAN steps two by turns
+
+
+class Controller:
+    """The steps of one optimizer.
+
+    Args:
+        state: what the steps change.
+    """
+
+    def __init__(self, state: AdamState) -> None:
+        self._state = state
+        self._graphs = Graphs()
+        self._memos: OrderedDict[Any, Memo] = OrderedDict()
+        self._memo: Memo | None = None
+        self._layout = state.layout
+
+    @stage("step")
+    def step(self, grads_and_vars: Iterable[Any], rule: UpdateRule, hyper: dict[str, Any], clip: Clip) -> int:
+        """Update every variable by its gradient and count the step.
+
+        Args:
+            grads_and_vars: (gradient, variable) pairs.
+            rule: which update; the same object for equal rules.
+            hyper: stored hyperparameters by name.
+            clip: how the gradients are clipped.
+
+        Returns:
+            The steps done.
+
+        Raises:
+            ArgumentTypeError, ArgumentValueError, SparseIndexError, ConcurrentStepError: nothing has changed then.
+        """
+        pairs = requests.listed(grads_and_vars)
+        with self._state.alone():
+            request, memo, addresses = self._recalled(pairs, rule) or self._resolved(pairs, rule)
+            plan = memo.plan
+            with self._graphs.step(plan.devices) as graph:
+                if graph is not None:
+                    graph.check(request.pairs, is_first=not plan.is_launched)
+                checked = plan.check(request.pairs, addresses)
+                done = check_countable(self._state.counter)
+                scalars = plan.scalars(hyper, done, clip)
+                if not _NUMBERS.issuperset(map(type, hyper.values())):
+                    done = self._checked_after_calls(memo, request.pairs, addresses)
+                if request.without:
+                    _warn(request.without)
+                with Transaction(self._state) as change:
+                    counter = change.ensure_counter()
+                    change.adopt(request.news)
+                    change.ensure_slots(request.variables, rule)
+                    launches = plan.launches(self._state, graph)
+                    change.note(plan.index_errors)
+                    launches.bind(request.pairs, checked)
+                    count = functools.partial(counter.value.fill, done + 1)
+                    _enqueue([*launches.calls(scalars, clip), count, change.commit])
+                if graph is None:
+                    launches.release()
+            self._remember(memo, request)
+            return done + 1
+
+    def _checked_after_calls(self, memo: Memo, pairs: Sequence[Any], addresses: np.ndarray) -> int:
+        """The number of steps done, once callables have been called, which may have changed it.
+
+        Raises:
+            ArgumentValueError: the memory of a variable or gradient does not lie where it was checked.
+        """
+        again = memo.read(pairs)
+        if again is not addresses and (addresses.any() if again is None else not np.array_equal(again, addresses)):
+            rule = "must not move or resize a variable or gradient of the step that calls it"
+            raise ArgumentValueError("a callable hyperparameter", rule, "other memory", "do so between steps")
+        return check_countable(self._state.counter)
+
+    def _recalled(self, pairs: Sequence[Any], rule: UpdateRule) -> tuple[Request, Memo, np.ndarray] | None:
+        """The request, where it is like the last one; else None."""
+        memo = self._memo
+        if memo is None or memo.rule is not rule or self._layout is not self._state.layout:
+            return None
+        addresses = memo.read(pairs)
+        return None if addresses is None else (requests.known(pairs), memo, addresses)
+
+    def _resolved(self, pairs: Sequence[Any], rule: UpdateRule) -> tuple[Request, Memo, np.ndarray]:
+        """The request, with a plan of an earlier one like it or a new plan."""
+        request = requests.read(pairs, self._state.registry)
+        self._drop_what_moved()
+        moved = request.news.moved
+        known = None if moved else self._memos.get(_key(request, rule))
+        if known is not None and known.is_of(request):
+            memo = known
+        else:
+            plan = Plan(request.variables, request.sparse, rule, moved) if known is None else known.plan
+            memo = Memo(plan, request, self._state.registry)
+        addresses = memo.read(request.pairs)
+        return request, memo, requests.unknown_addresses(len(request.pairs)) if addresses is None else addresses
+
+    def _remember(self, memo: Memo, request: Request) -> None:
+        if not request.variables:  # remembered already
+            return
+        self._drop_what_moved()
+        key = _key(request, memo.rule)
+        self._memos[key] = memo
+        self._memos.move_to_end(key)
+        if len(self._memos) > _PLANS_KEPT:
+            self._memos.popitem(last=False)
+        self._memo = None if request.without else memo
+
+    def _drop_what_moved(self) -> None:
+        """Forget all plans where a variable or slot does not lie where it did: their launches have its old address."""
+        if self._layout is not self._state.layout:
+            self._memo = None
+            self._memos.clear()
+            self._layout = self._state.layout
+
+    def build(self, variables: Iterable[Any], rule: UpdateRule) -> None:
+        """Create the slots of `variables` ahead of their first step."""
+        with self._state.alone():
+            news = News()
+            find = self._state.registry.find
+            found = [find(obj, f"var_list[{number}]", news) for number, obj in enumerate(variables)]
+            check_updatable(found, news.moved)
+            with Transaction(self._state) as change:
+                change.ensure_counter()
+                change.adopt(news)
+                change.ensure_slots(found, rule)
+
+    def add_slot(self, obj: Any, name: str, initializer: Any) -> Variable:
+        """A slot of a variable, created from an initializer where it does not exist."""
+        with self._state.alone():
+            news = News()
+            variable = self._state.registry.find(obj, "var", news)
+            with Transaction(self._state) as change:
+                change.adopt(news)
+                return change.add_slot(variable, name, initializer)
+
+    def forget(self, obj: Any) -> None:
+        """Drop the slots and the registration of a variable."""
+        with self._state.alone():
+            variable = self._known(obj, "variable", News())
+            with Transaction(self._state) as change:
+                change.forget(variable)
+            self._drop_what_moved()
+
+    def replace(self, old_obj: Any, new_obj: Any, index: Any) -> None:
+        """Hand the slots of a variable over to another one, rows of them where an index says which."""
+        with self._state.alone():
+            news = News()
+            old = self._known(old_obj, "old", News())
+            new = self._state.registry.find(new_obj, "new", news)
+            if self._state.has_slots(new):
+                got = f"{new.name!r}, which has slots"
+                raise ArgumentValueError("new", "must be a variable without slots", got, "call forget(new) first")
+            check_updatable([new], {})
+            arrays = successors(self._state, old, new, index)
+            with Transaction(self._state) as change:
+                change.replace(old, new, arrays)
+                change.adopt(news)
+            self._drop_what_moved()
+
+    def _known(self, obj: Any, argument: str, news: News) -> Variable:
+        variable = self._state.registry.known(obj)
+        if variable is None:
+            variable = self._state.registry.find(obj, argument, news)
+        if not self._state.has_slots(variable):
+            rule = f"must be a variable of optimizer {self._state.name!r}"
+            got = f"{variable.name!r}, which has no slots"
+            raise ArgumentValueError(argument, rule, got, "pass a variable that was stepped or built")
+        return variable
+
+    def follow_memory(self) -> None:
+        """Let the variables of raw arrays lie where the arrays lie now."""
+        with self._state.alone():
+            news = News()
+            for number, obj in enumerate(self._state.registry.arrays()):
+                self._state.registry.find(obj, f"raw variable {number}", news)
+            with Transaction(self._state) as change:
+                change.adopt(news)
+            self._drop_what_moved()
+
+    def check_errors(self) -> None:
+        """Raise what the kernels have noted. Waits for the device."""
+        for errors in self._state.index_errors.values():
+            errors.check()
+
+
+def _key(request: Request, rule: UpdateRule) -> Any:
+    return tuple(map(id, request.variables)), request.sparse, rule
+
+
+def _warn(without: Sequence[str]) -> None:
+    message = f"no gradient for the variables {without}; they are left as they are"
+    warnings.warn(message, UserWarning, stacklevel=4)

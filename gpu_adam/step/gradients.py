@@ -1,0 +1,84 @@
+"""What may be passed as a gradient, or as a part of one: arrays as they are, numbers and lists as arrays."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from gpu_adam.devices import Array, Device, device_of, view_of
+from gpu_adam.devices.placement import has_all_its_memory
+from gpu_adam.errors import ArgumentTypeError, ArgumentValueError
+from gpu_adam.variables import Variable
+
+IN_HOST_MEMORY = (list, tuple, int, float, complex)
+"""Types of gradients that a step copies to the variable's device."""
+
+
+def as_array(gradient: Any, variable: Variable, what: str = "gradient") -> Array:
+    """`gradient` as a C-contiguous array on the variable's device, with the variable's dtype; its shape is as given.
+
+    Arrays are taken as they are, lists and Python numbers are converted.
+
+    Args:
+        gradient: an array of the variable's device and dtype, a Variable, a nested list or a number.
+        variable: the variable it belongs to.
+        what: the gradient's part, for messages.
+
+    Raises:
+        ArgumentTypeError: `gradient` makes no array of numbers.
+        ArgumentValueError: another dtype or device than the variable's.
+    """
+    argument = f"{what} of variable {variable.name!r}"
+    array = on_device(gradient, variable.device, argument, variable.dtype)
+    if array.dtype != variable.dtype:
+        raise ArgumentValueError(argument, f"must have dtype {variable.dtype}", array.dtype, "cast it with astype")
+    return array
+
+
+def on_device(obj: Any, device: Device, argument: str, dtype: np.dtype | None) -> Array:
+    """`obj` as a C-contiguous array on `device`; lists and Python numbers are converted, to `dtype` where it is given.
+
+    Raises:
+        ArgumentTypeError: `obj` makes no array of numbers.
+        ArgumentValueError: `obj` lies on another device.
+    """
+    array = obj.value if isinstance(obj, Variable) else obj
+    if isinstance(array, IN_HOST_MEMORY):
+        try:
+            array = device.array(np.asarray(array, dtype))
+        except (TypeError, ValueError) as error:
+            raise ArgumentTypeError(argument, "must consist of numbers", error, "pass an array") from error
+    elif isinstance(array, np.generic) and device.xp is np:
+        array = np.asarray(array)
+    elif not isinstance(array, device.xp.ndarray):
+        array = _foreign(array, device, argument)
+    place = device_of(array)
+    if place is None or place.name != device.name:
+        where = "an array elsewhere" if place is None else f"an array on {place.name}"
+        raise ArgumentValueError(argument, f"must lie on {device.name}", where, "move it there")
+    with device.activate():
+        array = device.xp.ascontiguousarray(array) if array.ndim else array
+    # The kernels load whole elements: a complex array may begin in the middle of one.
+    return device.array(array) if array.size and device.address(array) % array.dtype.itemsize else array
+
+
+def _foreign(obj: Any, device: Device, argument: str) -> Array:
+    place = device_of(obj)
+    if place is None:
+        raise ArgumentTypeError(argument, "must be an array", type(obj).__name__, f"pass an array on {device.name}")
+    if not has_all_its_memory(obj):
+        got = "a storage that was resized"
+        raise ArgumentValueError(argument, "must have memory for all its elements", got, "resize the storage back")
+    array = view_of(obj, device, argument) if place.name == device.name else None
+    if array is None:
+        raise ArgumentValueError(argument, f"must lie on {device.name}", f"an array on {place.name}", "move it there")
+    return array
+
+
+def check_shape(array: Array, shape: tuple[int, ...], variable: Variable, what: str = "gradient") -> None:
+    """ArgumentValueError unless the array has exactly this shape."""
+    if tuple(array.shape) != shape:
+        raise ArgumentValueError(
+            f"{what} of variable {variable.name!r}", f"must have shape {shape}", tuple(array.shape), "reshape it"
+        )

@@ -1,0 +1,153 @@
+"""The launches of a step: what is bound to them, and the calls that enqueue them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import numpy as np
+
+from gpu_adam.devices import Array
+from gpu_adam.hyperparameters import Clip
+from gpu_adam.kernels import UpdateRule
+from gpu_adam.state.adam_state import AdamState
+from gpu_adam.step.dense import DenseGroup, DenseLaunch, DenseTable
+from gpu_adam.step.index_errors import IndexErrors
+from gpu_adam.step.norms import norm_passes
+from gpu_adam.step.overlap import Intervals, memory_of
+from gpu_adam.step.sparse import EmbeddingTable, SparseGroup, SparseLaunch
+from gpu_adam.uninterrupted import Call
+from gpu_adam.variables import Variable
+
+
+class Launches:
+    """The launches of a plan.
+
+    Where a later step may be captured, its launches are ready before it: many a capture forbids to allocate memory.
+
+    Args:
+        updates: one for each group, in order.
+        written: for each place by name, the memory that the launches write. Several host devices share one.
+        rule: of the update.
+        kept: the variables' and slots' arrays, and pools, kept alive: the launches have addresses only.
+        captures: whether the launches of a graph are made ready.
+    """
+
+    def __init__(
+        self,
+        updates: Sequence[DenseLaunch | SparseLaunch],
+        written: dict[str, Intervals],
+        rule: UpdateRule,
+        kept: Sequence[Any],
+        *,
+        captures: bool,
+    ) -> None:
+        self._updates, self._written, self._rule, self._kept = list(updates), written, rule, list(kept)
+        self._norms = norm_passes(self._updates, rule.norm)
+        self._bound: Sequence[Any] | None = None
+        self._captures = captures
+        self._graph_launches: Launches | None = None
+
+    @classmethod
+    def of(
+        cls,
+        groups: Sequence[DenseGroup | SparseGroup],
+        rule: UpdateRule,
+        state: AdamState,
+        index_errors: Mapping[Variable, IndexErrors],
+    ) -> Launches:
+        """The launches of groups whose variables have slots.
+
+        Args:
+            groups: of a plan.
+            rule: of the update.
+            state: has the slots.
+            index_errors: where rows out of range are noted, for each variable with a sparse gradient.
+        """
+        updates: list[DenseLaunch | SparseLaunch] = []
+        memory: dict[str, list[np.ndarray]] = {}
+        kept: list[Array] = []
+        for group in groups:
+            slots = state.slots_at(group.variables, rule)
+            columns = [[variable.value for variable in group.variables], *slots.values()]
+            written = [memory_of(group.device, column) for column in columns]
+            memory.setdefault(group.device.name, []).extend(written)
+            kept += itertools.chain(*columns)
+            if isinstance(group, SparseGroup):
+                updates.append(SparseLaunch(group, EmbeddingTable(group, slots), index_errors[group.variable]))
+            else:
+                updates.append(DenseLaunch(group, DenseTable(group, slots)))
+        written_on = {place: Intervals(np.concatenate(parts)) for place, parts in memory.items()}
+        return cls(updates, written_on, rule, kept, captures=any(group.device.captures for group in groups))
+
+    def take_for_graph(self) -> Launches:
+        """The same launches for a captured graph, with memory of their own, from a pool of their own."""
+        launches, self._graph_launches = self._graph_launches, None
+        return self._for_graph() if launches is None else launches
+
+    def _for_graph(self) -> Launches:
+        kept = list(self._kept)
+        with ExitStack() as stack:
+            for device in {update.device for update in self._updates}:
+                pool, memory = device.private_pool()
+                kept.append(pool)
+                stack.enter_context(memory)
+            updates = [update.for_graph() for update in self._updates]
+            launches = Launches(updates, self._written, self._rule, kept, captures=False)
+            for norm, own in zip(launches._norms, self._norms, strict=True):
+                norm.reserve(own.capacity)
+        return launches
+
+    def _capacities(self) -> list[int]:
+        return [part.capacity for parts in (self._updates, self._norms) for part in parts]
+
+    def bind(self, pairs: Sequence[Any], checked: Sequence[Any]) -> None:
+        """Use these gradients of a step's pairs.
+
+        A gradient in memory that the step writes is copied first: the memory may be another gradient's variable.
+        """
+        ready = self._graph_launches
+        if checked is not self._bound:
+            self._bind(pairs, checked)
+            if ready is not None and ready._capacities() != self._capacities():
+                ready = None
+        if ready is None and self._captures:
+            self._graph_launches = self._for_graph()
+
+    def _bind(self, pairs: Sequence[Any], checked: Sequence[Any]) -> None:
+        self._bound, is_copied = None, False
+        for update, gradients in zip(self._updates, checked, strict=True):
+            if update.is_bound_to(gradients):
+                continue
+            overlapped = self._written[update.device.name].overlapped(*gradients.reads())
+            for index in () if overlapped is None else overlapped:
+                gradients, is_copied = gradients.with_copy(pairs, int(index)), True  # noqa: PLW2901
+            update.bind(gradients)
+        for norm in self._norms:
+            norm.bind()
+        may_be_remembered = not is_copied and all(gradients.may_be_remembered for gradients in checked)
+        self._bound = checked if may_be_remembered else None
+
+    def release(self) -> None:
+        """Let go of arrays that were made of gradients, once all that reads them is enqueued.
+
+        A device gives their memory out again in the order of its stream.
+        """
+        if self._bound is None:
+            for update in self._updates:
+                update.release()
+
+    def calls(self, scalars: Sequence[tuple[Any, ...]], clip: Clip) -> list[Call]:
+        """The calls that enqueue the whole step with the gradients bound last; to be made at once, and once."""
+        for update, numbers in zip(self._updates, scalars, strict=True):
+            update.arguments.set_scalars(numbers)
+        calls: list[Call] = []
+        for norm in self._norms:
+            assert clip.limit is not None
+            calls += norm.sums()
+            calls += norm.factors(clip.limit)
+        for update in self._updates:
+            calls += update.calls()
+        return calls

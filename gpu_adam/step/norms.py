@@ -1,0 +1,101 @@
+"""Clipping by norm: the norms and the factors that they give never leave the device (norm.cu)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+from gpu_adam import kernels
+from gpu_adam.devices import Array, Device
+from gpu_adam.step.arguments import UpdateArguments
+from gpu_adam.uninterrupted import Call
+
+
+class Normed(Protocol):
+    """A launch whose gradients have a norm."""
+
+    device: Device
+    dtype: str
+    tensors: int
+    chunk_ends: Array | None
+    arguments: UpdateArguments
+
+    @property
+    def sum_count(self) -> int:
+        """How many partial sums the gradients have."""
+
+    def square_sum_calls(self, address: int) -> list[Call]:
+        """The calls that enqueue the partial sums of squares, to the float64 array at `address`."""
+
+
+class NormPass:
+    """One norm over the gradients of some launches, or one for each tensor of a launch.
+
+    The two halves are apart so that partial sums of other machines can come in between.
+
+    Args:
+        launches: whose gradients; of one device. Their clip factors are read from where this pass writes them.
+        is_global: whether there is one norm over all gradients, else one for each tensor of the only launch.
+    """
+
+    def __init__(self, launches: Sequence[Normed], *, is_global: bool) -> None:
+        self._launches, self._device = list(launches), launches[0].device
+        self._sums = self._device.empty(0, np.dtype(np.float64))
+        self._sums_pointer, self._count = kernels.pointer(0), kernels.scalar(0)
+        self._limit = kernels.scalar(0, np.float64)
+        self._blocks = 1 if is_global else launches[0].tensors
+        self._factors = self._device.empty(max(1, self._blocks), np.dtype(np.float64))
+        factors = kernels.pointer(self._device.address(self._factors))
+        for launch in launches:
+            launch.arguments.factors[0] = self._device.address(self._factors)
+            launch.arguments.factor_stride[0] = 0 if is_global else 1
+        if is_global:
+            kernel = kernels.norm(launches[0].dtype, "clip_by_global_norm")
+            arguments = [self._sums_pointer, self._count, self._limit, factors]
+        else:
+            self._chunk_ends = launches[0].chunk_ends
+            ends = kernels.pointer(0 if self._chunk_ends is None else self._device.address(self._chunk_ends))
+            kernel = kernels.norm(launches[0].dtype, "clip_by_norm")
+            tensors = kernels.scalar(self._blocks)
+            arguments = [self._sums_pointer, ends, tensors, self._count, self._limit, factors]
+        self._launch = self._device.prepare(kernel, arguments)
+
+    def bind(self) -> None:
+        """Make room for the partial sums of the gradients bound last."""
+        total = sum(launch.sum_count for launch in self._launches)
+        if total > self._sums.size:
+            self.reserve(max(total, 2 * self.capacity))
+        self._sums_pointer[0], self._count[0] = self._device.address(self._sums), total
+
+    @property
+    def capacity(self) -> int:
+        """How many partial sums there is room for."""
+        return int(self._sums.size)
+
+    def reserve(self, capacity: int) -> None:
+        """Make room for exactly so many partial sums."""
+        self._sums = self._device.empty(capacity, np.dtype(np.float64))
+
+    def sums(self) -> list[Call]:
+        """The calls that enqueue the partial sums of squares, launch after launch and chunk after chunk."""
+        calls, address = [], int(self._sums_pointer[0])
+        for launch in self._launches:
+            calls += launch.square_sum_calls(address)
+            address += 8 * launch.sum_count
+        return calls
+
+    def factors(self, limit: float) -> list[Call]:
+        """The calls that enqueue the sum of the partial sums, and the factors that bound the norms by `limit`."""
+        self._limit[0] = limit
+        return [self._launch.call(self._blocks)] if self._blocks else []
+
+
+def norm_passes(launches: Sequence[Normed], norm: str | None) -> list[NormPass]:
+    """The passes of a step: none, one for "global", one for each launch for "each"."""
+    if norm is None:
+        return []
+    if norm == "global":
+        return [NormPass(launches, is_global=True)]
+    return [NormPass([launch], is_global=False) for launch in launches]

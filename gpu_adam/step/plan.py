@@ -1,0 +1,176 @@
+"""A prepared step: which groups a set of variables is updated in, in which order."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from gpu_adam import kernels
+from gpu_adam.devices import Array, Device
+from gpu_adam.errors import ArgumentValueError
+from gpu_adam.hyperparameters import Clip
+from gpu_adam.kernels import UpdateRule, dtype_row
+from gpu_adam.nvtx import stage
+from gpu_adam.state.adam_state import AdamState
+from gpu_adam.step.capture import Graph
+from gpu_adam.step.dense import DenseGroup
+from gpu_adam.step.index_errors import IndexErrors
+from gpu_adam.step.launches import Launches
+from gpu_adam.step.overlap import first_overlap, memory_of
+from gpu_adam.step.scalars import Scalars
+from gpu_adam.step.sparse import SparseGroup
+from gpu_adam.variables import Variable
+
+
+class Plan:
+    """How a set of variables is updated: the groups, and once slots exist the launches.
+
+    There is one group for all dense gradients of a dtype and device, and one for each sparse gradient. A variable that
+    comes several times is updated that often, in order: its second gradient waits for a second round of launches, so
+    that no launch has two threads at one element.
+
+    Args:
+        variables: of each pair, in order.
+        sparse: whether each pair's gradient names rows.
+        rule: of the update.
+        moved: the arrays that variables are about to move to, where their memory has moved.
+
+    Attributes:
+        index_errors: the note of rows out of range of each variable with a sparse gradient.
+
+    Raises:
+        ArgumentValueError: a dtype that is not computed with; variables that overlap; slices for a variable without
+            rows; a global norm over several devices.
+    """
+
+    def __init__(
+        self, variables: Sequence[Variable], sparse: Sequence[bool], rule: UpdateRule, moved: Mapping[Variable, Array]
+    ) -> None:
+        check_updatable(variables, moved)
+        self.variables, self.sparse, self.rule = list(variables), tuple(sparse), rule
+        rounds: dict[Variable, int] = {}
+        members: dict[Any, list[int]] = {}
+        for number, variable in enumerate(variables):
+            turn = rounds[variable] = rounds.get(variable, -1) + 1
+            key = (turn, number) if sparse[number] else (turn, variable.device, variable.dtype)
+            members.setdefault(key, []).append(number)
+        in_order = sorted(members.items(), key=lambda item: item[0][0])
+        self.groups = [
+            (SparseGroup if sparse[numbers[0]] else DenseGroup)([variables[n] for n in numbers], numbers, rule)
+            for _, numbers in in_order
+        ]
+        # One group has all pairs, in order: their addresses are its own.
+        self._takes_all = len(self.groups) == 1
+        self._checked = _Checked(None, [], [], is_whole=False)
+        self.devices: list[Device] = list(dict.fromkeys(group.device for group in self.groups))
+        places = sorted({device.name for device in self.devices})
+        if rule.norm == "global" and len(places) > 1:
+            raise ArgumentValueError(
+                "global_clipnorm", "must be taken over one device", places, "step each device's variables apart"
+            )
+        self._real_dtypes = [kernels.DTYPES[group.layout.dtype].real_dtype for group in self.groups]
+        self._different = set(self._real_dtypes)
+        self.index_errors: dict[Variable, IndexErrors] = {}
+        self._launches: Launches | None = None
+
+    @stage("check")
+    def check(self, pairs: Sequence[Any], addresses: np.ndarray) -> list[Any]:
+        """The gradients of each group, ready to bind. Raises on the first that does not fit; nothing has changed then.
+
+        Args:
+            pairs: those of the step that have a gradient.
+            addresses: where each pair's gradient lies, 0 where that is not known. The same array object as in an
+                earlier step means the same places.
+        """
+        last = self._checked
+        if addresses is not last.addresses:
+            parts = [addresses] if self._takes_all else [addresses[group.numbers] for group in self.groups]
+            last = _Checked(addresses, parts, [None] * len(parts), is_whole=False)
+        elif last.is_whole:
+            return last.gradients
+        found = [
+            group.check(pairs, part) if known is None else known
+            for group, part, known in zip(self.groups, last.parts, last.gradients, strict=True)
+        ]
+        known = [gradients if gradients.may_be_remembered else None for gradients in found]
+        is_whole = None not in known
+        self._checked = last._replace(gradients=found if is_whole else known, is_whole=is_whole)
+        return found
+
+    @stage("read")
+    def scalars(self, hyper: dict[str, Any], steps_done: int, clip: Clip) -> list[tuple[Any, ...]]:
+        """The scalars that each group gets, in its dtype. Raises where they break a rule in that dtype."""
+        now = Scalars(hyper, steps_done)
+        if len(self._different) == 1:
+            dtype = self._real_dtypes[0]
+            return [(*now.for_real(dtype), clip.value_in(dtype))] * len(self._real_dtypes)
+        by_dtype = {dtype: (*now.for_real(dtype), clip.value_in(dtype)) for dtype in self._different}
+        return [by_dtype[dtype] for dtype in self._real_dtypes]
+
+    @property
+    def is_launched(self) -> bool:
+        """Whether the launches exist."""
+        return self._launches is not None
+
+    def launches(self, state: AdamState, graph: Graph | None) -> Launches:
+        """The launches, with memory of their own for a graph; made by the first call, when the slots exist.
+
+        Args:
+            state: has the slots.
+            graph: what the step is captured in, if it is.
+        """
+        if self._launches is None:
+            for group in self.groups:
+                if isinstance(group, SparseGroup):
+                    variable = group.variable
+                    self.index_errors[variable] = state.index_errors.get(variable) or IndexErrors(variable)
+            self._launches = Launches.of(self.groups, self.rule, state, self.index_errors)
+        if graph is None:
+            return self._launches
+        launches = self._launches.take_for_graph()
+        graph.kept.append(launches)
+        return launches
+
+
+class _Checked(NamedTuple):
+    """Gradients of an earlier step, which need no further look where they lie still.
+
+    Attributes:
+        addresses: of all pairs.
+        parts: the addresses of each group.
+        gradients: the checked gradients of each group; None for those that must be looked at in every step.
+        is_whole: whether there is no None among them.
+    """
+
+    addresses: np.ndarray | None
+    parts: list[np.ndarray]
+    gradients: list[Any]
+    is_whole: bool
+
+
+def check_updatable(variables: Sequence[Variable], moved: Mapping[Variable, Array]) -> None:
+    """Raise ArgumentValueError for a dtype that is not computed with, and for variables that share memory.
+
+    Args:
+        variables: the variables.
+        moved: the arrays that some of them are about to move to.
+    """
+    by_place: dict[str, list[Variable]] = {}  # several host devices share one memory
+    dtypes: set[np.dtype] = set()
+    for variable in dict.fromkeys(variables):
+        if variable.dtype not in dtypes:
+            dtype_row(variable.dtype, f"variable {variable.name!r}")
+            dtypes.add(variable.dtype)
+        by_place.setdefault(variable.device.name, []).append(variable)
+    for there in by_place.values():
+        found = first_overlap(memory_of(there[0].device, [moved.get(variable, variable.value) for variable in there]))
+        if found is not None:
+            one, other, shared = found
+            raise ArgumentValueError(
+                f"variables {there[one].name!r} and {there[other].name!r}",
+                "must not overlap in memory",
+                f"{shared} shared bytes",
+                "pass arrays that own their memory, or one variable for both",
+            )

@@ -1,0 +1,158 @@
+"""What a call of `apply_gradients` asks for: its pairs as gradients and variables. Nothing here changes anything."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from gpu_adam.devices.pair_reader import ExpectedPairs, PairReader
+from gpu_adam.devices.placement import Placement
+from gpu_adam.errors import ArgumentTypeError, ArgumentValueError
+from gpu_adam.state.registry import News, Registry
+from gpu_adam.step.plan import Plan
+from gpu_adam.variables import IndexedSlices, Variable
+
+
+class Request(NamedTuple):
+    """A step that is asked for.
+
+    Attributes:
+        pairs: the (gradient, variable) pairs that have a gradient.
+        variables: the variable of each pair; none where all have been stepped in this way before.
+        sparse: whether each pair's gradient names rows.
+        without: the names of the variables without gradient.
+        news: what the registry does not know yet.
+    """
+
+    pairs: Sequence[Any]
+    variables: Sequence[Variable]
+    sparse: tuple[bool, ...]
+    without: Sequence[str]
+    news: News
+
+
+def read(pairs: Sequence[Any], registry: Registry) -> Request:
+    """Find the variables of all pairs.
+
+    Raises:
+        ArgumentTypeError: what is no pair, or no variable.
+        ArgumentValueError: a variable that cannot be updated in place; no gradients at all.
+    """
+    news = News()
+    with_gradient: list[Any] = []
+    variables: list[Variable] = []
+    without: list[str] = []
+    for number, pair in enumerate(pairs):
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+            kind = type(pair).__name__
+            got = f"{kind} of length {len(pair)}" if hasattr(pair, "__len__") else kind
+            rule = "must be a (gradient, variable) pair"
+            raise ArgumentTypeError(f"grads_and_vars[{number}]", rule, got, "pass a list of pairs")
+        gradient, target = pair
+        if isinstance(gradient, Variable) and not isinstance(target, Variable):
+            rule = "must be (gradient, variable), in this order"
+            raise ArgumentTypeError(f"grads_and_vars[{number}]", rule, "a Variable as gradient", "swap the two")
+        argument = f"the variable of grads_and_vars[{number}]"
+        if gradient is None:
+            without.append(registry.find(target, argument, News()).name)  # which makes nobody known
+        else:
+            variables.append(registry.find(target, argument, news))
+            with_gradient.append((gradient, target))
+    if not variables:
+        rule = "must hold a gradient for at least one variable"
+        got = f"none for {without}" if without else "no pairs"
+        raise ArgumentValueError("grads_and_vars", rule, got, "check that the loss depends on the variables")
+    sparse = tuple([isinstance(gradient, IndexedSlices) for gradient, _ in with_gradient])
+    return Request(with_gradient, variables, sparse, without, news)
+
+
+def listed(grads_and_vars: Iterable[Any]) -> Sequence[Any]:
+    """The pairs as a list of the step's own; ArgumentTypeError where they are not iterable.
+
+    The caller's list may be emptied while the step is at work, and nothing else keeps the gradients alive.
+    """
+    try:
+        iterator = iter(grads_and_vars)
+    except TypeError as error:
+        rule = "must be an iterable of (gradient, variable) pairs"
+        raise ArgumentTypeError(
+            "grads_and_vars", rule, type(grads_and_vars).__name__, "pass a list of pairs"
+        ) from error
+    return list(iterator)
+
+
+def known(pairs: Sequence[Any]) -> Request:
+    """A request like an earlier one, with these pairs."""
+    return Request(pairs, (), (), (), _NO_NEWS)
+
+
+_NO_NEWS = News()
+
+
+class Memo:
+    """A request, so that the next one with the same variables is recognised without being read again.
+
+    Args:
+        plan: of the step.
+        request: of the step.
+        registry: knows where the memory of raw arrays lies.
+
+    Attributes:
+        plan: as above.
+        rule: of the plan.
+    """
+
+    def __init__(self, plan: Plan, request: Request, registry: Registry) -> None:
+        self.plan, self.rule = plan, plan.rule
+        self._targets = [target for _, target in request.pairs]
+        self._reader: PairReader = _reads_nothing
+        self._whole: np.ndarray | None = None
+        self._dense = np.array([not is_sparse for is_sparse in request.sparse])
+        if len(plan.devices) == 1:
+            kinds: list[type | None] = [IndexedSlices if is_sparse else None for is_sparse in request.sparse]
+            placements = [
+                None if isinstance(target, Variable) else _placement(target, request.news, registry)
+                for target in self._targets
+            ]
+            shapes = [variable.shape for variable in request.variables]
+            dtypes = [variable.dtype for variable in request.variables]
+            expected = ExpectedPairs(self._targets, placements, kinds, shapes, dtypes)
+            self._reader = plan.devices[0].pair_reader(expected)
+
+    def read(self, pairs: Sequence[Any]) -> np.ndarray | None:
+        """The addresses of the gradients, 0 for those still to be looked at; None for another request's pairs."""
+        addresses = self._reader(pairs)
+        if addresses is None or addresses is self._whole:
+            return addresses
+        if addresses.all() or addresses[self._dense].all():  # slices have no address
+            self._whole = addresses
+        elif any(isinstance(pairs[n][0], _NO_ARRAY) for n in np.flatnonzero(self._dense & (addresses == 0)).tolist()):
+            return None
+        return addresses
+
+    def is_of(self, request: Request) -> bool:
+        """Whether the request's variables were passed as the same objects."""
+        return len(request.pairs) == len(self._targets) and all(
+            target is known for (_, target), known in zip(request.pairs, self._targets, strict=True)
+        )
+
+
+# Gradients for which a pair must be read anew: a missing one, one of rows, one that may have changed places with its
+# variable.
+_NO_ARRAY = (type(None), IndexedSlices, Variable)
+
+
+def _placement(target: Any, news: News, registry: Registry) -> Placement:
+    new = news.entries.get(id(target))
+    return registry.placement(target) if new is None else new.placement
+
+
+def _reads_nothing(pairs: Sequence[Any]) -> None:
+    """The reader of a step on several devices, whose pairs are looked at anew each time."""
+
+
+def unknown_addresses(count: int) -> np.ndarray:
+    """The addresses of so many gradients, of which nothing is known yet."""
+    return np.zeros(count, np.uint64)
