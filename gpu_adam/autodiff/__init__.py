@@ -1,12 +1,13 @@
-"""Gradients of a loss written with NumPy or CuPy calls.
+"""Gradients of a loss written with NumPy's functions, for arrays of NumPy and of CuPy.
 
     value_and_grad(loss, variables)     the loss and its gradients
     register_vjp(function, vjp)         a derivative for a function of your own
 
 A loss computes with `Variable`s as if they were arrays.  While it runs, a variable hands out a `Node` (node.py), which
 looks like an array and enters every NumPy function called on it, with its derivative, on a `Tape` (tape.py).  The tape
-is read backwards once and thrown away.  What each function's derivative is stands in a table (table.py; rules.py says
-how to add to it), filled by one module per kind: elementwise, reductions, shapes, indexing, linalg, einsum, fft.
+is read backwards once and thrown away.  What each function's derivative is stands in a table, `OPERATIONS`
+(operations.py; rules.py says how to add to it), filled by one module per kind: elementwise, reductions, shapes,
+indexing, linalg, einsum, fft.
 
 Values never leave their device: everything is done by NumPy functions, which hand CuPy arrays to CuPy.
 """

@@ -39,7 +39,9 @@ def _einsum_vjp(position: int, g: Any, y: Any, *args: Any, terms: list[str], res
         for i in [i for i, c in enumerate(own) if c == letter][1:]:
             twin = next(spare)
             target = target[:i] + twin + target[i + 1 :]
-            inputs.append((letter + twin, np.eye(sizes[letter], dtype=g.real.dtype, like=args[position])))
+            numbers = np.arange(sizes[letter], like=args[position])
+            # Not numpy.eye: it passes `device`, which CuPy's does not take.
+            inputs.append((letter + twin, (numbers[:, None] == numbers).astype(g.real.dtype)))
     # A letter nowhere else was summed over: every element along it gets the same.
     known = "".join(term for term, _ in inputs)
     present = "".join(c for c in target if c in known)

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 
 from gpu_adam.autodiff.node import astype
+from gpu_adam.autodiff.operations import OPERATIONS
 from gpu_adam.autodiff.rules import Primitive, composed, conj, constant, derivative, plain
-from gpu_adam.autodiff.table import TABLE
 
 _LN2, _LN10 = math.log(2), math.log(10)
 _SCALARS: Any = (int, float, complex, np.generic)
@@ -57,7 +57,7 @@ def _power(a: Any, b: Any) -> Any:
     return a**b if isinstance(b, (int, float)) else np.power(a, b)
 
 
-TABLE[np.power] = Primitive(_power, (_power_base, _power_exponent), of=np.power, arrays_only=True)
+OPERATIONS[np.power] = Primitive(_power, (_power_base, _power_exponent), of=np.power, arrays_only=True)
 derivative(np.float_power, _power_base, _power_exponent)
 
 # -- exponentials and logarithms
@@ -137,11 +137,25 @@ derivative(
     lambda g, y, a, b: np.where((a < b) | np.isnan(b), g, np.where(a == b, g / 2, 0)),
     lambda g, y, a, b: np.where((b < a) | np.isnan(a), g, np.where(a == b, g / 2, 0)),
 )
-derivative(
-    np.clip,
-    lambda g, y, a, a_min=None, a_max=None, *, min=None, max=None: np.where(y == a, g, 0),
-    lambda g, y, a, a_min, a_max=None: np.where((a < a_min) & (y == a_min), g, 0),
-    lambda g, y, a, a_min, a_max: np.where((a > a_max) & (y == a_max), g, 0),
+
+
+def _clip(a: Any, a_min: Any = None, a_max: Any = None, *, min: Any = None, max: Any = None) -> Any:
+    # CuPy's function takes the bounds by position, and calls a method of the first argument.
+    low, high = a_min if min is None else min, a_max if max is None else max
+    if isinstance(a, (int, float)):
+        bound = low if hasattr(low, "dtype") else high
+        a = np.full_like(bound, a, shape=())
+    return np.clip(a, low, high)
+
+
+OPERATIONS[np.clip] = Primitive(
+    _clip,
+    (
+        lambda g, y, a, a_min=None, a_max=None, *, min=None, max=None: np.where(y == a, g, 0),
+        lambda g, y, a, a_min, a_max=None: np.where((a < a_min) & (y == a_min), g, 0),
+        lambda g, y, a, a_min, a_max: np.where((a > a_max) & (y == a_max), g, 0),
+    ),
+    of=np.clip,
 )
 derivative(
     np.where,
@@ -174,9 +188,9 @@ def _frexp(x: Any) -> Any:
 
 
 # -- conversion
-derivative(np.copy, lambda g, y, x: g)
+derivative(np.copy, lambda g, y, x, order="K": g)
 derivative(astype, lambda g, y, x, dtype: g)
-_record_astype = TABLE[astype]
+_record_astype = OPERATIONS[astype]
 
 
 def _astype(args: tuple[Any, ...], kwargs: Any) -> Any:
@@ -186,7 +200,7 @@ def _astype(args: tuple[Any, ...], kwargs: Any) -> Any:
     return array if dtype == array.dtype else _record_astype((array, dtype), kwargs)
 
 
-TABLE[astype] = _astype
+OPERATIONS[astype] = _astype
 if hasattr(np, "astype"):
     composed(np.astype)(lambda x, dtype, copy=True, device=None: x.astype(dtype))
 

@@ -1,18 +1,19 @@
 """Gradients of a loss: call it once, read the tape backwards."""
 
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from gpu_adam.autodiff import upstream
+from gpu_adam.autodiff import cotangent
 from gpu_adam.autodiff.node import Node
-from gpu_adam.autodiff.picked import Picked
 from gpu_adam.autodiff.rules import plain
+from gpu_adam.autodiff.sparse_cotangent import SparseCotangent
 from gpu_adam.autodiff.tape import HandOver, Tape
-from gpu_adam.errors import ArgumentTypeError, ArgumentValueError
-from gpu_adam.tracing import adapter, current_tracer
+from gpu_adam.autodiff_seam import adapter, current_tracer, traced_by
+from gpu_adam.errors import ArgumentTypeError, ArgumentValueError, DeviceError
 from gpu_adam.variables import Variable
 
 Loss = Callable[[], Any]
@@ -20,24 +21,31 @@ Loss = Callable[[], Any]
 # Frameworks that differentiate what they computed themselves, by the package of the result's type.
 _FRAMEWORKS = {"torch": "torch", "jax": "jax", "jaxlib": "jax"}
 
+# What the steps of an optimizer do without, and a loss may need.
+_LIBRARY = re.compile(r"lib(cublas|cublasLt|cufft|cusolver|cusparse|nvJitLink)\b")
+
 
 def value_and_grad(loss: Loss, variables: Any) -> tuple[Any, Any]:
     """The value of a loss and its gradients.
 
     Args:
-        loss: a function without arguments that computes with variables; called once (one of JAX is begun again at its
-            first view, once).  What it returns is summed: an array of any shape, or a list of such.
+        loss: a function without arguments that computes with variables; called once.  A loss computed by JAX is called
+            twice the first time: the first call ends where the loss asks for a variable as JAX's array, and JAX itself
+            makes the second call.  What the loss returns is summed: an array of any shape, or a list of such.
         variables: what to differentiate with respect to: a `Variable`, or a list, tuple or dict of them, nested or not.
 
     Returns:
         What the loss returned, as plain arrays, and the gradients in the structure of `variables`.  A gradient has the
         shape, dtype and device of its variable.  It is an `IndexedSlices` for a variable of which only rows were
         taken (`numpy.take` on the first axis, or an integer array as index), and None for one that the loss does not
-        depend on.  That of a complex variable is dL/d(re) + i dL/d(im), the direction of steepest ascent: 2z for |z|^2.
+        depend on.  Where an index of the loss names an element several times, its gradients are summed in order of
+        occurrence, on every device.  That of a complex variable is dL/d(re) + i dL/d(im), the direction of steepest
+        ascent: 2z for |z|^2.
 
     Raises:
         ArgumentTypeError, ArgumentValueError: the loss is not callable or returns no real floating-point numbers.
         NotImplementedError: the loss uses an operation whose derivative is not known.
+        DeviceError: the loss uses a library of CuPy's, cuBLAS for example, that is not installed.
 
     Example:
         >>> import numpy as np
@@ -76,27 +84,46 @@ def gradients(loss: Loss, variables: Any, grad_loss: Any = None) -> tuple[Any, l
     wanted = None if callable(variables) else flatten(variables)
     tape = Tape(wanted)
     try:
-        token = current_tracer.set(tape)
-        try:
-            returned = _called(loss, tape)
-        finally:
-            current_tracer.reset(token)
+        returned = traced_by(tape, _called, loss, tape)
         if wanted is None:
             wanted = flatten(variables())
         many = isinstance(returned, (list, tuple))
         if many:
-            values = _start(tape, returned, upstream.per_loss(grad_loss, len(returned)))
+            values = _start(tape, returned, cotangent.per_loss(grad_loss, len(returned)))
         else:
             values = _start(tape, [returned], [grad_loss])
         tape.backward()
         found = _finished(tape.leaves)
         return values if many else values[0], [(found.get(id(variable)), variable) for variable in wanted]
+    except ImportError as error:
+        missing = _missing_library(error)
+        if missing is None:
+            raise
+        raise missing from error
     finally:
         tape.close()
 
 
+def _missing_library(error: ImportError) -> DeviceError | None:
+    """The error for one of CuPy's libraries that is not installed; None where something else cannot be imported."""
+    found = _LIBRARY.search(str(error))
+    if found is None:
+        return None
+    return DeviceError(
+        "the loss",
+        "needs NVIDIA's libraries for matrix products, linear algebra and Fourier transforms on a CUDA device",
+        f"no {found[0]}",
+        'install them: pip install "gpu-adam[cuda13-math]" (or [cuda12-math] beside CuPy for CUDA 12)',
+    )
+
+
 def _called(loss: Loss, tape: Tape) -> Any:
-    """What the loss returns.  JAX must itself call what it is to differentiate; a view that is asked for tells."""
+    """What the loss returns.
+
+    JAX differentiates only functions that JAX calls itself.  A loss that asks for its first view of a variable, a JAX
+    array, shows that the loss is one for JAX: the call is given up there, and JAX calls the loss from its beginning.
+    So a JAX loss is called twice the first time; from then on its code is known, and JAX calls the loss at once.
+    """
     call = adapter("jax").call if "jax" in sys.modules and adapter("jax").asks(loss) else None
     if call is None:
         try:
@@ -138,7 +165,7 @@ def _in_structure(variables: Any, found: Iterator[Any]) -> Any:
 
 
 def _start(tape: Tape, losses: Sequence[Any], seeds: list[Any]) -> list[Any]:
-    """Give each returned loss its upstream gradient; the plain values of all."""
+    """Give each returned loss its cotangent; the plain values of all."""
     values = list(losses)
     foreign: dict[str, list[int]] = {}
     for i, loss in enumerate(values):
@@ -149,8 +176,8 @@ def _start(tape: Tape, losses: Sequence[Any], seeds: list[Any]) -> list[Any]:
             is_view = loss.origin is None or getattr(loss.value, "base", None) is not None
             values[i] = loss.value.copy() if is_view else loss.value
             if loss.value.dtype.kind != "f":
-                upstream.check_loss(loss.value, seeds[i])
-            gradient = upstream.seed(loss.value, seeds[i])
+                cotangent.check_loss(loss.value, seeds[i])
+            gradient = cotangent.seed(loss.value, seeds[i])
             loss.gradient = gradient if loss.gradient is None else loss.gradient + gradient
             continue
         framework = _FRAMEWORKS.get(type(loss).__module__.partition(".")[0])
@@ -158,7 +185,7 @@ def _start(tape: Tape, losses: Sequence[Any], seeds: list[Any]) -> list[Any]:
             foreign.setdefault(framework, []).append(i)
         else:
             values[i] = plain(loss)
-            upstream.check_loss(values[i], seeds[i])
+            cotangent.check_loss(values[i], seeds[i])
     for framework, positions in foreign.items():
         found = adapter(framework).pull_back(tape, [losses[i] for i in positions], [seeds[i] for i in positions])
         for i, value in zip(positions, found, strict=True):
@@ -172,7 +199,7 @@ def _finished(leaves: dict[int, Node]) -> dict[int, Any]:
     given: set[int] = set()
     for key, leaf in leaves.items():
         gradient = leaf.gradient
-        if type(gradient) is Picked:
+        if type(gradient) is SparseCotangent:
             found[key] = gradient.slices() if gradient.rows else gradient.dense()
         elif isinstance(gradient, np.generic):
             found[key] = np.asarray(gradient)

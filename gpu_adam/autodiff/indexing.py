@@ -7,17 +7,18 @@ from typing import Any
 import numpy as np
 
 from gpu_adam.autodiff.node import getitem
-from gpu_adam.autodiff.picked import Picked
-from gpu_adam.autodiff.rules import composed, derivative, plain
+from gpu_adam.autodiff.operations import missing
+from gpu_adam.autodiff.rules import Primitive, composed, derivative, plain
+from gpu_adam.autodiff.sparse_cotangent import SparseCotangent
 
 
-def _rows(indices: Any, a: Any, g: Any) -> Picked:
+def _rows(indices: Any, a: Any, g: Any) -> SparseCotangent:
     """The gradient of a[indices], whatever the shape of the indices."""
     indices = indices.reshape(-1)
     if indices.dtype not in (np.int32, np.int64):  # what the sparse update takes, and wide enough for what follows
         indices = indices.astype(np.int64)
     indices = np.where(indices < 0, indices + a.shape[0], indices)
-    return Picked(a, indices, g.reshape((indices.size, *a.shape[1:])), rows=True)
+    return SparseCotangent(a, indices, g.reshape((indices.size, *a.shape[1:])), rows=True)
 
 
 def _getitem_vjp(g: Any, y: Any, a: Any, key: Any) -> Any:
@@ -28,28 +29,36 @@ def _getitem_vjp(g: Any, y: Any, a: Any, key: Any) -> Any:
         if rows.dtype.kind in "iu" and rows.ndim:
             return _rows(rows, a, g)
     masks = [getattr(part, "dtype", np.dtype(int)).kind == "b" for part in advanced]
-    return Picked(a, key, g, repeats=not all(masks))
+    return SparseCotangent(a, key, g, repeats=not all(masks))
 
 
 def _is_full(part: Any) -> bool:
     return isinstance(part, slice) and part == slice(None)
 
 
-def _take_vjp(g: Any, y: Any, a: Any, indices: Any, axis: Any = None, out: Any = None, mode: str = "raise") -> Any:
+def _take_vjp(g: Any, y: Any, a: Any, indices: Any, axis: Any = None) -> Any:
     indices = np.asarray(indices, like=a)
-    size = a.size if axis is None else a.shape[axis]
-    if mode == "wrap":
-        indices = indices % size
-    elif mode == "clip":
-        indices = np.clip(indices, 0, size - 1)
     if axis is None and a.ndim != 1:
         return _rows(indices, a.reshape(-1), g).dense().reshape(a.shape)
     axis = 0 if axis is None else axis % a.ndim
-    return Picked(a, (*[slice(None)] * axis, indices), g, repeats=True) if axis else _rows(indices, a, g)
+    return SparseCotangent(a, (*[slice(None)] * axis, indices), g, repeats=True) if axis else _rows(indices, a, g)
 
 
 derivative(getitem, _getitem_vjp)
-derivative(np.take, _take_vjp)
+_recorded_take = Primitive(np.take, (_take_vjp, None))
+
+
+@composed(np.take)
+def _take(a: Any, indices: Any, axis: Any = None, out: Any = None, mode: str = "raise") -> Any:
+    if out is not None:
+        raise missing("numpy.take with the argument out=")
+    indices = plain(indices)
+    if mode != "raise":  # worked out here: CuPy's function has no modes
+        array = plain(a)
+        size = array.size if axis is None else array.shape[axis]
+        indices = np.asarray(indices, like=array)
+        indices = indices % size if mode == "wrap" else np.clip(indices, 0, size - 1)
+    return _recorded_take((a, indices), {} if axis is None else {"axis": axis})
 
 
 def _take_along_axis_vjp(g: Any, y: Any, a: Any, indices: Any, axis: Any = -1) -> Any:
@@ -60,7 +69,7 @@ def _take_along_axis_vjp(g: Any, y: Any, a: Any, indices: Any, axis: Any = -1) -
         np.arange(n, like=a).reshape([-1 if i == j else 1 for j in range(a.ndim)]) for i, n in enumerate(indices.shape)
     ]
     key[axis] = indices
-    return Picked(a, tuple(key), g, repeats=True)
+    return SparseCotangent(a, tuple(key), g, repeats=True)
 
 
 derivative(np.take_along_axis, _take_along_axis_vjp)

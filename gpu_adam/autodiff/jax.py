@@ -32,12 +32,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gpu_adam.autodiff.cotangent import check_kind, check_shape
 from gpu_adam.autodiff.node import Node
-from gpu_adam.autodiff.rules import conj, namespace, plain, record, traced
+from gpu_adam.autodiff.operations import namespace
+from gpu_adam.autodiff.rules import conj, plain, record, traced
 from gpu_adam.autodiff.tape import HandOver, Tape
-from gpu_adam.autodiff.upstream import check_kind, check_shape
+from gpu_adam.autodiff_seam import current_tracer
 from gpu_adam.errors import ArgumentTypeError, ArgumentValueError
-from gpu_adam.tracing import current_tracer
 from gpu_adam.variables import Variable
 
 
@@ -89,13 +90,13 @@ class _Pullback:
 
     def __init__(self, pullback: Callable[..., Any]) -> None:
         self.pullback = pullback
-        self.upstream: Any = None
+        self.cotangent: Any = None
         self.found: tuple[Any, ...] = ()
 
     def __call__(self, position: int, g: Any, y: Any, *values: Any) -> Any:
-        if self.upstream is not g:
-            # JAX's gradients of complex arrays, and the upstream ones that it wants, are the conjugates of ours.
-            self.upstream, self.found = g, self.pullback(jnp.conj(_to_jax(g)))
+        if self.cotangent is not g:
+            # JAX's gradients of complex arrays, and the cotangents that it wants, are the conjugates of ours.
+            self.cotangent, self.found = g, self.pullback(jnp.conj(_to_jax(g)))
         return conj(_from_jax(self.found[position], y))
 
 
@@ -111,7 +112,7 @@ class _Call:
     def __init__(self) -> None:
         self.views: dict[int, Any] = {}
         self.asked: set[int] = set()
-        self.pull: Callable[..., Any] = lambda upstream: ({},)
+        self.pull: Callable[..., Any] = lambda cotangent: ({},)
 
 
 # Losses that have asked for a view: their code, as many are a new lambda at every step; callable objects themselves.
@@ -203,7 +204,7 @@ def pull_back(tape: Tape, losses: list[Any], seeds: list[Any]) -> list[Any]:
         check_kind(loss.dtype.kind, f"a JAX array of dtype {loss.dtype}", seed)
     current = tape.views.get("jax")
     if current is not None and current.asked:
-        (found,) = current.pull([jnp.conj(_upstream(loss, seed)) for loss, seed in zip(losses, seeds, strict=True)])
+        (found,) = current.pull([jnp.conj(_cotangent(loss, seed)) for loss, seed in zip(losses, seeds, strict=True)])
         for key in current.asked:
             leaf = tape.leaves[key]
             contribution = conj(_from_jax(found[key], leaf.value))
@@ -215,7 +216,7 @@ def _listed(returned: Any) -> Sequence[Any]:
     return returned if isinstance(returned, (list, tuple)) else [returned]
 
 
-def _upstream(loss: Any, seed: Any) -> Any:
+def _cotangent(loss: Any, seed: Any) -> Any:
     if seed is None:
         return jnp.ones_like(loss)
     seed = jnp.asarray(plain(seed))

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from gpu_adam.autodiff.operations import OPERATIONS, missing
 from gpu_adam.autodiff.rules import Primitive, composed, conj, constant, derivative, plain
-from gpu_adam.autodiff.table import TABLE, missing
 
 
 def _adjoint(a: Any) -> Any:
@@ -150,7 +150,18 @@ def _solve_matrix(g: Any, y: Any, a: Any, b: Any) -> Any:
     return -np.matmul(outer, _adjoint(y))
 
 
-derivative(np.linalg.solve, _solve_matrix, _solve_right)
+_recorded_solve = Primitive(np.linalg.solve, (_solve_matrix, _solve_right))
+
+
+@composed(np.linalg.solve)
+def _solve(a: Any, b: Any) -> Any:
+    stack, other = np.shape(plain(a))[:-2], np.shape(plain(b))[:-2]
+    if np.ndim(plain(b)) > 1 and stack != other:  # CuPy's does not broadcast
+        stack = np.broadcast_shapes(stack, other)
+        a, b = (np.broadcast_to(x, (*stack, *np.shape(plain(x))[-2:])) for x in (a, b))
+    return _recorded_solve((a, b), {})
+
+
 derivative(np.linalg.det, lambda g, y, a: (g * conj(y))[..., None, None] * _adjoint(np.linalg.inv(a)))
 
 
@@ -182,7 +193,7 @@ def _hermitian(a: Any) -> Any:
 
 def _cholesky_vjp(g: Any, lower: Any, a: Any) -> Any:
     inner = np.matmul(_adjoint(lower), np.tril(g))
-    inner = np.tril(inner) - inner * (0.5 * np.eye(inner.shape[-1], dtype=inner.real.dtype, like=inner))
+    inner = (np.tril(inner) + np.tril(inner, -1)) / 2  # the lower half, and of the diagonal a half
     inverse = np.linalg.inv(lower)
     return _hermitian(np.matmul(_adjoint(inverse), np.matmul(inner, inverse)))
 
@@ -203,8 +214,9 @@ def _eigenvalues_vjp(g: Any, values: Any, a: Any, vectors: Any) -> Any:
 def _eigenvectors_vjp(g: Any, vectors: Any, a: Any, values: Any) -> Any:
     gaps = values[..., None, :] - values[..., :, None]
     # Equal eigenvalues: only what does not depend on the choice of their vectors has a gradient, and it needs no term.
-    gaps = np.where(gaps == 0, np.inf, gaps)
-    inner = np.matmul(_adjoint(vectors), g) / gaps
+    equal = gaps == 0
+    # Not a division by infinity: of a complex number that is NaN in CuPy.
+    inner = np.matmul(_adjoint(vectors), g) * np.where(equal, 0, 1 / np.where(equal, 1, gaps))
     return _hermitian(np.matmul(vectors, np.matmul(inner, _adjoint(vectors))))
 
 
@@ -289,5 +301,5 @@ def _matrix_power(a: Any, n: int) -> Any:
 
 constant(np.linalg.matrix_rank)
 for _name in ("matmul", "outer", "tensordot", "matrix_transpose", "vecdot"):
-    if hasattr(np.linalg, _name) and getattr(np, _name, None) in TABLE:
-        TABLE[getattr(np.linalg, _name)] = TABLE[getattr(np, _name)]
+    if hasattr(np.linalg, _name) and getattr(np, _name, None) in OPERATIONS:
+        OPERATIONS[getattr(np.linalg, _name)] = OPERATIONS[getattr(np, _name)]

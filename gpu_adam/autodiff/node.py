@@ -5,11 +5,12 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from gpu_adam.autodiff.table import TABLE, apply, missing
+from gpu_adam.autodiff.operations import OPERATIONS, apply, missing, namespace
+from gpu_adam.variables import MAKERS, make
 
 _NO_KWARGS: Mapping[str, Any] = {}
 
-# Methods of a ufunc that are functions of their own in the table; the others have no derivative.
+# Methods of a ufunc that are functions of their own in `OPERATIONS`; the others have no derivative.
 _UFUNC_METHODS: dict[tuple[Any, str], Callable[..., Any]] = {
     (np.add, "reduce"): np.sum,
     (np.add, "accumulate"): np.cumsum,
@@ -23,21 +24,21 @@ _UFUNC_METHODS: dict[tuple[Any, str], Callable[..., Any]] = {
 
 def _unary(ufunc: Any) -> Any:
     def operator(self: "Node") -> Any:
-        return TABLE[ufunc]((self,), _NO_KWARGS)
+        return OPERATIONS[ufunc]((self,), _NO_KWARGS)
 
     return operator
 
 
 def _binary(ufunc: Any) -> Any:
     def operator(self: "Node", other: Any) -> Any:
-        return TABLE[ufunc]((self, other), _NO_KWARGS)
+        return OPERATIONS[ufunc]((self, other), _NO_KWARGS)
 
     return operator
 
 
 def _reflected(ufunc: Any) -> Any:
     def operator(self: "Node", other: Any) -> Any:
-        return TABLE[ufunc]((other, self), _NO_KWARGS)
+        return OPERATIONS[ufunc]((other, self), _NO_KWARGS)
 
     return operator
 
@@ -86,6 +87,8 @@ class Node:
         return apply(function, inputs, kwargs)
 
     def __array_function__(self, function: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        if function in MAKERS:  # this is what the new array is to be like
+            return make(function, namespace(self.value), args, kwargs)
         return apply(function, args, kwargs)
 
     def __cupy_override_elementwise_kernel__(self, kernel: Any, *args: Any, **kwargs: Any) -> Any:
@@ -149,7 +152,7 @@ class Node:
 
     # -- indexing
     def __getitem__(self, key: Any) -> Any:
-        return TABLE[getitem]((self, key), _NO_KWARGS)
+        return OPERATIONS[getitem]((self, key), _NO_KWARGS)
 
     def __setitem__(self, key: Any, value: Any) -> NoReturn:
         raise TypeError(
@@ -203,7 +206,7 @@ class Node:
         self, dtype: Any, order: str = "K", casting: str = "unsafe", subok: bool = True, copy: Any = True
     ) -> Any:
         """The array in another dtype; a constant where that is not a floating-point one."""
-        return TABLE[astype]((self, np.dtype(dtype)), _NO_KWARGS)
+        return OPERATIONS[astype]((self, np.dtype(dtype)), _NO_KWARGS)
 
     def reshape(self, *shape: Any, order: str = "C", copy: Any = None) -> Any:
         """The array in another shape, given as one tuple or as integers."""
@@ -216,12 +219,12 @@ class Node:
 
 
 def getitem(array: Any, key: Any) -> Any:
-    """array[key], as a function: a key of the table."""
+    """array[key], as a function: a key of `OPERATIONS`."""
     return array[key]
 
 
 def astype(array: Any, dtype: Any) -> Any:
-    """array.astype(dtype), as a function: a key of the table."""
+    """array.astype(dtype), as a function: a key of `OPERATIONS`."""
     return array.astype(dtype)
 
 

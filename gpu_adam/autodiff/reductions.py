@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from gpu_adam.autodiff.operations import OPERATIONS
 from gpu_adam.autodiff.rules import Primitive, composed, conj, constant, derivative, plain
-from gpu_adam.autodiff.table import TABLE
 
 
 def _axes(axis: Any, ndim: int) -> tuple[int, ...]:
@@ -91,6 +91,15 @@ def _std_vjp(
     return _kept(g * scale / safe, a, axis) * _deviation(a, axis)
 
 
+def _ddof(kwargs: Any) -> Any:
+    """The keyword arguments with `ddof` in place of `correction`, its newer name, which CuPy does not know."""
+    if "correction" not in kwargs:
+        return kwargs
+    if "ddof" in kwargs:
+        raise ValueError("ddof and correction can't be provided simultaneously.")
+    return {"ddof" if key == "correction" else key: value for key, value in kwargs.items()}
+
+
 def _extreme_vjp(g: Any, y: Any, a: Any, axis: Any = None, out: Any = None, keepdims: Any = False) -> Any:
     if not a.ndim:
         return g
@@ -122,15 +131,15 @@ def _cumsum_vjp(g: Any, y: Any, a: Any, axis: Any = None, dtype: Any = None, out
 
 
 # By the arrays' own methods, which numpy.sum and cupy.sum only come to call in the end.
-TABLE[np.sum] = Primitive(lambda a, *args, **kwargs: a.sum(*args, **kwargs), (_sum_vjp,), of=np.sum)
-TABLE[np.mean] = Primitive(lambda a, *args, **kwargs: a.mean(*args, **kwargs), (_mean_vjp,), of=np.mean)
-derivative(np.var, _var_vjp)
-derivative(np.std, _std_vjp)
+OPERATIONS[np.sum] = Primitive(lambda a, *args, **kwargs: a.sum(*args, **kwargs), (_sum_vjp,), of=np.sum)
+OPERATIONS[np.mean] = Primitive(lambda a, *args, **kwargs: a.mean(*args, **kwargs), (_mean_vjp,), of=np.mean)
+OPERATIONS[np.var] = Primitive(lambda *args, **kwargs: np.var(*args, **_ddof(kwargs)), (_var_vjp,), of=np.var)
+OPERATIONS[np.std] = Primitive(lambda *args, **kwargs: np.std(*args, **_ddof(kwargs)), (_std_vjp,), of=np.std)
 derivative(np.max, _extreme_vjp)
 derivative(np.min, _extreme_vjp)
 derivative(np.prod, _prod_vjp)
 derivative(np.cumsum, _cumsum_vjp)
-TABLE[np.amax], TABLE[np.amin] = TABLE[np.max], TABLE[np.min]
+OPERATIONS[np.amax], OPERATIONS[np.amin] = OPERATIONS[np.max], OPERATIONS[np.min]
 
 
 @composed(np.logaddexp.reduce)

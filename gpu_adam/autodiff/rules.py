@@ -13,7 +13,6 @@ A vjp need not undo broadcasting, return the dtype or drop the imaginary part of
 
 import functools
 import inspect
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from operator import methodcaller
 from typing import Any
@@ -21,8 +20,8 @@ from typing import Any
 import numpy as np
 
 from gpu_adam.autodiff.node import Node
-from gpu_adam.autodiff.table import TABLE, function_name, missing
-from gpu_adam.tracing import operand
+from gpu_adam.autodiff.operations import OPERATIONS, function_name, missing
+from gpu_adam.autodiff_seam import operand
 from gpu_adam.variables import Variable
 
 Vjp = Callable[..., Any]
@@ -68,7 +67,7 @@ class Primitive:
             if isinstance(arg, Variable):
                 arg = operand(arg)  # noqa: PLW2901
             if type(arg) is not Node:
-                values.append(arg if type(arg) in _PLAIN else self._constant(arg))
+                values.append(arg if type(arg) in _PLAIN else self._constant(arg, args))
                 continue
             values.append(arg.value)
             if arg.tape is not None:
@@ -84,7 +83,7 @@ class Primitive:
             result = self.function(*values, **kwargs)
         return record(result, sources, values, kwargs) if sources else result
 
-    def _constant(self, arg: Any) -> Any:
+    def _constant(self, arg: Any, args: tuple[Any, ...]) -> Any:
         """An argument that is not recorded; those of other frameworks would take the result with them."""
         package = type(arg).__module__.partition(".")[0].removesuffix("lib")
         if self.arrays_only and package in ("torch", "jax"):
@@ -93,7 +92,11 @@ class Primitive:
                 f"(got one of {package}); compute with the variable's view, gpu_adam.autodiff.{package}.view, "
                 "or convert the other array with numpy.asarray."
             )
-        return np.asarray(arg) if self.arrays_only and type(arg) is list else arg
+        if not self.arrays_only or type(arg) is not list:
+            return arg
+        others = (plain(other) for other in args)
+        like = next((other for other in others if hasattr(other, "__array_function__")), None)
+        return np.asarray(arg, like=like)
 
     def _checked(self, kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
         """Keyword arguments without those that say nothing; what the vjp does not know must not pass unnoticed."""
@@ -132,7 +135,7 @@ class Each:
 # -- how to add an entry
 def derivative(function: Callable[..., Any], *vjps: Vjp | None) -> None:
     """Enter an operation with one vjp per positional argument."""
-    TABLE[function] = Primitive(function, vjps, arrays_only=isinstance(function, np.ufunc))
+    OPERATIONS[function] = Primitive(function, vjps, arrays_only=isinstance(function, np.ufunc))
 
 
 def composed(*functions: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -148,7 +151,7 @@ def composed(*functions: Callable[..., Any]) -> Callable[[Callable[..., Any]], C
             return implementation(*map(traced, args), **given)
 
         for function in functions:
-            TABLE[function] = entry
+            OPERATIONS[function] = entry
         return implementation
 
     return enter
@@ -157,7 +160,7 @@ def composed(*functions: Callable[..., Any]) -> Callable[[Callable[..., Any]], C
 def constant(*functions: Callable[..., Any]) -> None:
     """Enter operations through which no gradient flows: comparisons, roundings, questions about shape and dtype."""
     for function in functions:
-        TABLE[function] = functools.partial(_call_plain, function)
+        OPERATIONS[function] = functools.partial(_call_plain, function)
 
 
 def register_vjp(function: Callable[..., Any], *vjps: Vjp | None) -> Callable[..., Any]:
@@ -180,7 +183,7 @@ def register_vjp(function: Callable[..., Any], *vjps: Vjp | None) -> Callable[..
         8.0
     """
     primitive = Primitive(function, vjps)
-    TABLE[function] = primitive
+    OPERATIONS[function] = primitive
 
     @functools.wraps(function)
     def recorded(*args: Any, **kwargs: Any) -> Any:
@@ -204,13 +207,6 @@ def plain(value: Any) -> Any:
     if type(value) in (list, tuple):
         return type(value)(map(plain, value))
     return value
-
-
-def namespace(array: Any) -> Any:
-    """The module whose functions make and take such arrays: numpy, cupy."""
-    if hasattr(array, "__array_namespace__"):
-        return array.__array_namespace__()
-    return sys.modules[type(array).__module__.partition(".")[0]]
 
 
 def fit(gradient: Any, value: Any) -> Any:

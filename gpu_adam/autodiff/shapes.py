@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from gpu_adam.autodiff.operations import OPERATIONS, missing
 from gpu_adam.autodiff.rules import Each, Primitive, composed, constant, derivative, plain, traced
-from gpu_adam.autodiff.table import TABLE, missing
 
 
 # -- one array, the same elements
@@ -223,4 +223,4 @@ def _pad(
 constant(np.broadcast_shapes)
 for _alias, _function in (("concat", np.concatenate), ("permute_dims", np.transpose)):
     if hasattr(np, _alias):
-        TABLE[getattr(np, _alias)] = TABLE[_function]
+        OPERATIONS[getattr(np, _alias)] = OPERATIONS[_function]

@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from gpu_adam.autodiff.node import Node
-from gpu_adam.autodiff.picked import Picked
 from gpu_adam.autodiff.rules import fit
+from gpu_adam.autodiff.sparse_cotangent import SparseCotangent
 from gpu_adam.errors import ArgumentValueError
 
 
@@ -70,7 +70,7 @@ class Tape:
             node = nodes.pop()
             gradient = node.gradient
             if gradient is not None:
-                if type(gradient) is Picked:
+                if type(gradient) is SparseCotangent:
                     gradient = gradient.dense()
                 sources, values, kwargs = node.origin
                 for vjp, source in sources:

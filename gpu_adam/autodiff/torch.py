@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from gpu_adam.autodiff.picked import Picked
-from gpu_adam.autodiff.rules import namespace, plain
+from gpu_adam.autodiff.cotangent import check_kind, check_shape
+from gpu_adam.autodiff.operations import namespace
+from gpu_adam.autodiff.rules import plain
+from gpu_adam.autodiff.sparse_cotangent import SparseCotangent
 from gpu_adam.autodiff.tape import Tape
-from gpu_adam.autodiff.upstream import check_kind, check_shape
-from gpu_adam.tracing import current_tracer
+from gpu_adam.autodiff_seam import current_tracer
 from gpu_adam.variables import Variable
 
 
@@ -38,17 +39,17 @@ def view(variable: Variable) -> torch.Tensor:
 
 def pull_back(tape: Tape, losses: list[Any], seeds: list[Any]) -> list[Any]:
     """Add the gradients of PyTorch losses to the leaves of the tape; the losses' values."""
-    outputs, upstream = [], []
+    outputs, cotangents = [], []
     for loss, seed in zip(losses, seeds, strict=True):
         kind = "c" if loss.is_complex() else "f" if loss.is_floating_point() else "i"
         check_kind(kind, f"a tensor of dtype {loss.dtype}", seed)
         if loss.requires_grad:
             outputs.append(loss)
-            upstream.append(_upstream(loss, seed))
+            cotangents.append(_cotangent(loss, seed))
     views = tape.views.get("torch", {})
     keys, tensors = list(views), list(views.values())
     if outputs and tensors:
-        gradients = torch.autograd.grad(outputs, tensors, upstream, allow_unused=True)
+        gradients = torch.autograd.grad(outputs, tensors, cotangents, allow_unused=True)
         for key, gradient in zip(keys, gradients, strict=True):
             if gradient is not None:
                 leaf = tape.leaves[key]
@@ -57,7 +58,7 @@ def pull_back(tape: Tape, losses: list[Any], seeds: list[Any]) -> list[Any]:
     return [loss.detach() for loss in losses]
 
 
-def _upstream(loss: torch.Tensor, seed: Any) -> torch.Tensor:
+def _cotangent(loss: torch.Tensor, seed: Any) -> torch.Tensor:
     if seed is None:
         return torch.ones_like(loss)
     seed = plain(seed)
@@ -74,7 +75,7 @@ def _tensor(array: Any) -> torch.Tensor:
 def _gradient(gradient: torch.Tensor, like: Any) -> Any:
     if gradient.is_sparse:
         indices, values = gradient._indices()[0], gradient._values()
-        return Picked(like, _array(indices, like), _array(values, like), rows=True)
+        return SparseCotangent(like, _array(indices, like), _array(values, like), rows=True)
     return _array(gradient.resolve_conj().resolve_neg().contiguous(), like)
 
 

@@ -1,12 +1,13 @@
 """The table of operations: what to do when a NumPy function meets a recorded value."""
 
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
 Entry = Callable[[tuple[Any, ...], Mapping[str, Any]], Any]
 
 # Filled by the modules named after the kinds of operations; a key is the NumPy function that a user calls.
-TABLE: dict[Callable[..., Any], Entry] = {}
+OPERATIONS: dict[Callable[..., Any], Entry] = {}
 
 
 def apply(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -16,7 +17,7 @@ def apply(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[s
         NotImplementedError: the function has no entry in the table.
     """
     try:
-        entry = TABLE[function]
+        entry = OPERATIONS[function]
     except KeyError:
         raise missing(function_name(function)) from None
     return entry(args, kwargs)
@@ -36,3 +37,10 @@ def missing(operation: str) -> NotImplementedError:
         "teach it with gpu_adam.autodiff.register_vjp, "
         "or compute the gradients yourself and pass them as minimize(..., grad_fn=...)."
     )
+
+
+def namespace(array: Any) -> Any:
+    """The module whose functions make and take such arrays: numpy, cupy."""
+    if hasattr(array, "__array_namespace__"):
+        return array.__array_namespace__()
+    return sys.modules[type(array).__module__.partition(".")[0]]

@@ -6,25 +6,27 @@ from typing import Any
 
 import numpy as np
 
-from gpu_adam.autodiff.rules import namespace
+from gpu_adam.autodiff.repeated import add_at
 from gpu_adam.variables import IndexedSlices
 
 
-class Picked:
-    """A gradient that is 0 except in what was picked from the array.
+class SparseCotangent:
+    """A gradient that is 0 except in the elements that were taken from the array.
 
     Adding two joins their parts, so that many slices of one array cost what they hold and the array once, not the array
-    each.  Adding a dense gradient, or passing it on through another operation, makes it dense.
+    each.  Adding a dense gradient, or passing the gradient on through another operation, makes it dense.  An element
+    that was taken several times gets its gradients in order of occurrence, those of several parts in the order of the
+    backward pass.
 
     Args:
-        like: the array that was picked from.
-        key: what was picked, as an index in brackets.
-        values: the gradient of what was picked.
-        repeats: whether an element may have been picked twice.
+        like: the array that elements were taken from.
+        key: which elements were taken, as an index in brackets.
+        values: the gradient with respect to those elements.
+        repeats: whether an element may have been taken twice.
         rows: whether `key` is a vector of row numbers, none negative, which the sparse update takes as they are.
     """
 
-    __array_ufunc__ = None  # so that `array + picked` asks __radd__
+    __array_ufunc__ = None  # so that `array + sparse` asks __radd__
     __slots__ = ("like", "parts", "rows")
 
     def __init__(self, like: Any, key: Any, values: Any, *, repeats: bool = False, rows: bool = False) -> None:
@@ -43,7 +45,7 @@ class Picked:
         return self.like.dtype
 
     def __add__(self, other: Any) -> Any:
-        if isinstance(other, Picked):
+        if isinstance(other, SparseCotangent):
             self.parts += other.parts
             self.rows = self.rows and other.rows
             return self
@@ -66,8 +68,7 @@ class Picked:
     def _added_to(self, total: Any) -> Any:
         for key, values, repeats in self.parts:
             if repeats:
-                # The array's own module: numpy.add.at does not hand a key that is a tuple on to CuPy.
-                namespace(total).add.at(total, key, values)
+                add_at(total, key, values)
             else:
                 total[key] += values
         return total
