@@ -5,7 +5,6 @@ The kernels are compiled for AVX2, not for the processor at hand: valgrind does 
 
 from __future__ import annotations
 
-import itertools
 import os
 import re
 import shutil
@@ -17,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from gpu_adam import kernels
-from gpu_adam.devices import host
+from gpu_adam.devices import compiler
 
 MISSING = "no valgrind"
 CHUNKS = 16
-_FLAGS = [flag for flag in host.flags() if flag not in ("-shared", "-fPIC", "-march=native")]
+_FLAGS = [flag for flag in compiler.flags() if flag not in ("-shared", "-fPIC", "-march=native")]
 _ARCHITECTURE = ["-mavx2", "-mfma"]
 _ENTRIES = {"dense": "dense_entry", "sparse": "sparse_entry", "square_sums": "square_sums_entry"}
 
@@ -33,7 +32,12 @@ template <typename T> static T* ones(long long n) {
     for (long long i = 0; i < n; ++i) p[i] = T{1};
     return p;
 }
-static Step step = {1, 1, 1, 1, 1};
+static StepScalars scalars = {1, 1, 1, 1, 1};
+static const StepScalars* staged = nullptr;
+static Slots slots(long long n) {
+#define ONES(slot, Memory, Register, present) ones<Memory>(n),
+    return {GPU_ADAM_SLOTS(ONES)};
+}
 static const double factor_value = 1.0;
 static const double* factors = GPU_ADAM_CLIP ? &factor_value : nullptr;
 static long long stride = 0;
@@ -42,7 +46,7 @@ typedef void (*Entry)(void**, long long, long long, long long, int);
 _DENSE = """
 static const long long CHUNKS = %d, N = CHUNKS * GPU_ADAM_CHUNK;
 static TensorTable dense_table() {
-    static Tensor tensor = {ones<Stored>(N), ones<Stored>(N), ones<StoredReal>(N), ones<StoredReal>(N), N, 0};
+    static Tensor tensor = {slots(N), N, 0};
     static const Stored* gradient = ones<Stored>(N);
     static int chunk_tensor[CHUNKS] = {};
     return {&tensor, &gradient, chunk_tensor, CHUNKS};
@@ -53,7 +57,7 @@ _MAIN = {
     + """
 int main() {
     TensorTable table = dense_table();
-    void* arguments[] = {&table, &factors, &stride, &step};
+    void* arguments[] = {&table, &factors, &stride, &scalars, &staged};
     volatile Entry entry = dense_entry;  // a call that is not inlined, for callgrind to see
     entry(arguments, 0, CHUNKS, CHUNKS, 1);
 }
@@ -73,15 +77,14 @@ int main() {
 static const long long WIDTH = 16, N = %d * GPU_ADAM_CHUNK, ROWS = N / WIDTH, COUNT = ROWS / 8;
 int main() {
     const long long per_tile = GPU_ADAM_TILE / WIDTH, tiles = (ROWS + per_tile - 1) / per_tile;
-    Table table = {ones<Stored>(N), ones<Stored>(N), ones<StoredReal>(N), ones<StoredReal>(N),
-                   ROWS, WIDTH, per_tile, 1, tiles};
+    EmbeddingTable table = {slots(N), ROWS, WIDTH, per_tile, 1, tiles};
     Keys keys = {ones<long long>(COUNT), ones<long long>(COUNT)};
     for (long long i = 0; i < COUNT; ++i) keys.row[i] = 8 * i, keys.position[i] = i;
     Indices indices = {keys.row, 1, COUNT, ROWS};
     Stored* values = ones<Stored>(COUNT * WIDTH);
     static IndexErrors error = {};
     IndexErrors* errors = &error;
-    void* arguments[] = {&table, &indices, &keys, &values, &factors, &step, &errors};
+    void* arguments[] = {&table, &indices, &keys, &values, &factors, &scalars, &staged, &errors};
     volatile Entry entry = sparse_entry;  // a call that is not inlined, for callgrind to see
     entry(arguments, 0, tiles, tiles, 1);
 }
@@ -94,8 +97,8 @@ def version() -> str:
     if shutil.which("valgrind") is None:
         return MISSING
     valgrind = subprocess.run(["valgrind", "--version"], capture_output=True, text=True, check=True).stdout.strip()
-    compiler = subprocess.run([*host.compiler(), "--version"], capture_output=True, text=True, check=True).stdout
-    return f"{compiler.splitlines()[0]}, {valgrind}"
+    version = subprocess.run([*compiler.command(), "--version"], capture_output=True, text=True, check=True).stdout
+    return f"{version.splitlines()[0]}, {valgrind}"
 
 
 def rows(only: str = "") -> dict[str, Any]:
@@ -115,21 +118,21 @@ def rows(only: str = "") -> dict[str, Any]:
 def _kernels() -> Iterator[tuple[str, kernels.Kernel]]:
     for dtype in kernels.DTYPES:
         for name, make in (("dense", kernels.dense), ("sparse", kernels.sparse)):
-            for amsgrad, clip in itertools.product((False, True), repeat=2):
-                label = f"{name} {dtype}{' amsgrad' * amsgrad}{' clip' * clip}"
-                yield label, make(dtype, amsgrad=amsgrad, clip=clip)
+            for rule in kernels.update_rules():
+                label = f"{name} {dtype}{' amsgrad' * rule.amsgrad}{' clip' * rule.clips}"
+                yield label, make(dtype, rule)
         yield f"square_sums {dtype}", kernels.norm(dtype, "square_sums")
 
 
 def instructions(kernel: kernels.Kernel) -> int:
     """Instructions of one launch over CHUNKS chunks."""
-    text = host.source_text(kernel.source, faithful=False) + _COMMON + _MAIN[kernel.name] % CHUNKS
+    text = compiler.source_text(kernel.source, faithful=False) + _COMMON + _MAIN[kernel.name] % CHUNKS
     with tempfile.TemporaryDirectory() as folder:
         source, program = Path(folder) / "kernel.cpp", Path(folder) / "kernel"
         source.write_text(text)
         include = f"-I{kernels.directory() / 'host'}"
         files = ["-o", str(program), str(source)]
-        subprocess.run([*host.compiler(), *_FLAGS, *_ARCHITECTURE, include, *files], check=True)
+        subprocess.run([*compiler.command(), *_FLAGS, *_ARCHITECTURE, include, *files], check=True)
         call = ["valgrind", "--tool=callgrind", f"--callgrind-out-file={folder}/out", "--collect-atstart=no"]
         call += [f"--toggle-collect={_ENTRIES[kernel.name]}", str(program)]
         result = subprocess.run(call, capture_output=True, text=True, check=False)

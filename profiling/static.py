@@ -81,9 +81,9 @@ def description(source: Source) -> str:
     """Dtype and switches of a source in words."""
     defines = set(source.defines)
     words = [dtype for dtype, row in kernels.DTYPES.items() if set(row.defines) <= defines]
-    words += [word for word in ("amsgrad", "clip") if f"GPU_ADAM_{word.upper()}=1" in defines]
+    words += [word for word in ("amsgrad", "clip", "staged") if f"GPU_ADAM_{word.upper()}=1" in defines]
     known = {define for row in kernels.DTYPES.values() for define in row.defines}
-    constants = ("CHUNK", "TILE", "SORT_RUN", "AMSGRAD", "CLIP")
+    constants = ("CHUNK", "TILE", "SORT_RUN", "AMSGRAD", "CLIP", "STAGED")
     words += [d for d in source.defines if d not in known and not re.match(rf"GPU_ADAM_({'|'.join(constants)})=", d)]
     return " ".join(words)
 
@@ -127,13 +127,14 @@ def loop_row(name: str, source: Source, loop: sass.Code) -> Table:
 
 
 def stored_per_element(name: str, source: Source) -> int:
-    """Bytes of theta, m, v (and vhat) of one element; 0 for a kernel that stores something else."""
+    """Bytes of one element of the variable and its slots; 0 for a kernel that stores something else."""
     dtypes = [dtype for dtype, row in kernels.DTYPES.items() if set(row.defines) <= set(source.defines)]
     if name not in ("dense", "sparse") or not dtypes:
         return 0
     wide = np.dtype(dtypes[0]).itemsize if dtypes[0] in np.sctypeDict else 2
     real = np.dtype(kernels.DTYPES[dtypes[0]].real_dtype).itemsize
-    return 2 * wide + real * (2 if "GPU_ADAM_AMSGRAD=1" in source.defines else 1)
+    rule = kernels.UpdateRule(amsgrad="GPU_ADAM_AMSGRAD=1" in source.defines)
+    return wide + sum(real if spec.is_real else wide for spec in kernels.slots_of(rule))
 
 
 def compiled(source: Source, architecture: int) -> bytes:

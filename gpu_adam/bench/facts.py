@@ -59,7 +59,7 @@ def _cache_size(text: str) -> int:
 def free_bytes(device: Device) -> int:
     """Memory that a workload may take."""
     if device.name != "host":
-        with device.current():
+        with device.activate():
             return int(device.xp.cuda.runtime.memGetInfo()[0])
     try:
         (line,) = re.findall(r"^MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text(), re.M)

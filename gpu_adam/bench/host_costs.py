@@ -24,7 +24,7 @@ _STEP = """
 import numpy as np, gpu_adam
 v = gpu_adam.Variable(np.ones(1000, np.float32), device="{device}")
 adam = gpu_adam.Adam()
-adam.apply_gradients([(gpu_adam.get_device().array(np.ones(1000, np.float32)), v)])
+adam.apply_gradients([(v.device.array(np.ones(1000, np.float32)), v)])
 adam.synchronize()
 """
 
@@ -88,7 +88,7 @@ def first_step(device: Device, effort: Effort) -> dict[str, Any]:
 
 
 def _process(program: str, cache: Path) -> None:
-    caches = {"GPU_ADAM_CACHE": "host", "CUPY_CACHE_DIR": "cupy", "EMULATED_CUDA_CACHE_DIR": "emulated"}
+    caches = {"GPU_ADAM_CACHE": "host", "CUPY_CACHE_DIR": "cupy"}
     caches = {name: str(cache / folder) for name, folder in caches.items()}
     # The package that runs here, installed or not.
     paths = [str(Path(gpu_adam.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]

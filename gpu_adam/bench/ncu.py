@@ -10,7 +10,7 @@ import sys
 import gpu_adam
 from gpu_adam import kernels
 from gpu_adam.bench.inputs import Inputs
-from gpu_adam.bench.ours import OurStep
+from gpu_adam.bench.own_step import OwnStep
 from gpu_adam.bench.workloads import Workload, named, workloads
 from gpu_adam.errors import ArgumentValueError
 
@@ -72,7 +72,7 @@ def main(name: str, steps: int = STEPS) -> None:
     workload = named(name)
     assert workload is not None, name
     device = gpu_adam.get_device()
-    step = OurStep(Inputs(workload, 0), device)
+    step = OwnStep(Inputs(workload, 0), device)
     for number in range(steps):
         profiled = device.name != "host" and number == steps - 1
         if profiled:

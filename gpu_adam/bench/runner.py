@@ -10,11 +10,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from gpu_adam.bench import facts, host_costs, ours, peers
+from gpu_adam.bench import facts, host_costs, own_step, peers
 from gpu_adam.bench.clocks import Candidate, Effort, measure
-from gpu_adam.bench.copying import copy_bandwidth
+from gpu_adam.bench.copy_bandwidth import copy_bandwidth
 from gpu_adam.bench.inputs import Inputs, as_dtype
-from gpu_adam.bench.ours import WrongResultError
+from gpu_adam.bench.own_step import WrongResultError
 from gpu_adam.bench.telemetry import NONE, Telemetry, between
 from gpu_adam.bench.workloads import Workload
 from gpu_adam.devices import Device
@@ -176,14 +176,14 @@ class Runner:
         """Check and time one workload; returns its rows, ours first."""
         free, need = facts.free_bytes(self._device), _bytes_of(workload)
         if need * _SPARE > free:
-            rows = [self._row(workload, ours.NAME, note=_too_large(need * _SPARE, free))]
+            rows = [self._row(workload, own_step.NAME, note=_too_large(need * _SPARE, free))]
         else:
             try:
-                known = ours.checked(workload, self._device)
+                known = own_step.checked(workload, self._device)
                 self._release()
                 rows = self._timed(workload, known, need)
             except WrongResultError as error:
-                rows = [self._row(workload, ours.NAME, note=f"WRONG, not timed: {error}")]
+                rows = [self._row(workload, own_step.NAME, note=f"WRONG, not timed: {error}")]
         self._release()
         self.report.rows += rows
         return rows
@@ -193,11 +193,11 @@ class Runner:
         self.report.overhead = host_costs.python_overhead(self._device, self._effort)
         self.report.first_step = host_costs.first_step(self._device, self._effort)
 
-    def _timed(self, workload: Workload, known: ours.Facts, need: int) -> list[Row]:
+    def _timed(self, workload: Workload, known: own_step.Facts, need: int) -> list[Row]:
         sets = min(self._effort.sets, max(1, -(-2 * facts.cache_bytes(self._device) // max(1, known.moved_bytes))))
         inputs = [Inputs(workload, number) for number in range(sets)]
         makers: list[tuple[str, Callable[[], Candidate]]] = [
-            (ours.NAME, make) for make in ours.candidates(inputs, self._device)
+            (own_step.NAME, make) for make in own_step.candidates(inputs, self._device)
         ]
         free, peers_need = facts.free_bytes(self._device), sets * need * _PEER_SPARE
         peers_there = list(_peers_of(workload))
@@ -226,7 +226,7 @@ class Runner:
             except peers.Unsupported:
                 continue
             except Exception as error:
-                if name == ours.NAME:
+                if name == own_step.NAME:
                     raise
                 said = (str(error).splitlines() or [""])[0][:200]
                 failed.append(self._row(workload, name, note=f"failed: {type(error).__name__}: {said}"))
@@ -242,7 +242,7 @@ class Runner:
         del candidates
         self._release()
 
-    def _compare(self, row: Row, known: ours.Facts, rows: Sequence[Row]) -> None:
+    def _compare(self, row: Row, known: own_step.Facts, rows: Sequence[Row]) -> None:
         row.moved_bytes = known.moved_bytes
         if row.median is None:
             return
@@ -251,9 +251,9 @@ class Runner:
             row.copy_fraction = row.bytes_per_second / self.report.copy["bytes_per_second"]
             if self.report.sheet_bytes_per_second:
                 row.sheet_fraction = row.bytes_per_second / self.report.sheet_bytes_per_second
-        ours_in_the_same_mode = ours.NAME + (ours.GRAPH if row.who.endswith(ours.GRAPH) else "")
+        ours_in_the_same_mode = own_step.NAME + (own_step.GRAPH if row.who.endswith(own_step.GRAPH) else "")
         for other in rows:
-            if not row.who.startswith(ours.NAME) and other.who == ours_in_the_same_mode and other.median:
+            if not row.who.startswith(own_step.NAME) and other.who == ours_in_the_same_mode and other.median:
                 row.times = row.median / other.median
 
     def _row(self, workload: Workload, who: str, **values: Any) -> Row:

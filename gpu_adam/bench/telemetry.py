@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -38,7 +37,7 @@ class Reading:
 
 
 class Telemetry:
-    """A device's NVML handle, opened by UUID: indices differ under CUDA_VISIBLE_DEVICES.
+    """A device's NVML handle, opened by its place on the PCI bus: indices differ under CUDA_VISIBLE_DEVICES.
 
     Args:
         nvml: the module pynvml, initialised.
@@ -57,9 +56,9 @@ class Telemetry:
             import pynvml  # noqa: PLC0415  (optional)
 
             pynvml.nvmlInit()
-            properties = device.xp.cuda.runtime.getDeviceProperties(getattr(device, "index", 0))
-            name = f"GPU-{uuid.UUID(bytes=bytes(properties['uuid']))}"
-            return cls(pynvml, pynvml.nvmlDeviceGetHandleByUUID(name))
+            # Not by UUID, which CuPy cuts off at its first zero byte.
+            place = device.xp.cuda.Device(getattr(device, "index", 0)).pci_bus_id
+            return cls(pynvml, pynvml.nvmlDeviceGetHandleByPciBusId(place))
         except Exception:  # the driver's errors are of many kinds, and none of them stops a measurement
             return None
 

@@ -16,6 +16,7 @@ from gpu_adam.bench.inputs import Inputs
 from gpu_adam.bench.reference import FACTOR, STEPS, Reference
 from gpu_adam.bench.workloads import CLIP_NORM, Workload
 from gpu_adam.devices import Device
+from gpu_adam.devices.recording import RecordingDevice
 from gpu_adam.errors import GpuAdamError
 
 NAME = "gpu_adam"
@@ -26,7 +27,7 @@ class WrongResultError(GpuAdamError):
     """A kernel's result differs from the reference by more than rounding; it is not timed."""
 
 
-class OurStep:
+class OwnStep:
     """One set of inputs on a device, and an optimizer.
 
     Args:
@@ -63,7 +64,7 @@ class OurStep:
         """Multiply all gradients, in place."""
         for gradient, variable in zip(self.gradients, self.variables, strict=True):
             array = getattr(gradient, "values", gradient)
-            with variable.device.current():
+            with variable.device.activate():
                 array *= array.dtype.type(factor)
 
     @property
@@ -101,11 +102,12 @@ def checked(workload: Workload, device: Device) -> Facts:
     """
     inputs = Inputs(workload, 0)
     reference = Reference(inputs)
-    step = OurStep(inputs, device, reference.hyperparameters)
-    with _counted_launches(device) as launches, _extra_memory(device) as peak:
+    recording = RecordingDevice(device)
+    step = OwnStep(inputs, recording, reference.hyperparameters)
+    with _extra_memory(device) as peak:
         for number in range(STEPS):
             if number == STEPS - 1:
-                launches.clear()
+                recording.events.clear()
             step()
             device.synchronize()
             step.scale_gradients(FACTOR)
@@ -123,7 +125,8 @@ def checked(workload: Workload, device: Device) -> Facts:
                     f"{actual[i]:.9g}; {int(wrong.sum())} of {wrong.size} are off",
                     "this workload is not timed; run the tests",
                 )
-    return Facts(step.moved_bytes, len(launches), None if extra is None else max(0, extra - step.slot_bytes))
+    extra_bytes = None if extra is None else max(0, extra - step.slot_bytes)
+    return Facts(step.moved_bytes, len(recording.launches()), extra_bytes)
 
 
 def candidates(sets: Sequence[Inputs], device: Device) -> Iterator[Callable[[], Candidate]]:
@@ -135,12 +138,12 @@ def candidates(sets: Sequence[Inputs], device: Device) -> Iterator[Callable[[], 
 
 def stream_clock(device: Device) -> CudaEvents:
     """CUDA events in a new stream of the device."""
-    with device.current():
+    with device.activate():
         return CudaEvents(device.xp.cuda, device.xp.cuda.Stream(non_blocking=True))
 
 
 def _eager(sets: Sequence[Inputs], device: Device) -> Candidate:
-    steps = [OurStep(inputs, device) for inputs in sets]
+    steps = [OwnStep(inputs, device) for inputs in sets]
     if device.name == "host":
         return Candidate(NAME, steps, WallClock(device.synchronize))
     device.synchronize()
@@ -148,7 +151,7 @@ def _eager(sets: Sequence[Inputs], device: Device) -> Candidate:
 
 
 def _replayed(sets: Sequence[Inputs], device: Device) -> Candidate:
-    steps, clock = [OurStep(inputs, device) for inputs in sets], stream_clock(device)
+    steps, clock = [OwnStep(inputs, device) for inputs in sets], stream_clock(device)
     device.synchronize()
     replays = []
     with clock.stream:
@@ -161,33 +164,11 @@ def _replayed(sets: Sequence[Inputs], device: Device) -> Candidate:
 
 
 class _Replay:
-    def __init__(self, step: OurStep, graph: Any, stream: Any) -> None:
+    def __init__(self, step: OwnStep, graph: Any, stream: Any) -> None:
         self._kept, self._graph, self._stream = step, graph, stream
 
     def __call__(self) -> None:
         self._graph.launch(self._stream)
-
-
-@contextmanager
-def _counted_launches(device: Device) -> Iterator[list[str]]:
-    """Names of the kernels launched, of those that are prepared in the block."""
-    launched: list[str] = []
-    prepare = device.prepare
-
-    def counting(kernel: Any, arguments: Any) -> Callable[[int], None]:
-        launch = prepare(kernel, arguments)
-
-        def counted(blocks: int) -> None:
-            launched.append(kernel.name)
-            launch(blocks)
-
-        return counted
-
-    vars(device)["prepare"] = counting  # before the class's own, for this object alone
-    try:
-        yield launched
-    finally:
-        del vars(device)["prepare"]
 
 
 @contextmanager
@@ -200,7 +181,7 @@ def _extra_memory(device: Device) -> Iterator[Callable[[], int | None]]:
         finally:
             tracemalloc.stop()
         return
-    with device.current():
+    with device.activate():
         pool = device.xp.get_default_memory_pool()
         pool.free_all_blocks()
         before = int(pool.used_bytes())

@@ -11,7 +11,7 @@ import numpy as np
 from gpu_adam import kernels
 from gpu_adam.bench.clocks import Candidate, Clock, Effort, Summary, WallClock, measure
 from gpu_adam.bench.facts import cache_bytes
-from gpu_adam.bench.ours import stream_clock
+from gpu_adam.bench.own_step import stream_clock
 from gpu_adam.devices import Device, HostDevice
 
 BLOCK = 2**18  # COPY_BLOCK of cuda/host/copy.cpp
@@ -43,7 +43,7 @@ def copy_bandwidth(device: Device, effort: Effort, nbytes: int | None = None) ->
     if nbytes is None:
         nbytes = max(_LEAST, 4 * cache_bytes(device)) // 64 * 64
     source, target = (device.empty(nbytes, np.dtype(np.uint8)) for _ in range(2))
-    with device.current():
+    with device.activate():
         source.fill(1)
         target.fill(2)
     device.synchronize()
