@@ -1,7 +1,10 @@
 """Which devices a test runs on.
 
 A test that takes `device` runs on the host, and on a CUDA device where one answers. `--device cuda` demands CUDA: it
-runs on CUDA alone and fails without it; `--device host` leaves CUDA out.
+runs on CUDA alone and fails without it; `--device host` leaves CUDA out. Such a test has the mark `device`. Any other
+one has the mark `no_device`: it runs on the host alone, also where a GPU answers; so do the processes that it starts.
+
+A test with the mark `long` does not run where a GPU's kernels are interpreted.
 """
 
 from collections.abc import Iterator
@@ -35,9 +38,35 @@ def _names(config: pytest.Config) -> list[str]:
     return ["host", "cuda"]
 
 
+_FIXTURES = frozenset({"device", "gpu", "to_device"})
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        has_device = not _FIXTURES.isdisjoint(getattr(item, "fixturenames", ()))
+        item.add_marker("device" if has_device else "no_device")
+
+
 @pytest.fixture
 def device(request: pytest.FixtureRequest) -> Iterator[devices.Device]:
     """The device under test, made the default."""
     before = devices.get_device()
-    yield gpu_adam.set_device(request.param)
+    device = gpu_adam.set_device(request.param)
+    if request.node.get_closest_marker("long") and getattr(device.xp, "__emulated__", False):
+        gpu_adam.set_device(before)
+        pytest.skip("needs a real GPU: so many steps take minutes where kernels are interpreted")
+    yield device
+    gpu_adam.set_device(before)
+
+
+@pytest.fixture(autouse=True)
+def _host_by_default(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The host as the default device of a test that does not say where it runs."""
+    if not _FIXTURES.isdisjoint(request.fixturenames):
+        yield
+        return
+    before = devices.get_device()
+    gpu_adam.set_device("host")
+    monkeypatch.setenv("GPU_ADAM_DEVICE", "host")
+    yield
     gpu_adam.set_device(before)

@@ -33,10 +33,13 @@ except gpu_adam.GpuAdamError as error:
 
 
 def environment(folders: tuple[Path, ...] = (), **variables: object) -> dict[str, str]:
-    """The environment of a child: `folders` come before gpu_adam's on its path; a variable that is None is left out."""
+    """The environment of a child, which runs on the host unless `GPU_ADAM_DEVICE` is given.
+
+    `folders` come before gpu_adam's on its path; a variable that is None is left out.
+    """
     kept = ("PATH", "HOME", "LANG", "LD_LIBRARY_PATH", "TMPDIR", "XDG_CACHE_HOME", "GPU_ADAM_CACHE", "CXX")
     chosen: dict[str, object] = {name: os.environ.get(name) for name in kept}
-    chosen["PYTHONPATH"] = os.pathsep.join(map(str, (*folders, ROOT)))
+    chosen |= {"PYTHONPATH": os.pathsep.join(map(str, (*folders, ROOT))), "GPU_ADAM_DEVICE": "host"}
     chosen |= variables
     return {name: str(value) for name, value in chosen.items() if value is not None}
 

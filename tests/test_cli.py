@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 
 import gpu_adam
-from gpu_adam import checkpoint, devices
+from gpu_adam import devices
 from gpu_adam.__main__ import main
 from gpu_adam.demos.digits import Digits
 from gpu_adam.devices import Device
+from gpu_adam.state import checkpoint
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:

@@ -14,7 +14,7 @@ from reference import Array, assert_same_bits
 import gpu_adam
 from gpu_adam import Variable
 from gpu_adam.devices import HostDevice
-from gpu_adam.devices.host import cache_directory, compiler
+from gpu_adam.devices.compiler import cache_directory, command
 
 WITHOUT_ZIG = """
 import importlib.util
@@ -27,7 +27,7 @@ NOTHING_CHANGED = "[] [1.0, 1.0, 1.0]"
 def script(folder: Path, text: str) -> Path:
     """A compiler of our own; "$@" are the arguments, `compile` the real one, in a hurry."""
     path = folder / "compiler"
-    path.write_text(f'#!/bin/sh\ncompile() {{ {" ".join(compiler())} "$@" -O0; }}\n{text}\n')
+    path.write_text(f'#!/bin/sh\ncompile() {{ {" ".join(command())} "$@" -O0; }}\n{text}\n')
     path.chmod(0o755)
     return path
 

@@ -4,6 +4,7 @@ Needs a GPU, or the emulated one, which also counts, and runs what is enqueued a
 """
 
 import contextlib
+import gc
 import importlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -16,9 +17,9 @@ from reference import Array, assert_same_bits
 
 import gpu_adam
 from gpu_adam import IndexedSlices, Variable, devices, kernels
-from gpu_adam.dense import DenseUpdate
 from gpu_adam.devices import Device
-from gpu_adam.errors import DeviceError, SparseIndexError
+from gpu_adam.devices.recording import Event, RecordingDevice
+from gpu_adam.errors import ArgumentTypeError, ArgumentValueError, DeviceError, SparseIndexError
 
 HOST = devices.HostDevice(threads=1)
 
@@ -42,7 +43,7 @@ def gpu(request: pytest.FixtureRequest) -> Iterator[Device]:
 
 @pytest.fixture
 def emulation(gpu: Device) -> Any:
-    """CuPy's stand-in, which counts what it is asked for."""
+    """The emulated driver, which counts what it is asked for."""
     if not getattr(gpu.xp, "__emulated__", False):
         pytest.skip("needs the emulated GPU: a real GPU counts nothing")
     return importlib.import_module("cupy._emulation")
@@ -280,8 +281,9 @@ def test_gradients_that_take_turns(gpu: Device) -> None:
 
 
 @contextlib.contextmanager
-def captured(stream: Any, graphs: list[Any]) -> Iterator[None]:
-    stream.begin_capture()
+def captured(stream: Any, graphs: list[Any], mode: int | None = None) -> Iterator[None]:
+    """Capture in CUDA's mode of that number: 0 global, 1 thread_local, 2 relaxed, CuPy's default."""
+    stream.begin_capture(*(() if mode is None else (mode,)))
     try:
         yield
     finally:
@@ -381,22 +383,150 @@ def test_what_a_graph_would_do_anew_at_every_replay_is_refused(gpu: Device, firs
         np.testing.assert_allclose(variable.numpy(), 1 - 0.1 * (1 + (first != "step")), rtol=1e-5)
 
 
-def test_a_failed_capture_leaves_later_steps_alone(gpu: Device, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: Any) -> None:
-        raise MemoryError
+def test_a_failed_capture_leaves_later_steps_alone(gpu: Device) -> None:
+    is_failing = False
 
+    def fail(event: Event) -> None:
+        if is_failing and event.kind == "launch":
+            raise MemoryError
+
+    recording = RecordingDevice(gpu, fail)
     stream, graphs = gpu.xp.cuda.Stream(non_blocking=True), list[Any]()
     gpu.xp.cuda.Device().synchronize()
     with stream:
-        variable, optimizer = Variable(np.ones(3, np.float32), device=gpu), gpu_adam.Adam(0.1)
+        variable, optimizer = Variable(np.ones(3, np.float32), device=recording), gpu_adam.Adam(0.1)
         pairs = [(gpu.array(np.ones(3, np.float32)), variable)]
         optimizer.apply_gradients(pairs)
-        with monkeypatch.context() as patch:
-            patch.setattr(DenseUpdate, "enqueue", fail)
-            with captured(stream, graphs), pytest.raises(MemoryError):
-                optimizer.apply_gradients(pairs)
+        is_failing = True
+        with captured(stream, graphs), pytest.raises(MemoryError):
+            optimizer.apply_gradients(pairs)
+        is_failing = False
         optimizer.apply_gradients(pairs)
         np.testing.assert_allclose(variable.numpy(), 0.8, rtol=1e-5)
+
+
+@pytest.mark.parametrize("count", [5, 2000])
+@pytest.mark.parametrize("mode", [0, 1])
+def test_captures_that_forbid_to_allocate(gpu: Device, mode: int, count: int) -> None:
+    """The modes "global" and "thread_local": a normal step has left what one graph needs, for as many rows."""
+    config: dict[str, Any] = {"learning_rate": 0.1, "global_clipnorm": 1.0}
+    expected, host_optimizer = Pairs(HOST, "both"), gpu_adam.Adam(**config)
+    work, optimizer = Pairs(gpu, "both"), gpu_adam.Adam(**config)
+    stream, graphs = gpu.xp.cuda.Stream(non_blocking=True), list[Any]()
+    gpu.xp.cuda.Device().synchronize()
+    with stream:
+        pairs = [work.pairs(seed, count=count) for seed in range(4)]
+        host_pairs = [expected.pairs(seed, count=count) for seed in range(4)]
+        for turn in range(2):
+            optimizer.apply_gradients(pairs[2 * turn])
+            with captured(stream, graphs, mode):
+                optimizer.apply_gradients(pairs[2 * turn + 1])
+        for turn in (0, 1, 1, 0):
+            graphs[turn].launch()
+        for seed, done in ((0, 0), (2, 2), (1, 1), (3, 3), (3, 3), (1, 1)):
+            host_optimizer.iterations = done
+            host_optimizer.apply_gradients(host_pairs[seed])
+        host_optimizer.iterations = 4
+        assert_same_state(state(optimizer, work.variables), state(host_optimizer, expected.variables))
+
+
+def test_a_capture_that_forbids_to_allocate_says_what_it_lacks(gpu: Device) -> None:
+    """The second of two captures without a normal step in between; the next one with a step works again."""
+    stream, graphs = gpu.xp.cuda.Stream(non_blocking=True), list[Any]()
+    gpu.xp.cuda.Device().synchronize()
+    with stream:
+        work, optimizer = Pairs(gpu, "dense"), gpu_adam.Adam(0.1)
+        pairs = work.pairs(1)
+        optimizer.apply_gradients(pairs)
+        with captured(stream, graphs, 0):
+            optimizer.apply_gradients(pairs)
+        stream.begin_capture(0)
+        with pytest.raises(ArgumentValueError, match=r"need no memory in the capture modes .*; do one such step"):
+            optimizer.apply_gradients(pairs)
+        with pytest.raises(gpu.xp.cuda.runtime.CUDARuntimeError, match="Invalidated"):
+            stream.end_capture()
+        assert optimizer.iterations == 2
+        optimizer.apply_gradients(pairs)
+        with captured(stream, graphs, 0):
+            optimizer.apply_gradients(pairs)
+        graphs[0].launch()
+        graphs[1].launch()
+        expected, host_optimizer = Pairs(HOST, "dense"), gpu_adam.Adam(0.1)
+        for done in (0, 2, 1, 3):
+            host_optimizer.iterations = done
+            host_optimizer.apply_gradients(expected.pairs(1))
+        assert_same_state(state(optimizer, work.variables), state(host_optimizer, expected.variables))
+
+
+@pytest.mark.parametrize("allocator", ["malloc", "malloc_async"])
+def test_a_captured_step_allocates_nothing(gpu: Device, emulation: Any, allocator: str) -> None:
+    """What CuPy's allocator in stream order gives out under capture, each replay would give out anew."""
+    stream, graphs = gpu.xp.cuda.Stream(non_blocking=True), list[Any]()
+    gpu.xp.cuda.Device().synchronize()
+    allocators = {"malloc": gpu.xp.get_default_memory_pool().malloc, "malloc_async": gpu.xp.cuda.malloc_async}
+    with gpu.xp.cuda.using_allocator(allocators[allocator]), stream:
+        work, optimizer = Pairs(gpu, "both"), gpu_adam.Adam(0.1, clipnorm=1.0)
+        pairs = work.pairs(1)
+        optimizer.apply_gradients(pairs)
+        emulation.reset()
+        with captured(stream, graphs):
+            optimizer.apply_gradients(pairs)
+        counters = emulation.counters
+        assert "dense" in counters.graph_nodes[0]
+        assert counters.allocations == counters.device_allocations == 0
+        graphs[-1].launch()
+        stream.synchronize()
+        del work, optimizer, pairs
+
+
+def test_optimizers_may_be_given_back_in_a_capture(gpu: Device) -> None:
+    """They ask nothing of the device then, which would end a capture in the mode "global"."""
+    stream, graphs = gpu.xp.cuda.Stream(non_blocking=True), list[Any]()
+    gpu.xp.cuda.Device().synchronize()
+    with stream:
+        work, optimizer = Pairs(gpu, "both"), gpu_adam.Adam(0.1)
+        optimizer.apply_gradients(work.pairs(1))
+        optimizer.synchronize()
+        with captured(stream, graphs, 0):
+            del optimizer
+            gc.collect()
+
+
+@pytest.mark.parametrize("gone", ["optimizer", "slots", "variables"])
+@pytest.mark.parametrize("kind", ["dense", "sparse"])
+def test_a_graph_of_cupy_keeps_what_its_replays_read_and_write(gpu: Device, kind: str, gone: str) -> None:
+    """After the optimizer is gone, or has forgotten the variables; others are given no memory that the graph uses."""
+    config: dict[str, Any] = {"learning_rate": 0.1, "clipnorm": 1.0, "amsgrad": True}
+    expected, host_optimizer = Pairs(HOST, kind), gpu_adam.Adam(**config)
+    host_pairs = expected.pairs(1)
+    for _ in range(2):
+        host_optimizer.apply_gradients(host_pairs)
+    stream, graphs = gpu.xp.cuda.Stream(non_blocking=True), list[Any]()
+    gpu.xp.cuda.Device().synchronize()
+    with stream:
+        work, optimizer = Pairs(gpu, kind), gpu_adam.Adam(**config)
+        pairs = work.pairs(1)
+        optimizer.apply_gradients(pairs)
+        with captured(stream, graphs):
+            optimizer.apply_gradients(pairs)
+        arrays = [variable.value for variable in work.variables]
+        if gone == "slots":
+            for variable in work.variables:
+                optimizer.forget(variable)
+        else:
+            del optimizer
+        if gone == "variables":
+            del work, arrays
+            pairs = [gradient for gradient, _ in pairs]  # the arrays that a replay reads are the caller's
+        gc.collect()
+        sizes = [1, 2, 3, 5, 8, 45, 70, 255, 4097] * 4
+        scratch = [gpu.array(np.full(size, np.nan, np.float32)) for size in sizes]
+        graphs[0].launch()
+        stream.synchronize()
+        assert all(np.isnan(gpu.numpy(array)).all() for array in scratch)
+        if gone != "variables":
+            for array, variable in zip(arrays, expected.variables, strict=True):
+                assert_same_bits(gpu.numpy(array), variable.numpy())
 
 
 @pytest.mark.parametrize("kind", ["strided", "strided slices", "another's variable"])
@@ -567,6 +697,113 @@ def test_noting_rows_out_of_range_does_not_wait(gpu: Device, emulation: Any) -> 
     assert counters.d2h == 0
     with pytest.raises(SparseIndexError, match=r"got 4 and 1 more"):
         optimizer.check_errors()
+
+
+# Arrays of other frameworks.
+
+
+class Foreign:
+    """An array of a framework with streams of its own, as torch and JAX have: both protocols, and no stream in one.
+
+    Args:
+        array: the memory.
+        stream: where the framework writes it.
+        refuses: whether it keeps its memory to itself, as a tensor that requires a gradient.
+    """
+
+    def __init__(self, array: Any, stream: Any, *, refuses: bool = False) -> None:
+        self._array, self._stream, self._refuses = array, stream, refuses
+        self.shape, self.dtype, self.device = array.shape, array.dtype, array.device
+        self.asked: list[str] = []
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return 2, 0
+
+    def __dlpack__(self, stream: int | None = None, **options: Any) -> Any:
+        self.asked.append("DLPack")
+        if self._refuses:
+            raise BufferError("Can't export tensors that require gradient, use tensor.detach()")
+        with self._stream:
+            return self._array.__dlpack__(stream=stream, **options)
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        self.asked.append("interface")
+        if self._refuses:
+            raise RuntimeError("Can't get __cuda_array_interface__ on Variable that requires grad.")
+        return {**self._array.__cuda_array_interface__, "version": 2, "stream": None}
+
+
+@pytest.mark.parametrize("way", ["gradient", "initial value", "assigned"])
+def test_a_step_waits_for_the_stream_of_another_framework(gpu: Device, way: str) -> None:
+    size = 5000
+    for schedule in schedules(gpu):
+        theirs, ours = (gpu.xp.cuda.Stream(non_blocking=True) for _ in range(2))
+        array, values = gpu.array(np.full(size, 7.0, np.float32)), gpu.array(np.ones(size, np.float32))
+        gpu.xp.cuda.Device().synchronize()
+        with schedule():
+            with theirs:
+                array[...] = values
+                array += values
+            foreign = Foreign(array, theirs)
+            with ours:
+                variable, optimizer = Variable(np.zeros(size, np.float32)), gpu_adam.Adam(0.1)
+                if way == "gradient":
+                    optimizer.apply_gradients([(foreign, variable)])
+                    assert foreign.asked == ["DLPack"]
+                    found = optimizer.get_slot(variable, "m").numpy() / np.float32(1 - 0.9)
+                else:
+                    found = Variable(foreign).numpy() if way == "initial value" else variable.assign(foreign).numpy()
+            np.testing.assert_allclose(found, 2, rtol=1e-6)
+
+
+def test_a_captured_step_takes_the_array_interface(gpu: Device) -> None:
+    """A wait for another stream is not permitted there."""
+    stream, graphs = gpu.xp.cuda.Stream(non_blocking=True), list[Any]()
+    gpu.xp.cuda.Device().synchronize()
+    with stream:
+        variable, optimizer = Variable(np.zeros(3, np.float32)), gpu_adam.Adam(0.1)
+        foreign = Foreign(gpu.array(np.ones(3, np.float32)), gpu.xp.cuda.Stream(non_blocking=True))
+        optimizer.apply_gradients([(foreign, variable)])
+        foreign.asked.clear()
+        with captured(stream, graphs, 0):
+            optimizer.apply_gradients([(foreign, variable)])
+        assert set(foreign.asked) == {"interface"}
+        graphs[0].launch()
+        np.testing.assert_allclose(variable.numpy(), -0.2, rtol=1e-5)
+
+
+@pytest.mark.parametrize("is_captured", [False, True])
+def test_objects_that_keep_their_memory_to_themselves(gpu: Device, is_captured: bool) -> None:
+    stream, graphs = gpu.xp.cuda.Stream(non_blocking=True), list[Any]()
+    gpu.xp.cuda.Device().synchronize()
+    with stream:
+        array: Any = gpu.array(np.ones(3, np.float32))
+        foreign = Foreign(array, stream, refuses=True)
+        variable, optimizer = Variable(np.zeros(3, np.float32)), gpu_adam.Adam(0.1)
+        optimizer.apply_gradients([(array, variable)])
+        before = state(optimizer, [variable])
+        calls: list[Callable[[], object]] = [
+            lambda: optimizer.apply_gradients([(foreign, variable)]),
+            lambda: optimizer.apply_gradients([(array, foreign)]),
+        ]
+        if not is_captured:
+            calls += [lambda: Variable(foreign), lambda: variable.assign(foreign), lambda: optimizer.build([foreign])]
+        with captured(stream, graphs) if is_captured else contextlib.nullcontext():
+            for call in calls:
+                with pytest.raises(ArgumentTypeError, match=r"must share its memory \(got Can't .*\); detach it, or"):
+                    call()
+        assert_same_state(state(optimizer, [variable]), before)
+
+
+def test_cupy_takes_a_variable_for_its_array(gpu: Device) -> None:
+    """But not while a loss is being recorded, whose gradient would be cut off."""
+    variable: Any = Variable(np.zeros(3, np.float32))
+    assert variable.__cupy_get_ndarray__() is variable.value
+    assert gpu.xp.asarray(variable).data.ptr == variable.value.data.ptr
+    assert not hasattr(Variable(np.zeros(3), device="host"), "__cupy_get_ndarray__")
+    with pytest.raises(TypeError, match="recorded array"):
+        gpu_adam.Adam().minimize(lambda: gpu.xp.asarray(variable).sum(), [variable])
 
 
 # The same under every schedule: what is enqueued late still reads what it should.

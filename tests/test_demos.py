@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gpu_adam import checkpoint
 from gpu_adam.demos import Demo, product, words
 from gpu_adam.demos.digits import CLASSES, Digits
 from gpu_adam.demos.words import Words
 from gpu_adam.devices import Device
 from gpu_adam.errors import CheckpointError
+from gpu_adam.state import checkpoint
 
 DEMOS = pytest.mark.parametrize("kind", [Digits, Words])
 

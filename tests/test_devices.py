@@ -30,6 +30,7 @@ found = importlib.util.find_spec
 importlib.util.find_spec = lambda name, package=None: None if name == "cupy" else found(name, package)
 """
 STANDIN = """
+class ndarray: pass
 class Device:
     def __init__(self, index): self.id = index
 class cuda:
@@ -138,7 +139,65 @@ def test_variables_of_several_devices_in_one_step(device: Device) -> None:
     variables[1].assign(np.zeros(5)).assign_add(np.ones(5))
     assert variables[1].numpy().tolist() == [1] * 5
     optimizer.set_weights(optimizer.get_weights())
-    assert copy.deepcopy(optimizer).get_slot(variables[1], "v").device is places[1]
+    copied, copies = copy.deepcopy((optimizer, variables))
+    assert copied.get_slot(copies[1], "v").device is places[1]
+
+
+def test_a_variable_of_another_device_than_the_current_one(device: Device) -> None:
+    """Assignments, expressions, methods, weights, files and losses compute where the variable lies."""
+    other = neighbour(device)
+    start = np.linspace(-1, 1, 5)
+    variable, optimizer = Variable(start, device=other), gpu_adam.Adam(0.1)
+    for value in (np.ones(5), [1.0] * 5, Variable(np.ones(5), device=other), Variable(np.ones(5), device=device)):
+        variable.assign(start).assign(value).assign_add(value).assign_sub(device.array(np.full(5, 0.5)))
+        variable += 1.0
+        assert variable.numpy().tolist() == [2.5] * 5
+    variable.assign(start)
+    variable[1:3] = 7.0
+    expected = np.array([-1, 7, 7, 0.5, 1])
+    for found in (variable + 1, 1 + variable, np.add(variable, 1)):
+        assert devices.device_of(found) is other
+        assert other.numpy(found).tolist() == (expected + 1).tolist()
+    for found in (variable.sum(), np.sum(variable), np.add.reduce(variable)):
+        assert float(found) == pytest.approx(14.5)
+    assert other.numpy(np.where(variable > 0, variable, 0)).tolist() == [0, 7, 7, 0.5, 1]
+    assert float(variable[3]) == 0.5
+    for count in (1, 2):
+        assert optimizer.minimize(lambda: np.sum(variable**2), [variable]) == count
+    assert optimizer.get_gradients(lambda: variable * 3, [variable])[0].tolist() == [3] * 5
+    assert (variable.numpy() < expected).tolist() == [False, True, True, True, True]
+
+
+def test_weights_of_another_device_than_the_current_one(device: Device, tmp_path: Path) -> None:
+    other = neighbour(device)
+    variable, optimizer = Variable(np.ones(5), device=other), gpu_adam.Adam(0.1)
+    optimizer.apply_gradients([(other.array(np.ones(5)), variable)])
+    before = optimizer.get_weights()
+    optimizer.save(tmp_path / "state.npz")
+    for number, slot in enumerate(optimizer.weights[1:]):
+        slot.assign(np.full(5, float(number)))
+    optimizer.load(tmp_path / "state.npz")
+    for actual, expected in zip(optimizer.get_weights(), before, strict=True):
+        assert_same_bits(np.asarray(actual), np.asarray(expected))
+    for value in (np.full(5, 3, np.float32), device.array(np.full(5, 3.0)), Variable(np.full(5, 3), device=device)):
+        optimizer.set_weights([7, value, value])
+        assert [weight.tolist() for weight in optimizer.get_weights()] == [7, [3] * 5, [3] * 5]
+
+
+@pytest.mark.parametrize("start", ["host", "device", "neighbour"])
+@pytest.mark.parametrize("end", ["host", "device", "neighbour"])
+def test_values_that_come_from_another_device(device: Device, start: str, end: str) -> None:
+    """They are copied, after what the current stream of their device has still to do and before what comes then."""
+    places = {"host": find_device("host"), "device": device, "neighbour": neighbour(device)}
+    source = Variable(np.zeros(1000), device=places[start])
+    source.assign(np.arange(1000.0))
+    copied = Variable(source, device=places[end])
+    cast = Variable(source.value, dtype="float32", device=places[end])
+    assigned = Variable(np.zeros(1000), device=places[end]).assign(source).assign(source.value)
+    source.assign(np.full(1000, np.nan))
+    for variable in (copied, cast, assigned):
+        assert variable.device is places[end]
+        assert variable.numpy().tolist() == list(range(1000))
 
 
 def test_parts_of_a_gradient_on_another_device(device: Device) -> None:
@@ -203,7 +262,7 @@ print(gpu_adam.get_device().name, gpu_adam.find_device(None).name)
 
 def test_auto_takes_cuda_where_it_answers_and_says_so_once(tmp_path: Path) -> None:
     code = "import logging; logging.basicConfig(level=logging.INFO)\n" + SHOW + SHOW
-    text = processes.run(code, standin(tmp_path))
+    text = processes.run(code, standin(tmp_path), GPU_ADAM_DEVICE=None)
     assert text.splitlines() == ["INFO:gpu_adam:device: cuda:1", "cuda:1", "cuda:1"]
     said, *names = processes.run(WITHOUT_CUPY + code, GPU_ADAM_DEVICE="auto").splitlines()
     assert said.startswith(

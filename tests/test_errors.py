@@ -15,6 +15,7 @@ BUILTINS: dict[type[GpuAdamError], type[Exception]] = {
     errors.CheckpointError: ValueError,
     errors.SparseIndexError: IndexError,
     errors.SlotNotFoundError: KeyError,
+    errors.ConcurrentStepError: RuntimeError,
     errors.DeviceError: RuntimeError,
     errors.KernelCompileError: RuntimeError,
 }

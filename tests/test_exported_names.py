@@ -7,8 +7,8 @@ import gpu_adam
 from gpu_adam import errors, schedules
 
 ERRORS = {
-    "ArgumentTypeError", "ArgumentValueError", "CheckpointError", "DeviceError", "GpuAdamError", "KernelCompileError",
-    "SlotNotFoundError", "SparseIndexError",
+    "ArgumentTypeError", "ArgumentValueError", "CheckpointError", "ConcurrentStepError", "DeviceError", "GpuAdamError",
+    "KernelCompileError", "SlotNotFoundError", "SparseIndexError",
 }  # fmt: skip
 SCHEDULES = {
     "CosineDecay", "CosineDecayRestarts", "ExponentialDecay", "InverseTimeDecay", "LearningRateSchedule",
@@ -20,9 +20,9 @@ OTHERS = {
 
 ADAM = {
     "add_slot", "add_weight", "amsgrad", "apply_gradients", "beta_1", "beta_2", "build", "check_errors", "clipnorm",
-    "clipvalue", "complex_mode", "decay", "epsilon", "from_config", "get_config", "get_gradients", "get_slot",
+    "clipvalue", "complex_mode", "decay", "epsilon", "forget", "from_config", "get_config", "get_gradients", "get_slot",
     "get_slot_names", "get_updates", "get_weights", "global_clipnorm", "iterations", "learning_rate", "load", "lr",
-    "minimize", "name", "save", "set_weights", "synchronize", "variables", "weights",
+    "minimize", "name", "replace", "save", "set_weights", "synchronize", "variables", "weights",
 }  # fmt: skip
 VARIABLE = {
     "assign", "assign_add", "assign_sub", "device", "dtype", "name", "ndim", "numpy", "over", "shape", "size",
@@ -69,6 +69,8 @@ def test_parameters() -> None:
             "self", "name", "shape", "dtype", "initializer", "trainable", "synchronization", "aggregation",
         ],
         gpu_adam.Adam.get_slot: ["self", "var", "slot_name"],
+        gpu_adam.Adam.forget: ["self", "variable"],
+        gpu_adam.Adam.replace: ["self", "old", "new", "index"],
         gpu_adam.Adam.set_weights: ["self", "weights"],
         gpu_adam.Adam.save: ["self", "path"],
         gpu_adam.Adam.load: ["self", "path"],

@@ -111,6 +111,17 @@ class Recording(LearningRateSchedule):
         return 0.5 / (1 + float(step))
 
 
+def test_a_callable_may_read_the_counter(device: Device) -> None:
+    """Of its own optimizer, also in the first step, which creates the counter."""
+    optimizer, variable = gpu_adam.Adam(), Variable(np.zeros(2, np.float32))
+    optimizer.learning_rate = lambda: 1 / (1 + int(optimizer.iterations))
+    g = device.array(np.ones(2, np.float32))
+    for step in (1, 2):
+        assert optimizer.apply_gradients([(g, variable)]) == step
+    np.testing.assert_allclose(variable.numpy(), -1.5, rtol=1e-5)
+    assert [weight.name for weight in optimizer.weights] == ["Adam/iter", "Adam/Variable/m", "Adam/Variable/v"]
+
+
 def test_schedules_get_the_steps_done(device: Device) -> None:
     schedule = Recording()
     optimizer, oracle = gpu_adam.Adam(schedule, decay=0.5), reference.Adam([np.ones(3)], decay=0.5)
@@ -397,3 +408,18 @@ def test_a_large_clipvalue_bounds_nothing_in_float32(device: Device) -> None:
     variable, optimizer = Variable(np.ones(3, np.float32)), gpu_adam.Adam(clipvalue=1e300)
     run(device, optimizer, variable, 2)
     assert_same_bits(variable.numpy(), bits_of_constant(device, 2))
+
+
+@pytest.mark.parametrize(
+    ("bounds", "norm", "limit", "clips"),
+    [
+        ({}, None, None, False),
+        ({"clipvalue": 0.5}, None, None, True),
+        ({"clipnorm": 2}, "each", 2.0, True),
+        ({"clipvalue": 0.5, "global_clipnorm": 3}, "global", 3.0, True),
+    ],
+    ids=str,
+)
+def test_what_is_clipped(bounds: dict[str, Any], norm: str | None, limit: float | None, clips: bool) -> None:
+    clip = gpu_adam.Adam(**bounds)._clip
+    assert (clip.norm, clip.limit, clip.clips) == (norm, limit, clips)

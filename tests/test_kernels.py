@@ -19,8 +19,11 @@ from reference import Array, assert_same_bits
 
 import gpu_adam
 from gpu_adam import IndexedSlices, Variable, kernels
-from gpu_adam.devices import HostDevice, host
-from gpu_adam.sparse import IndexErrors, RowSorter
+from gpu_adam.devices import HostDevice, compiler, host
+from gpu_adam.kernels import sources
+from gpu_adam.step.index_errors import IndexErrors
+from gpu_adam.step.row_sort import RowSorter
+from gpu_adam.uninterrupted import make_all
 
 DTYPES = list(kernels.DTYPES)
 FILES = sorted({source.file for source in kernels.variants()})
@@ -31,10 +34,11 @@ FILES = sorted({source.file for source in kernels.variants()})
 def mirrors(dtype: str) -> dict[str, np.dtype[Any]]:
     """The NumPy dtype of every C struct that crosses the border, for one row of the dtype table."""
     return {
-        "Step": kernels.step_dtype(kernels.DTYPES[dtype].real_dtype),
+        "StepScalars": kernels.step_scalars(kernels.DTYPES[dtype].real_dtype),
+        "Slots": kernels.SLOT_POINTERS,
         "Tensor": kernels.TENSOR,
         "TensorTable": kernels.TENSOR_TABLE,
-        "Table": kernels.TABLE,
+        "EmbeddingTable": kernels.EMBEDDING_TABLE,
         "Indices": kernels.INDICES,
         "Keys": kernels.KEYS,
         "IndexErrors": kernels.INDEX_ERRORS,
@@ -42,11 +46,20 @@ def mirrors(dtype: str) -> dict[str, np.dtype[Any]]:
 
 
 def declared(struct: str, text: str) -> list[str]:
-    """The names of a C struct's members, in order."""
+    """The names of a C struct's members, in order; those of the struct of slots are the list of slots."""
+    if struct == "Slots":
+        return [name for name, *_ in listed_slots(text)]
     body = re.search(rf"^struct {struct} {{\n(.*?)^}};", text, re.MULTILINE | re.DOTALL)
     assert body is not None, f"no struct {struct}"
     statements = re.sub("//.*", "", body[1]).split(";")[:-1]
     return [name for statement in statements for name in re.findall(r"(\w+)\s*(?:,|$)", statement)]
+
+
+def listed_slots(text: str) -> list[tuple[str, ...]]:
+    """The rows of GPU_ADAM_SLOTS: name, type in memory, type in registers, presence."""
+    body = re.search(r"#define GPU_ADAM_SLOTS\(SLOT\)((?:.*\\\n)*.*)", text)
+    assert body is not None
+    return [tuple(row.split(", ")) for row in re.findall(r"SLOT\((.*?)\)", body[1])]
 
 
 def test_every_struct_of_the_python_side_is_compared() -> None:
@@ -67,27 +80,89 @@ def test_structs_have_the_same_fields_sizes_and_offsets(dtype: str, tmp_path: Pa
         for field in struct.names or ():
             place = f"offsetof({name}, {field}), sizeof({name}::{field})"
             lines.append(f'printf("{name}.{field} %zu %zu\\n", {place});')
-    defines = kernels.sparse(dtype, amsgrad=True, clip=True).source.defines
-    program = [
-        *(f"#define {define.replace('=', ' ', 1)}" for define in [*defines, "GPU_ADAM_PACK_BYTES=16"]),
-        '#include <stdio.h>\n#include "fast.h"\n#include "dense.cu"\n#include "sparse.cu"',
-        "int main() {",
-        *lines,
-        "}",
-    ]
-    (tmp_path / "layout.cpp").write_text("\n".join(program))
-    directory = kernels.directory()
-    call = [*host.compiler(), "-std=c++17", f"-I{directory}", f"-I{directory / 'host'}", "layout.cpp", "-o", "layout"]
-    compiled = subprocess.run(call, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert compiled.returncode == 0, compiled.stderr
-    result = subprocess.run([tmp_path / "layout"], capture_output=True, text=True, check=True)
+    printed = output_of(lines, kernels.UpdateRule(), dtype, tmp_path)
 
     expected = {name: [struct.itemsize] for name, struct in python.items()}
     for name, struct in python.items():
         for field, (kind, offset, *_) in (struct.fields or {}).items():
             expected[f"{name}.{field}"] = [offset, kind.itemsize]
-    found = [line.split() for line in result.stdout.splitlines()]
+    found = [line.split() for line in printed.splitlines()]
     assert {name: list(map(int, figures)) for name, *figures in found} == expected
+
+
+def output_of(statements: list[str], rule: kernels.UpdateRule, dtype: str, folder: Path) -> str:
+    """What a C++ program prints that knows the kernels and does this."""
+    program = [
+        *(f"#define {define.replace('=', ' ', 1)}" for define in kernels.sparse(dtype, rule).source.defines),
+        "#define GPU_ADAM_PACK_BYTES 16",
+        '#include <stdio.h>\n#include "fast.h"\n#include "dense.cu"\n#include "sparse.cu"',
+        "int main() {",
+        *statements,
+        "}",
+    ]
+    (folder / "program.cpp").write_text("\n".join(program))
+    directory = kernels.directory()
+    include = [f"-I{directory}", f"-I{directory / 'host'}"]
+    call = [*compiler.command(), "-std=c++17", *include, "program.cpp", "-o", "program"]
+    compiled = subprocess.run(call, cwd=folder, capture_output=True, text=True, check=False)
+    assert compiled.returncode == 0, compiled.stderr
+    return subprocess.run([folder / "program"], capture_output=True, text=True, check=True).stdout
+
+
+# Slots.
+
+
+@pytest.mark.parametrize("amsgrad", [False, True])
+def test_the_two_lists_of_slots_agree(amsgrad: bool, tmp_path: Path) -> None:
+    """Name, order, size of an element and presence; complex64, whose real and complex elements differ in size."""
+    rule = kernels.UpdateRule(amsgrad=amsgrad)
+    show = "#define SHOW(slot, Memory, Register, present) "
+    show += 'printf(#slot " %zu %zu %d\\n", sizeof(Memory), sizeof(Register), bool(present));'
+    lines = output_of([show, "GPU_ADAM_SLOTS(SHOW)"], rule, "complex64", tmp_path).splitlines()
+    sizes = [spec.dtype(np.dtype(np.complex64), "abs2").itemsize for spec in kernels.SLOT_SPECS]
+    assert lines == [
+        "theta 8 8 1",
+        *(f"{spec.name} {n} {n} {spec.exists(rule):d}" for spec, n in zip(kernels.SLOT_SPECS, sizes, strict=True)),
+    ]
+
+
+def test_moved_slots_and_absent_ones(tmp_path: Path) -> None:
+    """A slot that a kernel has moves by elements; one that it has not stays null."""
+    statements = [
+        "alignas(16) static ComplexFloat complex[8]; static float real[8];",
+        "const Slots slots = {complex, complex, real, nullptr}, moved = slots.at(3);",
+        'printf("%ld %ld %ld ", moved.theta - complex, moved.m - complex, moved.v - real);',
+        'printf("%d", moved.vhat == nullptr);',
+    ]
+    assert output_of(statements, kernels.UpdateRule(), "complex64", tmp_path) == "3 3 3 1"
+
+
+def test_slots_of_a_rule() -> None:
+    names = {rule.amsgrad: [spec.name for spec in kernels.slots_of(rule)] for rule in kernels.update_rules()}
+    assert names == {False: ["m", "v"], True: ["m", "v", "vhat"]}
+    assert kernels.slot_spec("vhat") is kernels.SLOT_SPECS[2]
+    assert kernels.slot_spec("theta") is kernels.slot_spec("a user's") is None
+
+
+@pytest.mark.parametrize(
+    ("dtype", "mode", "v"),
+    [
+        ("float32", "abs2", "float32"),
+        ("complex64", "abs2", "float32"),
+        ("complex128", "abs2", "float64"),
+        ("complex64", "real_imag", "complex64"),
+        ("int32", "abs2", "int32"),
+    ],
+)
+def test_dtypes_of_slots(dtype: str, mode: str, v: str) -> None:
+    """Moving averages of |g|^2 are real in the mode "abs2"; a dtype that the kernels do not know gives itself."""
+    variable = np.dtype(dtype)
+    assert [spec.dtype(variable, mode) for spec in kernels.SLOT_SPECS] == [variable, np.dtype(v), np.dtype(v)]
+
+
+def test_addresses_of_slots_that_are_missing_are_null() -> None:
+    assert kernels.slot_pointers({"m": 2, "theta": 1, "v": 3}) == (1, 2, 3, 0)
+    assert kernels.struct(kernels.SLOT_POINTERS, *kernels.slot_pointers({"vhat": 4})).tolist() == [(0, 0, 0, 4)]
 
 
 # Sources.
@@ -132,10 +207,11 @@ def test_line_numbers_are_those_of_the_files(file: str) -> None:
 def edited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A copy of cuda/ that takes its place."""
     shutil.copytree(kernels.directory(), tmp_path / "cuda")
-    monkeypatch.setattr(kernels, "directory", lambda: tmp_path / "cuda")
-    kernels._inlined.cache_clear()
+    for module in (kernels, sources):
+        monkeypatch.setattr(module, "directory", lambda: tmp_path / "cuda")
+    sources._inlined.cache_clear()
     yield tmp_path / "cuda"
-    kernels._inlined.cache_clear()
+    sources._inlined.cache_clear()
 
 
 @pytest.mark.parametrize("file", FILES)
@@ -144,18 +220,18 @@ def test_an_edited_header_changes_the_text(edited: Path, file: str) -> None:
     for name in (file, *headers_of(file)):
         original = (edited / name).read_text()
         (edited / name).write_text(original + "// edited\n")
-        kernels._inlined.cache_clear()
+        sources._inlined.cache_clear()
         assert kernels.Source(file, ()).text != before, name
         (edited / name).write_text(original)
 
 
 def test_an_edited_shim_gives_another_library(edited: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GPU_ADAM_CACHE", str(edited / "cache"))
-    monkeypatch.setattr(host, "_compile", lambda command, text, work, what: (work / "kernel.so").touch())
+    monkeypatch.setattr(compiler, "_compile", lambda command, text, work, what: (work / "kernel.so").touch())
     source = kernels.sort("sort_rows").source
 
     def library() -> str:
-        return host._built(host.source_text(source, faithful=True), "the test")
+        return compiler.library_file(compiler.source_text(source, faithful=True), "the test")
 
     seen = [library()]
     assert library() == seen[0]
@@ -177,14 +253,37 @@ def test_kernel_names_are_all_global_functions(file: str) -> None:
 def test_variants_are_distinct_and_complete() -> None:
     variants = kernels.variants()
     assert len(set(variants)) == len(variants)
+    choices = itertools.product((False, True), repeat=2)
+    assert {(rule.amsgrad, rule.clips) for rule in kernels.update_rules()} == set(choices)
     updates = {
-        update(dtype, amsgrad=amsgrad, clip=clip).source
+        update(dtype, rule).source
         for dtype, update in itertools.product(DTYPES, (kernels.dense, kernels.sparse))
-        for amsgrad, clip in itertools.product((False, True), repeat=2)
+        for rule in kernels.update_rules()
     }
+    staged = {
+        update(dtype, rule, staged=True).source
+        for dtype, update in itertools.product(DTYPES, (kernels.dense, kernels.sparse))
+        for rule in kernels.update_rules()
+    }
+    assert len(staged) == len(updates)
+    assert not staged & updates
     norms = {kernels.norm(dtype, name).source for dtype in DTYPES for name in kernels.kernel_names("norm.cu")}
     sorts = {kernels.sort(name).source for name in kernels.kernel_names("sort.cu")}
     assert set(variants) == updates | norms | sorts
+
+
+@pytest.mark.parametrize("update", [kernels.dense, kernels.sparse])
+def test_rules_that_differ_in_nothing_a_kernel_knows_have_one_kernel(update: Callable[..., kernels.Kernel]) -> None:
+    rule = kernels.UpdateRule(clips=True)
+    for other in (rule._replace(norm="each"), rule._replace(norm="global"), rule._replace(complex_mode="real_imag")):
+        assert update("float32", other) is update("float32", rule)
+
+
+def test_layouts() -> None:
+    complex64, float64 = np.dtype(np.complex64), np.dtype(np.float64)
+    assert kernels.UpdateRule().layout(complex64) == ("complex64", 1)
+    assert kernels.UpdateRule("real_imag").layout(complex64) == ("float32", 2)
+    assert kernels.UpdateRule("real_imag").layout(float64) == ("float64", 1)
 
 
 # The same bits.
@@ -219,11 +318,11 @@ STEPS = 2
 def dtype(request: pytest.FixtureRequest) -> str:
     """A row of the dtype table, its libraries compiled side by side."""
     name = str(request.param)
-    sources = [kernels.norm(name, "square_sums").source, kernels.sort("sort_rows").source]
+    needed = [kernels.norm(name, "square_sums").source, kernels.sort("sort_rows").source]
     for update in (kernels.dense, kernels.sparse):
-        sources += [update(name, amsgrad=on, clip=on).source for on in (False, True)]
+        needed += [update(name, kernels.UpdateRule(amsgrad=on, clips=on)).source for on in (False, True)]
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(host._library, *zip(*itertools.product(sources, (False, True)), strict=True)))
+        list(pool.map(host._library, *zip(*itertools.product(needed, (False, True)), strict=True)))
     return name
 
 
@@ -383,6 +482,32 @@ def test_threads_that_take_runs_of_blocks_give_the_same_bits() -> None:
             assert_same(found, expected, "two launches at once")
 
 
+@pytest.mark.parametrize("sparse", [False, True])
+def test_launches_that_try_fetching_ahead_give_the_same_bits(sparse: bool) -> None:
+    """Launches so large that their blocks go in turns, until the trial is over; smaller ones have no turns."""
+    rng = np.random.default_rng(9)
+    chunks = 300
+    initial, gradient = (numbers(rng, (chunks, kernels.CHUNK), "float32") for _ in range(2))
+    rows = np.arange(0, chunks, 2)
+    if sparse:
+        gradient[1::2] = 0
+
+    def result(part: Array, threads: int) -> dict[str, Array]:
+        variable = Variable(initial[part], device=HostDevice(threads=threads))
+        optimizer = gpu_adam.Adam(0.1)
+        inside = np.flatnonzero(np.isin(part, rows))
+        slices = gpu_adam.IndexedSlices(gradient[part[inside]], inside)
+        for _ in range(5):
+            optimizer.apply_gradients([(slices if sparse else gradient[part], variable)])
+        return {"variable": variable.numpy(), "v": optimizer.get_slot(variable, "v").numpy()}
+
+    everything = np.arange(chunks)
+    parts = [result(part, 1) for part in np.array_split(everything, 3)]
+    expected = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    for threads in (1, 2):
+        assert_same(result(everything, threads), expected, f"{threads} threads")
+
+
 @pytest.mark.parametrize("mode", ["plain", "amsgrad, clipvalue"])
 @pytest.mark.parametrize("dtype", [name for name in DTYPES if np.dtype(name).kind == "f"], indirect=True)
 def test_fast_mode_gives_the_reference_bits(dtype: str, mode: str) -> None:
@@ -401,6 +526,27 @@ def test_fast_mode_gives_the_reference_bits(dtype: str, mode: str) -> None:
         assert_same_bits(results[name], oracle.variables[number], name)
         assert_same_bits(results[f"m of {name}"], oracle.m[number], f"m of {name}")
         assert_same_bits(results[f"v of {name}"], oracle.v[number], f"v of {name}")
+
+
+def test_staged_scalars_give_the_same_bits() -> None:
+    """Read through the pointer, and not from the argument, which holds other numbers."""
+    scalars = kernels.struct(kernels.step_scalars("float32"), 0.01, 0.1, 0.001, 1e-7, 0.75)
+    garbage, null = np.full_like(scalars, np.nan), kernels.pointer(0)
+    results = []
+    for staged in (False, True):
+        rng = np.random.default_rng(1)
+        theta, m, v, g = (np.abs(numbers(rng, 37, "float32")) for _ in range(4))
+        addresses = {name: array.ctypes.data for name, array in (("theta", theta), ("m", m), ("v", v))}
+        tensor = kernels.struct(kernels.TENSOR, kernels.slot_pointers(addresses), 37, 0)
+        gradients, chunk_tensor = np.array([g.ctypes.data], np.uint64), np.zeros(1, np.int32)
+        places = [array.ctypes.data for array in (tensor, gradients, chunk_tensor)]
+        table = kernels.struct(kernels.TENSOR_TABLE, *places, 1)
+        given = [garbage, kernels.pointer(scalars.ctypes.data)] if staged else [scalars, null]
+        kernel = kernels.dense("float32", kernels.UpdateRule(clips=True), staged=staged)
+        FAST.prepare(kernel, [table, null, kernels.scalar(0), *given])(1)
+        results.append({"theta": theta, "m": m, "v": v})
+    assert np.isfinite(results[0]["theta"]).all()
+    assert_same(results[1], results[0], "staged")
 
 
 # The sort of row numbers.
@@ -427,7 +573,7 @@ def sort_on(device: HostDevice, indices: Array, rows: int) -> Sorted:
     errors = IndexErrors(Variable(np.zeros((1, 1), np.float32), device=device))
     sorter = RowSorter(device, rows, errors)
     sorter.bind(indices)
-    sorter.enqueue()
+    make_all(sorter.calls())
     row, position = (read_memory(int(sorter.keys[name][0]), len(indices)) for name in ("row", "position"))
     return Sorted(row, position, errors.array.view(kernels.INDEX_ERRORS)[0])
 
@@ -493,7 +639,7 @@ def test_a_sorter_sorts_again_and_notes_errors_until_they_are_read() -> None:
     for indices in ([3, 9, 0], list(range(4)) * 2000, [0, 0, -1, 7], [2]):
         array = np.array(indices, np.int64)
         sorter.bind(array)
-        sorter.enqueue()
+        make_all(sorter.calls())
         keys, positions = expected_sort(array, 4)
         assert_same_bits(read_memory(int(sorter.keys["row"][0]), len(indices)), keys)
         assert_same_bits(read_memory(int(sorter.keys["position"][0]), len(indices)), positions)

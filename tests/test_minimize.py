@@ -132,10 +132,10 @@ def test_the_same_variable_twice_is_updated_twice(w: Variable) -> None:
 
 def test_grad_loss_multiplies(w: Variable, device: Device) -> None:
     start = w.numpy()
-    for upstream in (0.5, np.float32(0.5), device.array(np.array([1.0, 0.0, -2.0]))):
+    for cotangent in (0.5, np.float32(0.5), device.array(np.array([1.0, 0.0, -2.0]))):
         optimizer, u = Adam(), copy.deepcopy(w)
-        optimizer.minimize(lambda u=u: u * u, [u], grad_loss=upstream)  # type: ignore[misc]
-        factor = device.numpy(upstream) if hasattr(upstream, "shape") and upstream.shape else upstream
+        optimizer.minimize(lambda u=u: u * u, [u], grad_loss=cotangent)  # type: ignore[misc]
+        factor = device.numpy(cotangent) if hasattr(cotangent, "shape") and cotangent.shape else cotangent
         np.testing.assert_allclose(momentum(optimizer, u), 2 * start * factor)
 
 
@@ -383,6 +383,7 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() // 1024
 
 
+@pytest.mark.long
 def test_ten_thousand_steps_do_not_grow_the_process(device: Device) -> None:
     x = device.array(np.random.default_rng(0).normal(size=(50, 4)))
     w, table = Variable(np.ones(4)), Variable(np.ones((9, 4)))

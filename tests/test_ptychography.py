@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gpu_adam import GpuAdamError, checkpoint
+from gpu_adam import GpuAdamError
 from gpu_adam.__main__ import main
 from gpu_adam.demos import ptychography
 from gpu_adam.demos.ptychography import Ptychography
 from gpu_adam.devices import Device
+from gpu_adam.state import checkpoint
 
 
 @pytest.fixture
@@ -30,6 +31,7 @@ def tiny(coarse: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ptychography, "SCAN", 4)
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("coarse")
 def test_finds_the_object(device: Device) -> None:
     demo = Ptychography()

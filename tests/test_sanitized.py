@@ -14,7 +14,7 @@ from typing import NamedTuple
 import pytest
 
 from gpu_adam import kernels
-from gpu_adam.devices import host
+from gpu_adam.devices import compiler
 
 HARNESS = Path(__file__).parent / "sanitized" / "harness.cpp"
 
@@ -24,9 +24,10 @@ FLAGS = (
     *("-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
 )
 
-# The combinations of amsgrad and clipping, one for each dtype by turns.
-SWITCHES = [(True, True), (True, False), (False, True), (False, False)]
-SWITCHES_OF = {dtype: SWITCHES[number % 4] for number, dtype in enumerate(kernels.DTYPES)}
+# The rules of the variants, one for each dtype by turns; every second dtype has its scalars staged in memory.
+RULES = kernels.update_rules()[::-1]
+RULE_OF = {dtype: RULES[number % len(RULES)] for number, dtype in enumerate(kernels.DTYPES)}
+STAGED = list(kernels.DTYPES)[1::2]
 
 
 class Mutant(NamedTuple):
@@ -57,7 +58,7 @@ def without_barrier(file: str, test: str, before: str, after: str) -> Mutant:
 
 MUTANTS = {
     "a sum's barrier before the tree": without_barrier(
-        "norm.cu", "norm", "lanes[group * WIDTH + k] = sum[k];\n    }\n    ", "\n"
+        "norm.cu", "norm", "lanes[group * PACK + k] = sum[k];\n    }\n    ", "\n"
     ),
     "a barrier for a part of the block": Mutant(
         "norm.cu",
@@ -100,7 +101,7 @@ MUTANTS = {
     "keys left over": Mutant(
         "sort.cuh", "blockDim.x - 1) / blockDim.x;", "(MUTANT ? 0 : blockDim.x - 1)) / blockDim.x;", "sort", WRONG
     ),
-    "the barrier before rows are summed": without_barrier("sparse.cu", "sparse", "", "\n        sum_rows"),
+    "the barrier before rows are summed": without_barrier("sparse.cu", "sparse", "", "\n        // Two loops"),
     "the barrier before the next tile": without_barrier("sparse.cu", "sparse", "", "  // before the next tile's zeros"),
     "a row too far": Mutant(
         "sparse.cu", "if (row[middle] < wanted)", "if (row[middle] < wanted + MUTANT)", "sparse", WRONG
@@ -118,8 +119,8 @@ MUTANTS = {
 }
 
 
-def definitions(dtype: str, *, amsgrad: bool, clip: bool) -> list[str]:
-    defines = kernels.sparse(dtype, amsgrad=amsgrad, clip=clip).source.defines
+def definitions(dtype: str) -> list[str]:
+    defines = kernels.sparse(dtype, RULE_OF[dtype], staged=dtype in STAGED).source.defines
     return [f"-D{define}" for define in (*defines, "GPU_ADAM_PACK_BYTES=16")]
 
 
@@ -129,7 +130,7 @@ def flags() -> tuple[str, ...]:
     probe = ["-x", "c++", "-", "-o", os.devnull]
     # g++ leaves shared memory, which is in a section of its own, unguarded without this. clang++ does not know it.
     for candidate in ((*FLAGS, "-fsanitize-sections=gpu_adam_shared"), FLAGS):
-        call = [*host.compiler(), *candidate, *probe]
+        call = [*compiler.command(), *candidate, *probe]
         if subprocess.run(call, input="int main() {}", text=True, capture_output=True, check=False).returncode == 0:
             return candidate
     pytest.skip("needs a C++ compiler with AddressSanitizer and UndefinedBehaviorSanitizer")
@@ -138,9 +139,9 @@ def flags() -> tuple[str, ...]:
 def built(cuda: Path, defines: list[str]) -> Path:
     """The harness with the kernels of the directory `cuda`, from the kernel cache or compiled into it."""
     texts = [path.read_text() for path in [HARNESS, *sorted(cuda.glob("*.cu*")), *sorted(cuda.glob("host/*.h"))]]
-    call = [*host.compiler(), *flags(), *defines]
-    identity = "\0".join([*texts, *call, host._compiler_version(tuple(host.compiler()))])
-    path = host.cache_directory() / f"test-{hashlib.sha256(identity.encode()).hexdigest()[:32]}"
+    call = [*compiler.command(), *flags(), *defines]
+    identity = "\0".join([*texts, *call, compiler.compiler_version(tuple(compiler.command()))])
+    path = compiler.cache_directory() / f"test-{hashlib.sha256(identity.encode()).hexdigest()[:32]}"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f"{path.name}.{os.getpid()}")
@@ -168,7 +169,7 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Programs:
         assert text.count(mutant.old) == 1, f"{name}: {mutant.old!r} is not in {mutant.file}, or not once"
         new = mutant.new.replace("MUTANT", f"(mutant == {number})")
         (copies / mutant.file).write_text(text.replace(mutant.old, new))
-    switches = {dtype: definitions(dtype, amsgrad=amsgrad, clip=clip) for dtype, (amsgrad, clip) in SWITCHES_OF.items()}
+    switches = {dtype: definitions(dtype) for dtype in kernels.DTYPES}
     jobs = [(copies, switches["float32"]), *((kernels.directory(), defines) for defines in switches.values())]
     with ThreadPoolExecutor(2) as pool:
         mutated, *clean = pool.map(built, *zip(*jobs, strict=True))

@@ -14,7 +14,9 @@ import pytest
 
 from gpu_adam import IndexedSlices, Variable
 from gpu_adam.autodiff import gradients, tape
+from gpu_adam.autodiff.repeated import add_at
 from gpu_adam.autodiff.rules import fit
+from gpu_adam.devices import device_of, find_device
 
 
 @dataclass(frozen=True)
@@ -39,10 +41,10 @@ class Case:
         return self.name
 
     @property
-    def upstream(self) -> Any:
+    def cotangent(self) -> Any:
         """A gradient of the result, the same in each run."""
         result = np.asarray(self.function(np, *self.inputs))
-        return random(result.shape, result.dtype.kind == "c", seed=self.name + "upstream")
+        return random(result.shape, result.dtype.kind == "c", seed=self.name + "cotangent")
 
 
 def random(shape: Any, is_complex: bool = False, seed: object = 0) -> Any:
@@ -64,16 +66,16 @@ def both(name: str, function: Callable[..., Any], *shapes: Any, **options: Any) 
     return [case(name, function, *shapes, **options), Case(f"{name}-complex", function, complex_inputs, **options)]
 
 
-def differentiate(case: Case, arrays: Any, upstream: Any) -> list[Any]:
+def differentiate(case: Case, arrays: Any, cotangent: Any) -> list[Any]:
     """The gradients by the tape, dense."""
     variables = [variable(a) for a in arrays]
-    _, pairs = gradients(lambda: case.function(np, *variables), variables, upstream)
+    _, pairs = gradients(lambda: case.function(np, *variables), variables, cotangent)
     return [dense(gradient, v.value) for gradient, v in pairs]
 
 
 def variable(array: Any) -> Variable:
     """A variable over any kind of array."""
-    return Variable.over(array, None)  # type: ignore[arg-type]
+    return Variable.over(array, device_of(array) or find_device("host"))
 
 
 def dense(gradient: Any, like: Any) -> Any:
@@ -86,17 +88,17 @@ def dense(gradient: Any, like: Any) -> Any:
         assert gradient.dtype == like.dtype
         assert type(gradient) is type(like)
         return gradient
-    np.add.at(total, gradient.indices, gradient.values)
+    add_at(total, gradient.indices, gradient.values)
     return total
 
 
 def finite_differences(case: Case, step: float = 1e-6) -> list[Any]:
-    """Central differences of Re(sum(conj(upstream) * result)), real and imaginary part of each element."""
-    upstream = np.conj(case.upstream)
+    """Central differences of Re(sum(conj(cotangent) * result)), real and imaginary part of each element."""
+    cotangent = np.conj(case.cotangent)
 
     def loss(position: int, moved: Any) -> float:
         arrays = [moved if i == position else a for i, a in enumerate(case.inputs)]
-        return float(np.sum(upstream * case.function(np, *arrays)).real)
+        return float(np.sum(cotangent * case.function(np, *arrays)).real)
 
     gradients = []
     for position, array in enumerate(case.inputs):
@@ -118,27 +120,27 @@ class DerivativeTests:
 
     def test_finite_differences(self, case: Case) -> None:
         """Central differences in float64."""
-        found = differentiate(case, case.inputs, case.upstream)
+        found = differentiate(case, case.inputs, case.cotangent)
         for gradient, expected in zip(found, finite_differences(case), strict=True):
             np.testing.assert_allclose(gradient, expected, rtol=2e-6, atol=2e-7)
 
     def test_hips_autograd(self, case: Case) -> None:
         """HIPS autograd, to rounding."""
         _, pullback = hips(case)
-        found = differentiate(case, case.inputs, case.upstream)
-        # Its gradients, and the upstream ones that it wants, are the complex conjugates.
-        for gradient, expected in zip(found, pullback(np.conj(case.upstream)), strict=True):
+        found = differentiate(case, case.inputs, case.cotangent)
+        # Its gradients, and the cotangents that it wants, are the complex conjugates.
+        for gradient, expected in zip(found, pullback(np.conj(case.cotangent)), strict=True):
             np.testing.assert_allclose(gradient, np.conj(expected), rtol=1e-10, atol=1e-10)
 
     def test_device(self, case: Case, to_device: Callable[[Any], Any]) -> None:
         """On arrays that refuse NumPy, every gradient is such an array again, and the same."""
-        found = differentiate(case, [to_device(a) for a in case.inputs], to_device(case.upstream))
-        for gradient, expected in zip(found, differentiate(case, case.inputs, case.upstream), strict=True):
+        found = differentiate(case, [to_device(a) for a in case.inputs], to_device(case.cotangent))
+        for gradient, expected in zip(found, differentiate(case, case.inputs, case.cotangent), strict=True):
             np.testing.assert_allclose(gradient.get(), expected, rtol=1e-12, atol=1e-12)
 
     def test_single_precision(self, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
         """float32 and complex64 throughout: nothing computed on the way was wider."""
-        wide = differentiate(case, case.inputs, case.upstream)
+        wide = differentiate(case, case.inputs, case.cotangent)
         seen: set[Any] = set()
 
         def watched(gradient: Any, value: Any) -> Any:
@@ -147,7 +149,7 @@ class DerivativeTests:
 
         monkeypatch.setattr(tape, "fit", watched)
         arrays = [narrowed(a) for a in case.inputs]
-        found = differentiate(case, arrays, narrowed(case.upstream))
+        found = differentiate(case, arrays, narrowed(case.cotangent))
         for gradient, expected in zip(found, wide, strict=True):
             np.testing.assert_allclose(gradient, expected, rtol=2e-3, atol=2e-4)
         assert seen <= {np.dtype(np.float32), np.dtype(np.complex64)}

@@ -6,6 +6,7 @@ import pytest
 from gpu_adam import Variable
 from gpu_adam.autodiff import value_and_grad
 from gpu_adam.autodiff.einsum import explicit
+from gpu_adam.devices import Device
 
 from .cases import DerivativeTests, both
 
@@ -51,12 +52,12 @@ class TestEinsum(DerivativeTests):
     )
 
 
-def test_explicit_form() -> None:
+def test_explicit_form(device: Device) -> None:
     assert explicit("...ij, ...jk", [4, 2]) == (["abij", "jk"], "abik")
     assert explicit("b...,a...->...", [2, 1]) == (["bc", "a"], "c")
 
 
-def test_sublist_form_is_refused() -> None:
+def test_sublist_form_is_refused(device: Device) -> None:
     x = Variable(np.ones((2, 2)))
     with pytest.raises(TypeError, match="subscripts as a string"):
         value_and_grad(lambda: np.sum(np.einsum(x, [0, 1])), x)

@@ -7,6 +7,7 @@ import pytest
 
 from gpu_adam import Variable
 from gpu_adam.autodiff import value_and_grad
+from gpu_adam.devices import Device
 
 from .cases import Case, DerivativeTests, both, case, random
 
@@ -89,6 +90,9 @@ class TestElementwise(DerivativeTests):
         case("fmax", lambda np, a, b: np.fmax(a, b), UNIT, (4,)),
         case("fmin", lambda np, a, b: np.fmin(a, b), UNIT, (4,)),
         case("clip", lambda np, a: np.clip(a, -0.5, 0.4) + np.clip(a, None, 0.2) * a, UNIT, hips=False),
+        case("clip-keywords", lambda np, a: np.clip(a, min=-0.5, max=0.4), UNIT, hips=False),
+        case("clip-number", lambda np, a, b: np.clip(0.1, a, 0.4) + np.clip(0.1, -9, b), UNIT, (4,), hips=False),
+        case("list", lambda np, a: [1.0, 2.0, 3.0, 4.0] * a + np.maximum(a, [0.1] * 4), UNIT, hips=False, narrow=False),
         case("clip-bounds", lambda np, a, b, c: np.clip(a, b, c), UNIT, -POSITIVE / 5, POSITIVE / 5, hips=False),
         case("where", lambda np, a, b: np.where(a > b, a * b, a - b), UNIT, (4,), hips=False),
         case("where-scalar", lambda np, a: np.where(a > 0, np.sqrt(np.maximum(a, 1e-3)), 0.0), UNIT),
@@ -100,7 +104,7 @@ class TestElementwise(DerivativeTests):
 
 
 @pytest.mark.parametrize("dtype", [np.float64, np.complex128])
-def test_absolute_value_of_zero(dtype: type) -> None:
+def test_absolute_value_of_zero(device: Device, dtype: type) -> None:
     _, gradient = value_and_grad(lambda: np.sum(np.abs(x)), x := Variable(np.zeros(3, dtype)))
     assert gradient.tolist() == [0, 0, 0]
 
@@ -108,41 +112,42 @@ def test_absolute_value_of_zero(dtype: type) -> None:
 @pytest.mark.parametrize(
     ("exponent", "expected"), [(0, [0, 0]), (1, [1, 1]), (2, [0, 0]), (np.array([0.0, 1.0]), [0, 1])]
 )
-def test_powers_of_zero(exponent: Any, expected: list[float]) -> None:
+def test_powers_of_zero(device: Device, exponent: Any, expected: list[float]) -> None:
+    exponent = device.array(exponent) if isinstance(exponent, np.ndarray) else exponent
     _, gradient = value_and_grad(lambda: np.sum(x**exponent), x := Variable(np.zeros(2)))
     assert gradient.tolist() == expected
 
 
-def test_zero_to_a_power() -> None:
+def test_zero_to_a_power(device: Device) -> None:
     _, gradient = value_and_grad(lambda: np.sum(0.0**b), b := Variable(np.array([1.0, 2.0])))
     assert gradient.tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("choose", [np.maximum, np.minimum, np.fmax, np.fmin])
-def test_ties_are_shared(choose: Any) -> None:
+def test_ties_are_shared(device: Device, choose: Any) -> None:
     a, b = Variable(np.ones(2)), Variable(np.ones(2))
     _, pair = value_and_grad(lambda: np.sum(choose(a, b)), [a, b])
     assert [g.tolist() for g in pair] == [[0.5, 0.5]] * 2
 
 
-def test_phase_of_zero() -> None:
+def test_phase_of_zero(device: Device) -> None:
     _, gradient = value_and_grad(lambda: np.sum(np.angle(z)), z := Variable(np.zeros(2, complex)))
     assert gradient.tolist() == [0, 0]
 
 
-def test_descent_convention() -> None:
+def test_descent_convention(device: Device) -> None:
     _, gradient = value_and_grad(lambda: np.sum(np.abs(z) ** 2), z := Variable(np.array([3 + 4j, -1j])))
-    np.testing.assert_allclose(gradient, 2 * z.value)
+    np.testing.assert_allclose(device.numpy(gradient), 2 * z.numpy())
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
-def test_narrow_types_stay(dtype: type) -> None:
+def test_narrow_types_stay(device: Device, dtype: type) -> None:
     x = Variable(np.linspace(0.1, 0.9, 5).astype(dtype))
     value, gradient = value_and_grad(lambda: np.mean(np.log(x) * 2 - 0.5 / x + np.maximum(x, 0.5) ** 2), x)
     assert value.dtype == gradient.dtype == dtype
 
 
-def test_conversion_between_types() -> None:
+def test_conversion_between_types(device: Device) -> None:
     x = Variable(np.ones(3, np.float32))
     _, gradient = value_and_grad(lambda: np.sum(x.astype(np.float64) * 3), x)
     assert gradient.dtype == np.float32

@@ -5,6 +5,7 @@ import pytest
 
 from gpu_adam import Variable
 from gpu_adam.autodiff import value_and_grad
+from gpu_adam.devices import Device
 
 from .cases import DerivativeTests, both, case, random
 
@@ -75,7 +76,7 @@ class TestFourier(DerivativeTests):
 
 
 @pytest.mark.parametrize("dtype", [np.complex64, np.complex128])
-def test_types_stay(dtype: type) -> None:
+def test_types_stay(device: Device, dtype: type) -> None:
     z = Variable(random((4, 4), True).astype(dtype))
     value, gradient = value_and_grad(lambda: np.sum(np.abs(np.fft.fft2(z)) ** 2), z)
     assert gradient.dtype == dtype

@@ -7,9 +7,10 @@ import pytest
 
 from gpu_adam import IndexedSlices, Variable
 from gpu_adam.autodiff import value_and_grad
-from gpu_adam.autodiff.picked import Picked
+from gpu_adam.autodiff.sparse_cotangent import SparseCotangent
+from gpu_adam.devices import Device
 
-from .cases import DerivativeTests, both, case, random
+from .cases import DerivativeTests, both, case, random, variable
 from .duck import DuckArray
 
 ROWS = np.array([[0, 2, 2], [1, 2, -1]])
@@ -88,8 +89,8 @@ def gather(variable: Any, *keys: Any) -> Any:
 
 @pytest.mark.parametrize("array", [np.array, DuckArray])
 def test_gathered_rows_stay_sparse(array: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Picked, "dense", None)
-    table = Variable.over(array(random((1000, 3))), None)  # type: ignore[arg-type]
+    monkeypatch.setattr(SparseCotangent, "dense", None)
+    table = variable(array(random((1000, 3))))
     indices = array(np.array([[7, 7], [0, -1]]))
     _, slices = value_and_grad(lambda: np.sum(np.take(table, indices, axis=0) ** 2), table)
     assert isinstance(slices, IndexedSlices)
@@ -99,7 +100,7 @@ def test_gathered_rows_stay_sparse(array: Any, monkeypatch: pytest.MonkeyPatch) 
     assert slices.values.shape == (4, 3)
 
 
-def test_several_gathers_join() -> None:
+def test_several_gathers_join(device: Device) -> None:
     table = Variable(np.arange(10.0).reshape(5, 2))
     _, slices = value_and_grad(lambda: gather(table, np.array([1, 4]), np.array([4], np.int32)), table)
     assert sorted(slices.indices.tolist()) == [1, 4, 4]
@@ -107,41 +108,41 @@ def test_several_gathers_join() -> None:
 
 
 @pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int32, np.uint64])
-def test_indices_of_any_integer_type(dtype: type) -> None:
+def test_indices_of_any_integer_type(device: Device, dtype: type) -> None:
     table = Variable(np.ones((1000, 2)))
     _, slices = value_and_grad(lambda: gather(table, np.array([1, 3], dtype)), table)
     assert slices.indices.tolist() == [1, 3]
     assert slices.indices.dtype in (np.int32, np.int64)
 
 
-def test_sparse_gradient_of_a_vector() -> None:
+def test_sparse_gradient_of_a_vector(device: Device) -> None:
     _, slices = value_and_grad(lambda: gather(v, np.array([1, 1])), v := Variable(np.arange(3.0)))
     assert (slices.indices.tolist(), slices.values.tolist()) == ([1, 1], [2, 2])
 
 
-def test_rows_and_slices_are_dense() -> None:
+def test_rows_and_slices_are_dense(device: Device) -> None:
     table = Variable(np.ones((3, 2)))
     _, gradient = value_and_grad(lambda: np.sum(table[1:]) + np.sum(table[0]) + gather(table, np.array([0])), table)
     assert gradient.tolist() == [[3, 3], [1, 1], [1, 1]]
 
 
-def test_many_slices_build_the_dense_gradient_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[Picked] = []
-    dense = Picked.dense
+def test_many_slices_build_the_dense_gradient_once(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[SparseCotangent] = []
+    dense = SparseCotangent.dense
 
-    def counted(self: Picked) -> Any:
+    def counted(self: SparseCotangent) -> Any:
         calls.append(self)
         return dense(self)
 
-    monkeypatch.setattr(Picked, "dense", counted)
+    monkeypatch.setattr(SparseCotangent, "dense", counted)
     x = Variable(np.arange(100.0))
     _, gradient = value_and_grad(lambda: sum(np.sum(x[i : i + 3] ** 2) for i in range(98)), x)
     assert len(calls) == 1
-    np.testing.assert_array_equal(gradient[2:-2], 6 * x.value[2:-2])
+    np.testing.assert_array_equal(device.numpy(gradient)[2:-2], 6 * x.numpy()[2:-2])
 
 
 @pytest.mark.parametrize("order", ["gather first", "gather last"])
-def test_gathered_and_dense_is_dense(order: str) -> None:
+def test_gathered_and_dense_is_dense(device: Device, order: str) -> None:
     table = Variable(np.ones((3, 2)))
     rows = np.array([2, 2])
     if order == "gather first":
@@ -151,7 +152,7 @@ def test_gathered_and_dense_is_dense(order: str) -> None:
     assert gradient.tolist() == [[1, 1], [1, 1], [5, 5]]
 
 
-def test_the_same_dense_gradient_is_not_changed_by_a_gather() -> None:
+def test_the_same_dense_gradient_is_not_changed_by_a_gather(device: Device) -> None:
     a, b = Variable(np.ones(3)), Variable(np.ones(3))
     _, (ga, gb) = value_and_grad(lambda: np.sum(a[np.array([0])]) + np.sum(a + b), [a, b])
     assert (ga.tolist(), gb.tolist()) == ([2, 1, 1], [1, 1, 1])

@@ -141,15 +141,15 @@ def test_beside_losses_of_numpy() -> None:
 
 
 @pytest.mark.parametrize(
-    "upstream",
+    "cotangent",
     [2, 2.0, [2.0, 2.0], np.array([2.0, 2.0]), np.array([2, 2]), jnp.array([2.0, 2.0]), 2 + 5j],
-    ids=lambda upstream: f"{type(upstream).__name__} {getattr(upstream, 'dtype', '')}",
+    ids=lambda cotangent: f"{type(cotangent).__name__} {getattr(cotangent, 'dtype', '')}",
 )
-def test_upstream_gradients(upstream: Any) -> None:
+def test_cotangents(cotangent: Any) -> None:
     w = Variable(np.array([1, 2], np.float32))
-    if not isinstance(upstream, list):  # which would be of a list of losses
-        assert gradients(lambda: view(w) ** 2, w, upstream)[1][0][0].tolist() == [4, 8]
-    assert gradients(lambda: [view(w) ** 2], w, [upstream])[1][0][0].tolist() == [4, 8]
+    if not isinstance(cotangent, list):  # which would be of a list of losses
+        assert gradients(lambda: view(w) ** 2, w, cotangent)[1][0][0].tolist() == [4, 8]
+    assert gradients(lambda: [view(w) ** 2], w, [cotangent])[1][0][0].tolist() == [4, 8]
     with pytest.raises(ArgumentValueError, match="shape of the loss"):
         Adam(0.1).minimize(lambda: view(w) ** 2, [w], grad_loss=np.ones(3))
 

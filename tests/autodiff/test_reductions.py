@@ -5,6 +5,7 @@ import pytest
 
 from gpu_adam import Variable
 from gpu_adam.autodiff import value_and_grad
+from gpu_adam.devices import Device
 
 from .cases import DerivativeTests, both, case, random
 
@@ -50,6 +51,12 @@ class TestReductions(DerivativeTests):
         case("amax", lambda np, x: np.amax(x, 1) - np.amin(x, 1), (3, 4)),
         case("ptp", lambda np, x: np.ptp(x, axis=1), (3, 4), hips=False),
         case("var-ddof", lambda np, x: np.var(x, axis=0, ddof=1) + np.std(x, axis=0, ddof=1), (3, 4)),
+        case(
+            "correction",
+            lambda np, x: np.var(x, axis=0, correction=1) + np.std(x, axis=0, correction=1),
+            (3, 4),
+            hips=False,
+        ),
         case("prod-with-zeros", lambda np, x: np.prod(x, axis=1), WITH_ZEROS, hips=False),
         *both("cumsum", lambda np, x: np.cumsum(x) + np.ravel(np.cumsum(x, axis=0)), (3, 4)),
         *both("sum-zero-dimensional", lambda np, x: np.sum(x) * np.mean(x), ()),
@@ -72,18 +79,18 @@ class TestReductions(DerivativeTests):
     )
 
 
-def test_equal_extremes_share() -> None:
+def test_equal_extremes_share(device: Device) -> None:
     _, gradient = value_and_grad(lambda: np.max(x), x := Variable(np.array([1.0, 3.0, 3.0, 3.0])))
-    np.testing.assert_allclose(gradient, [0, 1 / 3, 1 / 3, 1 / 3])
+    np.testing.assert_allclose(device.numpy(gradient), [0, 1 / 3, 1 / 3, 1 / 3])
 
 
-def test_deviation_of_equal_numbers() -> None:
+def test_deviation_of_equal_numbers(device: Device) -> None:
     _, gradient = value_and_grad(lambda: np.std(x), x := Variable(np.ones(4)))
     assert gradient.tolist() == [0, 0, 0, 0]
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
-def test_narrow_types_stay(dtype: type) -> None:
+def test_narrow_types_stay(device: Device, dtype: type) -> None:
     x = Variable(np.abs(random((4, 5))).astype(dtype))
     loss = lambda: np.mean(np.var(x, 0)) + np.max(np.logaddexp.reduce(x)) + np.prod(np.std(x, 1)) + np.cumsum(x)[3]  # noqa: E731
     value, gradient = value_and_grad(loss, x)

@@ -5,6 +5,7 @@ import pytest
 
 from gpu_adam import Variable
 from gpu_adam.autodiff import value_and_grad
+from gpu_adam.devices import Device
 
 from .cases import DerivativeTests, both, case
 
@@ -72,19 +73,19 @@ class TestShapes(DerivativeTests):
     )
 
 
-def test_unsupported_padding_says_what_to_do() -> None:
+def test_unsupported_padding_says_what_to_do(device: Device) -> None:
     x = Variable(np.ones(3))
     with pytest.raises(NotImplementedError, match=r'numpy\.pad with mode="mean".*register_vjp.*grad_fn'):
         value_and_grad(lambda: np.sum(np.pad(x, 2, mode="mean")), x)
 
 
-def test_uneven_split() -> None:
+def test_uneven_split(device: Device) -> None:
     x = Variable(np.ones(5))
     with pytest.raises(ValueError, match="equal division"):
         value_and_grad(lambda: np.sum(np.split(x, 2)[0]), x)
 
 
-def test_types_of_joined_parts() -> None:
+def test_types_of_joined_parts(device: Device) -> None:
     x, y = Variable(np.ones(2, np.float32)), Variable(np.ones(2))
-    _, gradients = value_and_grad(lambda: np.sum(np.concatenate([x, y, np.ones(1)]) ** 2), [x, y])
+    _, gradients = value_and_grad(lambda: np.sum(np.concatenate([x, y, np.ones(1, like=y)]) ** 2), [x, y])
     assert [g.dtype for g in gradients] == [np.float32, np.float64]

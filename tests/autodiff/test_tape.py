@@ -4,7 +4,7 @@ import contextlib
 import gc
 import resource
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,35 +14,36 @@ import pytest
 from gpu_adam import Variable
 from gpu_adam.autodiff import value_and_grad
 from gpu_adam.autodiff.node import Node
+from gpu_adam.devices import Device
 
 
 @pytest.fixture
-def no_collector() -> Iterator[None]:
-    """Only reference counts free memory: a cycle would keep it."""
+def recorded_objects() -> Iterator[Callable[[], int]]:
+    """How many recorded values there are more than before. Only reference counts free memory: a cycle would keep it."""
     gc.collect()
+    before = count_recorded_objects()
     gc.disable()
-    yield
+    yield lambda: count_recorded_objects() - before
     gc.enable()
 
 
 def loss_of(x: Variable) -> Any:
-    hidden = np.tanh(x @ np.ones((8, 8)))
+    hidden = np.tanh(x @ np.ones((8, 8), like=x))
     return np.sum(np.logaddexp.reduce(hidden * x, axis=1)) + np.linalg.norm(hidden) + np.sum(np.take(x, [0, 1], axis=0))
 
 
-def recorded_objects() -> int:
+def count_recorded_objects() -> int:
     return sum(type(o) is Node for o in gc.get_objects())
 
 
-@pytest.mark.usefixtures("no_collector")
-def test_nothing_is_left_after_a_step() -> None:
+def test_nothing_is_left_after_a_step(device: Device, recorded_objects: Callable[[], int]) -> None:
     x = Variable(np.ones((4, 8)))
     value_and_grad(lambda: loss_of(x), x)
     assert recorded_objects() == 0
 
 
-@pytest.mark.usefixtures("no_collector")
-def test_arrays_are_freed_with_the_tape() -> None:
+@pytest.mark.usefixtures("recorded_objects")
+def test_arrays_are_freed_with_the_tape(device: Device) -> None:
     x = Variable(np.ones(1000))
     kept: list[Any] = []
 
@@ -55,8 +56,7 @@ def test_arrays_are_freed_with_the_tape() -> None:
     assert kept[0]() is None
 
 
-@pytest.mark.usefixtures("no_collector")
-def test_a_kept_result_keeps_its_value_only() -> None:
+def test_a_kept_result_keeps_its_value_only(device: Device, recorded_objects: Callable[[], int]) -> None:
     x = Variable(np.ones(1000))
     kept: list[Any] = []
 
@@ -70,8 +70,7 @@ def test_a_kept_result_keeps_its_value_only() -> None:
     assert recorded_objects() == 1
 
 
-@pytest.mark.usefixtures("no_collector")
-def test_a_failed_loss_leaves_nothing() -> None:
+def test_a_failed_loss_leaves_nothing(device: Device, recorded_objects: Callable[[], int]) -> None:
     x = Variable(np.ones((4, 8)))
 
     def loss() -> Any:
@@ -88,7 +87,8 @@ def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
-def test_many_steps_do_not_grow_the_process() -> None:
+@pytest.mark.long
+def test_many_steps_do_not_grow_the_process(device: Device) -> None:
     x = Variable(np.ones((4, 8)))
     for _ in range(100):
         value_and_grad(lambda: loss_of(x), x)

@@ -67,10 +67,10 @@ def test_embedding_stays_sparse() -> None:
     assert sorted(gradient.indices.tolist()) == [5, 5, 7]
 
 
-@pytest.mark.parametrize("upstream", [2.0, np.array([2.0, 2.0]), torch.tensor([2.0, 2.0])])
-def test_upstream_gradient(upstream: Any) -> None:
+@pytest.mark.parametrize("cotangent", [2.0, np.array([2.0, 2.0]), torch.tensor([2.0, 2.0])])
+def test_cotangents(cotangent: Any) -> None:
     w = Variable(np.ones(2))
-    _, pairs = gradients(lambda: view(w) * 3, w, upstream)
+    _, pairs = gradients(lambda: view(w) * 3, w, cotangent)
     assert pairs[0][0].tolist() == [6, 6]
 
 

@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 import pytest
 
 from gpu_adam.__main__ import main
-from gpu_adam.bench import commands, ncu, ours, peers
+from gpu_adam.bench import commands, ncu, own_step, peers
 from gpu_adam.bench.clocks import Effort
 from gpu_adam.bench.runner import Report, Row, Runner
 from gpu_adam.bench.tables import terminal_table
@@ -76,10 +76,10 @@ def test_bench_prints_writes_and_compares(device: Device, capsys: pytest.Capture
 
 @pytest.mark.usefixtures("small")
 def test_a_wrong_result_is_an_error(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong(*_: object) -> ours.Facts:
-        raise ours.WrongResultError("w", "must be 1", 2, "run the tests")
+    def wrong(*_: object) -> own_step.Facts:
+        raise own_step.WrongResultError("w", "must be 1", 2, "run the tests")
 
-    monkeypatch.setattr(ours, "checked", wrong)
+    monkeypatch.setattr(own_step, "checked", wrong)
     status, out, _ = run(capsys, "bench", "--device", "host", "--only", "sparse")
     assert status == 1
     assert "Wrong results, not timed: little sparse" in out

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from gpu_adam.bench import facts, host_costs, ours, peers
+from gpu_adam.bench import facts, host_costs, own_step, peers
 from gpu_adam.bench.clocks import Candidate, Effort, WallClock
 from gpu_adam.bench.runner import Report, Row, Runner
 from gpu_adam.bench.workloads import Workload, many
@@ -69,10 +69,10 @@ def test_peers_whose_copies_do_not_fit_are_not_measured(device: Device, monkeypa
 
 
 def test_a_wrong_kernel_is_not_timed(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong(*_: object) -> ours.Facts:
-        raise ours.WrongResultError("w: variable 0, element 1", "must be 1 within 1e-6", 2, "run the tests")
+    def wrong(*_: object) -> own_step.Facts:
+        raise own_step.WrongResultError("w: variable 0, element 1", "must be 1 within 1e-6", 2, "run the tests")
 
-    monkeypatch.setattr(ours, "checked", wrong)
+    monkeypatch.setattr(own_step, "checked", wrong)
     (row,) = Runner(device, LITTLE).workload(DENSE)
     assert row.note.startswith("WRONG, not timed: w: variable 0")
     assert row.median is None

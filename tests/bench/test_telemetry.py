@@ -1,5 +1,6 @@
 """What NVML says, read from a stand-in of it; none on the host."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -51,3 +52,15 @@ def test_readings() -> None:
 
 def test_the_host_has_none() -> None:
     assert Telemetry.open(HostDevice(threads=1)) is None
+
+
+def test_a_device_is_opened_by_its_place_on_the_bus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its number may be another's for NVML, and CuPy cuts its UUID off."""
+    places = {0: "0000:01:00.0", 1: "0000:02:00.0"}
+    cuda = SimpleNamespace(Device=lambda index: SimpleNamespace(pci_bus_id=places[index]))
+    device: Any = SimpleNamespace(name="cuda:1", index=1, xp=SimpleNamespace(cuda=cuda))
+    monkeypatch.setattr(nvml, "nvmlInit", lambda: None)
+    monkeypatch.setattr(nvml, "nvmlDeviceGetHandleByPciBusId", lambda place: ("handle", place))
+    telemetry = Telemetry.open(device)
+    assert telemetry is not None
+    assert telemetry._handle == ("handle", places[1])

@@ -41,7 +41,7 @@ def test_main_judges_only_the_same_compilers(monkeypatch: pytest.MonkeyPatch, tm
 
 
 def test_every_source_has_its_own_description() -> None:
-    sources = dict.fromkeys(kernels.variants())
+    sources = dict.fromkeys([*kernels.variants(), kernels.dense("float32", kernels.UpdateRule(), staged=True).source])
     described = {(source.file, static.description(source)) for source in sources}
     assert len(described) == len(sources)
 
@@ -49,7 +49,7 @@ def test_every_source_has_its_own_description() -> None:
 def test_a_kernel_is_compiled_and_read() -> None:
     if shutil.which("cuobjdump") is None:
         pytest.importorskip("nvidia.cu13", reason="the extra dev brings the disassemblers")
-    source = kernels.dense("float32", amsgrad=False, clip=False).source
+    source = kernels.dense("float32", kernels.UpdateRule()).source
     ((name, row),) = static.gpu_rows((source, 90))
     assert name == "dense float32 sm_90"
     assert row["spilled"] == 0
@@ -59,6 +59,6 @@ def test_a_kernel_is_compiled_and_read() -> None:
 
 @pytest.mark.skipif(shutil.which("valgrind") is None, reason="needs valgrind")
 def test_a_host_kernel_is_counted() -> None:
-    count = callgrind.instructions(kernels.dense("float32", amsgrad=False, clip=False))
+    count = callgrind.instructions(kernels.dense("float32", kernels.UpdateRule()))
     assert count % 2 in (0, 1)
     assert count > callgrind.CHUNKS * kernels.CHUNK  # eight elements to an instruction, and more than eight of them

@@ -99,17 +99,17 @@ static const StoredReal CLIP_VALUE = static_cast<StoredReal>(sizeof(Stored) == s
 template <typename T> static T bounded(T x) { return x < -CLIP_VALUE ? -CLIP_VALUE : x > CLIP_VALUE ? CLIP_VALUE : x; }
 template <typename T> static Complex<T> bounded(Complex<T> x) { return x; }
 
-static const Step STEP = {StoredReal(0.01), StoredReal(0.1), StoredReal(0.001), StoredReal(1e-7), CLIP_VALUE};
+static const StepScalars STEP = {StoredReal(0.01), StoredReal(0.1), StoredReal(0.001), StoredReal(1e-7), CLIP_VALUE};
+
+// How a kernel is given them: a staged one must not look at the argument, another one not at the pointer.
+static const StepScalars SCALARS = STAGED ? StepScalars{NAN, NAN, NAN, NAN, NAN} : STEP;
+static const StepScalars* const STAGED_STEP = STAGED ? &STEP : nullptr;
 
 template <typename T> static T times(T x, double factor) { return static_cast<T>(static_cast<double>(x) * factor); }
 template <typename T> static Complex<T> times(Complex<T> x, double f) { return {times(x.re, f), times(x.im, f)}; }
 
 static Stored clipped_reference(Stored g, double factor) {
-#if GPU_ADAM_CLIP
-    return times(bounded(g), factor);
-#else
-    return g;
-#endif
+    return CLIPS ? times(bounded(g), factor) : g;
 }
 
 template <typename T> static T norm_squared(T x) { return x * x; }
@@ -145,13 +145,15 @@ struct Pair {
         average(expected_m[i], g, STEP.one_minus_beta_1);
         average(expected_v[i], norm_squared(g), STEP.one_minus_beta_2);
         StoredReal second_moment = expected_v[i];
-#if GPU_ADAM_AMSGRAD
-        if (expected_vhat[i] < second_moment) expected_vhat[i] = second_moment;
-        second_moment = expected_vhat[i];
-#endif
+        if (AMSGRAD) {
+            if (expected_vhat[i] < second_moment) expected_vhat[i] = second_moment;
+            second_moment = expected_vhat[i];
+        }
         // The root of a float in float64 and rounded is the float nearest to the root.
         descend(expected_theta[i], expected_m[i], static_cast<StoredReal>(sqrt(second_moment)) + STEP.epsilon);
     }
+
+    Slots slots() { return {theta.data, m.data, v.data, AMSGRAD ? vhat.data : nullptr}; }
 
     void check(const char* what) {
         for (long long i = 0; i < theta.size; ++i) {
@@ -183,7 +185,7 @@ struct Tensors {
             gradients[t] = new Buffer<Stored>(SIZES[t], (t + 2 * shift + 1) % 4);
             randomize(*gradients[t]);
             gradient_pointers[t] = gradients[t]->data;
-            tensors[t] = {nullptr, nullptr, nullptr, nullptr, SIZES[t], chunks};
+            tensors[t] = {{}, SIZES[t], chunks};
             chunks += (SIZES[t] + GPU_ADAM_CHUNK - 1) / GPU_ADAM_CHUNK;
             ends[t] = chunks;
         }
@@ -207,15 +209,14 @@ static void test_dense() {
         for (long long f = 0; f < factors.size; ++f) factors[f] = FACTORS[f % 3];
         for (int t = 0; t < TENSORS; ++t) {
             Pair& pair = *(pairs[t] = new Pair(SIZES[t], (t + shift) % 4));
-            all.tensors[t].theta = pair.theta.data, all.tensors[t].m = pair.m.data, all.tensors[t].v = pair.v.data;
-            all.tensors[t].vhat = GPU_ADAM_AMSGRAD ? pair.vhat.data : nullptr;
+            all.tensors[t].slots = pair.slots();
             const double factor = shift == 0 ? 1.0 : factors[shift % 2 ? t : 0];
             for (long long i = 0; i < SIZES[t]; ++i) pair.update(i, clipped_reference((*all.gradients[t])[i], factor));
         }
-        launch(all.table.chunks, dense, all.table, shift == 0 ? nullptr : factors.data, shift % 2, STEP);
+        launch(all.table.chunks, dense, all.table, shift == 0 ? nullptr : factors.data, shift % 2, SCALARS, STAGED_STEP);
         for (Pair* pair : pairs) pair->check("dense"), delete pair;
     }
-    launch(2, dense, TensorTable{nullptr, nullptr, nullptr, 0}, nullptr, 0, STEP);
+    launch(2, dense, TensorTable{nullptr, nullptr, nullptr, 0}, nullptr, 0, SCALARS, STAGED_STEP);
 }
 
 static const IndexErrors NO_ERRORS = {0, ~0ULL, 0, 0};
@@ -263,10 +264,9 @@ static void test_table(long long rows, long long row_size, long long count, int 
     const long long pieces = (row_size + GPU_ADAM_TILE - 1) / GPU_ADAM_TILE;
     const long long rows_per_tile = pieces > 1 ? 1 : GPU_ADAM_TILE / row_size;
     const long long tiles = pieces * ((rows + rows_per_tile - 1) / rows_per_tile);
-    StoredReal* const vhat = GPU_ADAM_AMSGRAD ? pair.vhat.data : nullptr;
-    const Table table = {pair.theta.data, pair.m.data, pair.v.data, vhat, rows, row_size, rows_per_tile, pieces, tiles};
+    const EmbeddingTable table = {pair.slots(), rows, row_size, rows_per_tile, pieces, tiles};
     launch(tiles + 1, sparse, table, Indices{indices.data, 0, count, rows}, Keys{sorted_rows.data, positions.data},
-           values.data, factor, STEP, errors.data);
+           values.data, factor, SCALARS, STAGED_STEP, errors.data);
     pair.check("sparse");
     compare(errors[0], expected, "errors of sparse", count, 0);
 }

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gpu_adam import kernels
-from gpu_adam.bench import ours
+from gpu_adam.bench import own_step
 from gpu_adam.bench.clocks import Effort, measure
 from gpu_adam.bench.inputs import Inputs
 from gpu_adam.bench.workloads import Workload, many
@@ -26,7 +26,7 @@ CASES = [
 
 @pytest.mark.parametrize("workload", CASES, ids=lambda workload: workload.name)
 def test_right_results_pass_and_their_facts_are_counted(device: Device, workload: Workload) -> None:
-    facts = ours.checked(workload, device)
+    facts = own_step.checked(workload, device)
     wide = np.dtype(workload.dtype).itemsize
     real = np.dtype(kernels.DTYPES[workload.dtype].real_dtype).itemsize
     if workload.complex_mode == "real_imag":
@@ -42,10 +42,10 @@ def test_right_results_pass_and_their_facts_are_counted(device: Device, workload
 def test_a_wrong_result_is_refused(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
     gradient = Inputs.gradient
     wrong: Any = lambda self, k: gradient(self, k) * np.float32(1 + 1e-4 * (k == 1))  # noqa: E731
-    step = ours.OurStep
-    monkeypatch.setattr(ours, "OurStep", lambda inputs, *rest: _with_gradient(step, inputs, wrong, *rest))
-    with pytest.raises(ours.WrongResultError, match=r"variable 1, element \d+ must be .* are off"):
-        ours.checked(Workload("w", many(2, 100)), device)
+    step = own_step.OwnStep
+    monkeypatch.setattr(own_step, "OwnStep", lambda inputs, *rest: _with_gradient(step, inputs, wrong, *rest))
+    with pytest.raises(own_step.WrongResultError, match=r"variable 1, element \d+ must be .* are off"):
+        own_step.checked(Workload("w", many(2, 100)), device)
 
 
 def _with_gradient(step: Any, inputs: Inputs, gradient: Any, *rest: Any) -> Any:
@@ -56,7 +56,7 @@ def _with_gradient(step: Any, inputs: Inputs, gradient: Any, *rest: Any) -> Any:
 
 def test_candidates_run_over_all_sets(device: Device) -> None:
     sets = [Inputs(CASES[0], number) for number in range(2)]
-    made = [make() for make in ours.candidates(sets, device)]
+    made = [make() for make in own_step.candidates(sets, device)]
     assert [each.name for each in made] == (["gpu_adam"] if device.name == "host" else ["gpu_adam", "gpu_adam, graph"])
     measure(made, LITTLE)
     for candidate in made:
@@ -68,7 +68,7 @@ def test_a_replayed_step_updates(device: Device) -> None:
     if device.name == "host":
         return
     sets = [Inputs(CASES[0], 0)]
-    *_, replayed = (make() for make in ours.candidates(sets, device))
+    *_, replayed = (make() for make in own_step.candidates(sets, device))
     step: Any = replayed.steps[0]
     before = step._kept.variables[0].numpy()
     replayed.clock(step)
