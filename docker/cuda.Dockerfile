@@ -4,7 +4,7 @@
 #     docker build -f docker/cuda.Dockerfile -t gpu-adam:cuda .
 #     docker run --rm -it --gpus all -v gpu-adam-cuda-cache:/var/cache/gpu_adam gpu-adam:cuda demo
 #
-# For a driver older than 580 replace cuda13 by cuda12.
+# For a driver older than 580 replace cuda13 by cuda12, cuda13-math by cuda12-math.
 # Each `pip install` stands on a line of its own: .ci/run takes these lines and runs them, too.
 FROM python:3.12-slim AS package
 
@@ -34,7 +34,7 @@ COPY --chown=adam:adam .ci .ci
 COPY --chown=adam:adam docker docker
 COPY --chown=adam:adam profiling profiling
 COPY --chown=adam:adam tests tests
-RUN pip install -e ".[test,cuda13]"
+RUN pip install -e ".[test,cuda13-math]"
 USER 1000:1000
 ENTRYPOINT ["pytest"]
 

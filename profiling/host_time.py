@@ -70,6 +70,25 @@ def _functions(path: str) -> Iterator[tuple[str, int]]:
                 yield text.removesuffix("_ptsz"), value
 
 
+class _Symbol(ctypes.Structure):
+    """``Dl_info`` of dladdr(3)."""
+
+    _fields_ = (
+        ("file", ctypes.c_char_p),
+        ("base", ctypes.c_void_p),
+        ("name", ctypes.c_char_p),
+        ("address", ctypes.c_void_p),
+    )
+
+
+def _place(function: Any) -> tuple[int, str]:
+    """Where the library of a loaded function begins in memory, and its file."""
+    found = _Symbol()
+    if not ctypes.CDLL(None).dladdr(ctypes.cast(function, ctypes.c_void_p), ctypes.byref(found)):
+        raise SystemExit("an emulated driver is measured where its library can be found; dladdr does not find it")
+    return int(found.base), os.fsdecode(found.file)
+
+
 @contextlib.contextmanager
 def free_driver() -> Iterator[None]:
     """On an emulated driver: what a step calls of it does nothing meanwhile."""
@@ -78,11 +97,9 @@ def free_driver() -> Iterator[None]:
     runtime = importlib.import_module("cupy_backends.cuda.api.runtime").__file__
     libc = ctypes.CDLL(None)
     libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
     changed = []
-    for wanted in (os.path.realpath(str(runtime)), "libcuda.so.1"):
-        where = [(int(line[0].split("-")[0], 16), line[-1]) for line in maps if line[-1].endswith(wanted)]
-        base, path = min(where)
+    for library, function in ((str(runtime), "PyInit_runtime"), ("libcuda.so.1", "cuInit")):
+        base, path = _place(getattr(ctypes.CDLL(library), function))
         for name, offset in set(_functions(path)):
             if name in _CODE:
                 address, code = base + offset, _CODE[name]
