@@ -226,6 +226,7 @@ def measured() -> dict[str, Any]:
     import cupy  # noqa: PLC0415
 
     import gpu_adam  # noqa: PLC0415
+    from gpu_adam.devices import find_device  # noqa: PLC0415
 
     emulated = getattr(cupy, "__emulated__", False)
     device = gpu_adam.set_device("cuda")
@@ -234,14 +235,10 @@ def measured() -> dict[str, Any]:
     with free_driver() if emulated else contextlib.nullcontext():
         for name, (options, make) in _rows().items():
             found[name] = _median(gpu_adam.Adam(**options), make(), _nothing if emulated else device.synchronize)
-    facts = f"{place}; CuPy {cupy.__version__}, Python {platform.python_version()}, {_processor()}"
+    # What older checkouts have too.
+    processor = dict(find_device("host").facts())["processor"]
+    facts = f"{place}; CuPy {cupy.__version__}, Python {platform.python_version()}, {processor}"
     return {"facts": facts, "rows": found}
-
-
-def _processor() -> str:
-    from gpu_adam.devices.compiler import processor_name  # noqa: PLC0415
-
-    return processor_name()
 
 
 def _nothing() -> None:
