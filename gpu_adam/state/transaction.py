@@ -166,9 +166,7 @@ class Transaction:
         """Drop the slots of a variable, and what stands for it."""
         self._remember()
         state = self._state
-        dropped = {id(owned[variable]) for owned in state.slots.values() if variable in owned}
-        for owned in state.slots.values():
-            owned.pop(variable, None)
+        dropped = {id(owned.pop(variable)) for owned in state.slots.values() if variable in owned}
         state.weights[:] = [weight for weight in state.weights if id(weight) not in dropped]
         state.index_errors.pop(variable, None)
         state.registry.drop(variable)

@@ -49,7 +49,7 @@ class Plan:
         self, variables: Sequence[Variable], sparse: Sequence[bool], rule: UpdateRule, moved: Mapping[Variable, Array]
     ) -> None:
         check_updatable(variables, moved)
-        self.variables, self.sparse, self.rule = list(variables), tuple(sparse), rule
+        self.rule = rule
         rounds: dict[Variable, int] = {}
         members: dict[Any, list[int]] = {}
         for number, variable in enumerate(variables):
