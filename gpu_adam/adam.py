@@ -299,7 +299,7 @@ class Adam:
         count = checked_count(value, "iterations")
         with self._state.alone(), Transaction(self._state) as change:
             counter = change.ensure_counter()
-            make_all([functools.partial(counter.value.fill, count), change.commit])
+            make_all([functools.partial(counter.value.fill, count), *change.commit])
 
     def _count_in(self, counter: Variable) -> None:
         """Count in the user's variable; only before the counter exists."""

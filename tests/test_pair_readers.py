@@ -315,7 +315,7 @@ def test_gradients_of_torch(torch: Any, kind: str, monkeypatch: pytest.MonkeyPat
     tensors = [torch.tensor(each) for each in arrays]
     for step in range(5):
         if step == 1:
-            monkeypatch.setattr(importlib.import_module("gpu_adam.step.dense"), "as_array", pytest.fail)
+            monkeypatch.setattr(importlib.import_module("gpu_adam.step.groups"), "as_array", pytest.fail)
         if step == 3:
             tensors = [tensor.clone() for tensor in tensors]
         if step == 4:

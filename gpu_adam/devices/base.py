@@ -87,9 +87,9 @@ class Device(ABC):
     def address(self, array: Array) -> int:
         """Address of the first element."""
 
+    @abstractmethod
     def is_plain(self, obj: Any, dtype: np.dtype) -> bool:
         """Whether `obj` is known at a glance to be this device's own C-contiguous array of that dtype, aligned."""
-        return False
 
     def addresses(self, arrays: Sequence[Array]) -> np.ndarray:
         """The address of each array's first element, as uint64."""

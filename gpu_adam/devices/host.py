@@ -104,6 +104,13 @@ class HostDevice(Device):
         """Address of the first element."""
         return int(array.__array_interface__["data"][0])
 
+    def is_plain(self, obj: Any, dtype: np.dtype) -> bool:
+        """Whether `obj` is known at a glance to be a C-contiguous array of that dtype, aligned."""
+        if type(obj) is not np.ndarray or obj.dtype != dtype:
+            return False
+        flags = obj.flags
+        return bool(flags.c_contiguous and flags.aligned)
+
     def addresses(self, arrays: Sequence[Array]) -> np.ndarray:
         """The address of each array's first element, as uint64."""
         return data_addresses(list(arrays)) if numpy_is_read_in_c() else super().addresses(arrays)

@@ -30,6 +30,7 @@ class ExpectedPairs(NamedTuple):
         other_types: the exact type of a gradient that is no array; None where an array is expected.
         shapes: the variables'.
         dtypes: the variables'.
+        never_arrays: types of objects for which a pair must be read anew where an array is expected.
     """
 
     targets: list[Any]
@@ -37,6 +38,13 @@ class ExpectedPairs(NamedTuple):
     other_types: list[type | None]
     shapes: list[tuple[int, ...]]
     dtypes: list[np.dtype]
+    never_arrays: tuple[type, ...] = ()
+
+    def have_no_array(self, pairs: Sequence[Any], addresses: np.ndarray) -> bool:
+        """Whether one of the gradients whose address is 0 is of a type for which its pair must be read anew."""
+        kinds = self.other_types
+        missing = np.flatnonzero(addresses == 0).tolist()
+        return any(kinds[n] is None and isinstance(pairs[n][0], self.never_arrays) for n in missing)
 
 
 class PairReader(Protocol):
@@ -80,6 +88,8 @@ class PythonPairReader:
             addresses = self._read(list(gradients))
             are_arrays = addresses[self._is_array].all()
             is_complete = are_arrays or self._tensors.read(pairs, addresses)
+            if not is_complete and self._expected.have_no_array(pairs, addresses):
+                return None
             # Of an object without an address nothing is known, in this step and in the last one.
             if not is_complete or self._last is None or not np.array_equal(addresses, self._last):
                 self._last = addresses

@@ -29,21 +29,21 @@ class Transaction:
 
         with Transaction(state) as change:
             change.adopt(news)
-            make_all([..., change.commit])
+            make_all([..., *change.commit])
 
     Args:
         state: what changes.
 
     Attributes:
-        commit: a call after which the changes stay, even where the block raises later: to be made with what cannot be
-            undone. A block that ends without error needs none.
+        commit: calls after which the changes stay, even where the block raises later: to be made with what cannot be
+            undone, once all changes are made. A block that ends without error needs none.
     """
 
     def __init__(self, state: AdamState) -> None:
         self._state = state
         self._before: list[Call] = []
         self._committed: list[bool] = []
-        self.commit: Call = partial(self._committed.append, True)
+        self.commit: Sequence[Call] = ()
 
     def __enter__(self) -> Transaction:
         return self
@@ -59,6 +59,7 @@ class Transaction:
         if not self._before:
             state = self._state
             state.forget_names()
+            self.commit = (partial(self._committed.append, True),)
             tables = {name: dict(owned) for name, owned in state.slots.items()}
             replace_items = [(a_list, list(a_list)) for a_list in (state.weights, state.names)]
             attributes = [

@@ -27,11 +27,11 @@ from gpu_adam.step import request as requests
 from gpu_adam.step.capture import Graphs
 from gpu_adam.step.plan import Plan, check_updatable
 from gpu_adam.step.request import Memo, Request
+from gpu_adam.step.scalars import Scalars
 from gpu_adam.uninterrupted import make_all
 from gpu_adam.variables import Variable
 
 _enqueue = stage("update")(make_all)
-_NUMBERS = {float}  # the hyperparameters that run no code of their own
 _PLANS_KEPT = 8  # sets of variables whose launches stay: a GAN steps two by turns
 
 
@@ -65,32 +65,41 @@ class Controller:
         Raises:
             ArgumentTypeError, ArgumentValueError, SparseIndexError, ConcurrentStepError: nothing has changed then.
         """
-        pairs = requests.listed(grads_and_vars)
-        with self._state.alone():
-            request, memo, addresses = self._recalled(pairs, rule) or self._resolved(pairs, rule)
+        # A list of the step's own: the caller's may be emptied meanwhile, and nothing else keeps the gradients alive.
+        pairs = grads_and_vars[:] if type(grads_and_vars) is list else requests.listed(grads_and_vars)
+        state, request = self._state, None
+        with state.alone():
+            memo = self._memo if self._layout is state.layout else None
+            addresses = None if memo is None or memo.rule is not rule else memo.read(pairs)
+            if memo is None or addresses is None:
+                request, memo, addresses = self._resolved(pairs, rule)
+                pairs = request.pairs
             plan = memo.plan
             with self._graphs.step(plan.devices) as graph:
                 if graph is not None:
-                    graph.check(request.pairs, is_first=not plan.is_launched)
-                checked = plan.check(request.pairs, addresses)
-                done = check_countable(self._state.counter)
-                scalars = plan.scalars(hyper, done, clip)
-                if not _NUMBERS.issuperset(map(type, hyper.values())):
-                    done = self._checked_after_calls(memo, request.pairs, addresses)
-                if request.without:
+                    graph.check(pairs, is_first=not plan.is_launched)
+                gradients = plan.check(pairs, addresses)
+                done = check_countable(state.counter)
+                now = Scalars(hyper, done)
+                if now.are_called:
+                    done = self._checked_after_calls(memo, pairs, addresses)
+                scalars = plan.scalars(now, clip)
+                if request is not None and request.without:
                     _warn(request.without)
-                with Transaction(self._state) as change:
-                    counter = change.ensure_counter()
-                    change.adopt(request.news)
-                    change.ensure_slots(request.variables, rule)
-                    launches = plan.launches(self._state, graph)
+                with Transaction(state) as change:
+                    if request is not None:
+                        change.ensure_counter()
+                        change.adopt(request.news)
+                        change.ensure_slots(request.variables, rule)
+                    launches = plan.launches(state, graph)
                     change.note(plan.index_errors)
-                    launches.bind(request.pairs, checked)
-                    count = functools.partial(counter.value.fill, done + 1)
-                    _enqueue([*launches.calls(scalars, clip), count, change.commit])
+                    launches.bind(pairs, gradients)
+                    count = functools.partial(state.counter.value.fill, done + 1)
+                    _enqueue([*launches.calls(scalars, clip), count, *change.commit])
                 if graph is None:
                     launches.release()
-            self._remember(memo, request)
+            if request is not None:
+                self._remember(memo, request)
             return done + 1
 
     def _checked_after_calls(self, memo: Memo, pairs: Sequence[Any], addresses: np.ndarray) -> int:
@@ -104,14 +113,6 @@ class Controller:
             rule = "must not move or resize a variable or gradient of the step that calls it"
             raise ArgumentValueError("a callable hyperparameter", rule, "other memory", "do so between steps")
         return check_countable(self._state.counter)
-
-    def _recalled(self, pairs: Sequence[Any], rule: UpdateRule) -> tuple[Request, Memo, np.ndarray] | None:
-        """The request, where it is like the last one; else None."""
-        memo = self._memo
-        if memo is None or memo.rule is not rule or self._layout is not self._state.layout:
-            return None
-        addresses = memo.read(pairs)
-        return None if addresses is None else (requests.known(pairs), memo, addresses)
 
     def _resolved(self, pairs: Sequence[Any], rule: UpdateRule) -> tuple[Request, Memo, np.ndarray]:
         """The request, with a plan of an earlier one like it or a new plan."""
@@ -128,8 +129,6 @@ class Controller:
         return request, memo, requests.unknown_addresses(len(request.pairs)) if addresses is None else addresses
 
     def _remember(self, memo: Memo, request: Request) -> None:
-        if not request.variables:  # remembered already
-            return
         self._drop_what_moved()
         key = _key(request, memo.rule)
         self._memos[key] = memo

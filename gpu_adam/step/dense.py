@@ -3,100 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
 from gpu_adam import kernels
 from gpu_adam.devices import Array
-from gpu_adam.kernels import UpdateRule
 from gpu_adam.step.arguments import UpdateArguments
-from gpu_adam.step.gradients import as_array, check_shape
+from gpu_adam.step.groups import DenseGradients, DenseGroup
 from gpu_adam.uninterrupted import Call
-from gpu_adam.variables import Variable
-
-
-class DenseGroup:
-    """Variables of one dtype on one device, each once, that get a dense gradient: what can be said before slots exist.
-
-    Args:
-        variables: the variables, none overlapping another.
-        numbers: which pairs of the step are theirs.
-        rule: of the update.
-
-    Attributes:
-        variables, numbers, rule: as above.
-        device: where all of the variables lie.
-        layout: how their elements appear to the kernels.
-        filled: which of the variables have elements.
-        all_filled: whether all of them have.
-        nbytes: size of each gradient.
-    """
-
-    def __init__(self, variables: Sequence[Variable], numbers: Sequence[int], rule: UpdateRule) -> None:
-        self.variables, self.numbers, self.rule = list(variables), np.array(numbers, np.intp), rule
-        self.device = variables[0].device
-        self.layout = rule.layout(variables[0].dtype)
-        sizes = np.array([variable.size for variable in variables], np.uint64)
-        self.filled = np.flatnonzero(sizes)
-        self.all_filled = len(self.filled) == len(sizes)
-        self.nbytes = sizes * np.uint64(variables[0].dtype.itemsize)
-
-    def check(self, pairs: Sequence[Any], addresses: np.ndarray) -> DenseGradients:
-        """The gradients of a step's pairs, ready to bind; what is no array of the right kind is converted or refused.
-
-        Args:
-            pairs: all pairs of the step.
-            addresses: where this group's gradients lie; 0 for a gradient that has not been found to fit.
-
-        Raises:
-            ArgumentTypeError, ArgumentValueError: a gradient that does not fit its variable.
-        """
-        if addresses.all():
-            return DenseGradients(self, addresses)
-        addresses, kept = addresses.copy(), []
-        for index in np.flatnonzero(addresses == 0):
-            variable, gradient = self.variables[index], pairs[self.numbers[index]][0]
-            array = as_array(gradient, variable)
-            check_shape(array, variable.shape, variable)
-            addresses[index] = self.device.address(array)
-            if array is not gradient:
-                kept.append(array)
-        return DenseGradients(self, addresses, kept, may_be_remembered=False)
-
-
-class DenseGradients:
-    """Gradients of a group that passed their checks: their places, for a model's gradients are not kept alive.
-
-    Attributes:
-        addresses: where they lie, one uint64 for each variable.
-        kept: arrays that were made of what was passed, and must live until they have been read.
-        may_be_remembered: whether gradients at the same addresses need no further look, for the pair reader read all.
-    """
-
-    __slots__ = ("_group", "addresses", "kept", "may_be_remembered")
-
-    def __init__(
-        self,
-        group: DenseGroup,
-        addresses: np.ndarray,
-        kept: Sequence[Array] = (),
-        *,
-        may_be_remembered: bool = True,
-    ) -> None:
-        self._group, self.addresses, self.kept, self.may_be_remembered = group, addresses, kept, may_be_remembered
-
-    def reads(self) -> tuple[np.ndarray, np.ndarray]:
-        """Addresses and sizes in bytes of the memory that the launches read for these gradients."""
-        return self.addresses, self._group.nbytes
-
-    def with_copy(self, pairs: Sequence[Any], index: int) -> DenseGradients:
-        """The same gradients of a step's pairs, number `index` read from a copy."""
-        group = self._group
-        copy = group.device.array(as_array(pairs[group.numbers[index]][0], group.variables[index]))
-        addresses = self.addresses.copy()
-        addresses[index] = group.device.address(copy)
-        return DenseGradients(group, addresses, [*self.kept, copy], may_be_remembered=False)
 
 
 class DenseTable:

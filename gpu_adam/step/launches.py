@@ -13,11 +13,12 @@ from gpu_adam.devices import Array
 from gpu_adam.hyperparameters import Clip
 from gpu_adam.kernels import UpdateRule
 from gpu_adam.state.adam_state import AdamState
-from gpu_adam.step.dense import DenseGroup, DenseLaunch, DenseTable
+from gpu_adam.step.dense import DenseLaunch, DenseTable
+from gpu_adam.step.groups import DenseGroup, SparseGroup
 from gpu_adam.step.index_errors import IndexErrors
 from gpu_adam.step.norms import norm_passes
 from gpu_adam.step.overlap import Intervals, memory_of
-from gpu_adam.step.sparse import EmbeddingTable, SparseGroup, SparseLaunch
+from gpu_adam.step.sparse import EmbeddingTable, SparseLaunch
 from gpu_adam.uninterrupted import Call
 from gpu_adam.variables import Variable
 
@@ -108,27 +109,27 @@ class Launches:
 
         A gradient in memory that the step writes is copied first: the memory may be another gradient's variable.
         """
-        ready = self._graph_launches
         if checked is not self._bound:
-            self._bind(pairs, checked)
-            if ready is not None and ready._capacities() != self._capacities():
-                ready = None
-        if ready is None and self._captures:
-            self._graph_launches = self._for_graph()
+            self._bound, is_copied = None, False
+            for update, gradients in zip(self._updates, checked, strict=True):
+                if update.is_bound_to(gradients):
+                    continue
+                overlapped = self._written[update.device.name].overlapped(*gradients.reads())
+                for index in () if overlapped is None else overlapped:
+                    gradients, is_copied = gradients.with_copy(pairs, int(index)), True  # noqa: PLW2901
+                update.bind(gradients)
+            for norm in self._norms:
+                norm.bind()
+            if not is_copied and all(gradients.may_be_remembered for gradients in checked):
+                self._bound = checked
+        if self._captures and (self._graph_launches is None or self._bound is None):
+            self._have_graph_launches()
 
-    def _bind(self, pairs: Sequence[Any], checked: Sequence[Any]) -> None:
-        self._bound, is_copied = None, False
-        for update, gradients in zip(self._updates, checked, strict=True):
-            if update.is_bound_to(gradients):
-                continue
-            overlapped = self._written[update.device.name].overlapped(*gradients.reads())
-            for index in () if overlapped is None else overlapped:
-                gradients, is_copied = gradients.with_copy(pairs, int(index)), True  # noqa: PLW2901
-            update.bind(gradients)
-        for norm in self._norms:
-            norm.bind()
-        may_be_remembered = not is_copied and all(gradients.may_be_remembered for gradients in checked)
-        self._bound = checked if may_be_remembered else None
+    def _have_graph_launches(self) -> None:
+        """Make the launches of a graph, or larger ones."""
+        ready = self._graph_launches
+        if ready is None or ready._capacities() != self._capacities():
+            self._graph_launches = self._for_graph()
 
     def release(self) -> None:
         """Let go of arrays that were made of gradients, once all that reads them is enqueued.

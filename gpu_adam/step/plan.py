@@ -15,12 +15,11 @@ from gpu_adam.kernels import UpdateRule, dtype_row
 from gpu_adam.nvtx import stage
 from gpu_adam.state.adam_state import AdamState
 from gpu_adam.step.capture import Graph
-from gpu_adam.step.dense import DenseGroup
+from gpu_adam.step.groups import DenseGroup, SparseGroup
 from gpu_adam.step.index_errors import IndexErrors
 from gpu_adam.step.launches import Launches
 from gpu_adam.step.overlap import first_overlap, memory_of
 from gpu_adam.step.scalars import Scalars
-from gpu_adam.step.sparse import SparseGroup
 from gpu_adam.variables import Variable
 
 
@@ -100,9 +99,8 @@ class Plan:
         return found
 
     @stage("read")
-    def scalars(self, hyper: dict[str, Any], steps_done: int, clip: Clip) -> list[tuple[Any, ...]]:
+    def scalars(self, now: Scalars, clip: Clip) -> list[tuple[Any, ...]]:
         """The scalars that each group gets, in its dtype. Raises where they break a rule in that dtype."""
-        now = Scalars(hyper, steps_done)
         if len(self._different) == 1:
             dtype = self._real_dtypes[0]
             return [(*now.for_real(dtype), clip.value_in(dtype))] * len(self._real_dtypes)

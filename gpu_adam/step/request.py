@@ -20,7 +20,7 @@ class Request(NamedTuple):
 
     Attributes:
         pairs: the (gradient, variable) pairs that have a gradient.
-        variables: the variable of each pair; none where all have been stepped in this way before.
+        variables: the variable of each pair.
         sparse: whether each pair's gradient names rows.
         without: the names of the variables without gradient.
         news: what the registry does not know yet.
@@ -69,10 +69,7 @@ def read(pairs: Sequence[Any], registry: Registry) -> Request:
 
 
 def listed(grads_and_vars: Iterable[Any]) -> Sequence[Any]:
-    """The pairs as a list of the step's own; ArgumentTypeError where they are not iterable.
-
-    The caller's list may be emptied while the step is at work, and nothing else keeps the gradients alive.
-    """
+    """The pairs as a list; ArgumentTypeError where they are not iterable."""
     try:
         iterator = iter(grads_and_vars)
     except TypeError as error:
@@ -81,14 +78,6 @@ def listed(grads_and_vars: Iterable[Any]) -> Sequence[Any]:
             "grads_and_vars", rule, type(grads_and_vars).__name__, "pass a list of pairs"
         ) from error
     return list(iterator)
-
-
-def known(pairs: Sequence[Any]) -> Request:
-    """A request like an earlier one, with these pairs."""
-    return Request(pairs, (), (), (), _NO_NEWS)
-
-
-_NO_NEWS = News()
 
 
 class Memo:
@@ -102,14 +91,13 @@ class Memo:
     Attributes:
         plan: as above.
         rule: of the plan.
+        read: gives the addresses of a step's gradients, 0 for those still to be looked at; None for other pairs.
     """
 
     def __init__(self, plan: Plan, request: Request, registry: Registry) -> None:
         self.plan, self.rule = plan, plan.rule
         self._targets = [target for _, target in request.pairs]
-        self._reader: PairReader = _reads_nothing
-        self._whole: np.ndarray | None = None
-        self._dense = np.array([not is_sparse for is_sparse in request.sparse])
+        self.read: PairReader = _reads_nothing
         if len(plan.devices) == 1:
             kinds: list[type | None] = [IndexedSlices if is_sparse else None for is_sparse in request.sparse]
             placements = [
@@ -118,19 +106,8 @@ class Memo:
             ]
             shapes = [variable.shape for variable in request.variables]
             dtypes = [variable.dtype for variable in request.variables]
-            expected = ExpectedPairs(self._targets, placements, kinds, shapes, dtypes)
-            self._reader = plan.devices[0].pair_reader(expected)
-
-    def read(self, pairs: Sequence[Any]) -> np.ndarray | None:
-        """The addresses of the gradients, 0 for those still to be looked at; None for another request's pairs."""
-        addresses = self._reader(pairs)
-        if addresses is None or addresses is self._whole:
-            return addresses
-        if addresses.all() or addresses[self._dense].all():  # slices have no address
-            self._whole = addresses
-        elif any(isinstance(pairs[n][0], _NO_ARRAY) for n in np.flatnonzero(self._dense & (addresses == 0)).tolist()):
-            return None
-        return addresses
+            expected = ExpectedPairs(self._targets, placements, kinds, shapes, dtypes, _NEVER_ARRAYS)
+            self.read = plan.devices[0].pair_reader(expected)
 
     def is_of(self, request: Request) -> bool:
         """Whether the request's variables were passed as the same objects."""
@@ -139,9 +116,8 @@ class Memo:
         )
 
 
-# Gradients for which a pair must be read anew: a missing one, one of rows, one that may have changed places with its
-# variable.
-_NO_ARRAY = (type(None), IndexedSlices, Variable)
+# A missing gradient, one of rows, one that may have changed places with its variable.
+_NEVER_ARRAYS = (type(None), IndexedSlices, Variable)
 
 
 def _placement(target: Any, news: News, registry: Registry) -> Placement:

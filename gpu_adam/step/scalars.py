@@ -27,20 +27,23 @@ class Scalars:
         hyper: the stored values by name: learning_rate, beta_1, beta_2, epsilon, decay.
         iterations: steps done before this one, t - 1.
 
+    Attributes:
+        are_called: whether one of the values came from code that is not ours: a callable, a schedule, an array.
+
     Raises:
         ArgumentTypeError, ArgumentValueError: a callable's or schedule's value breaks its rule.
     """
 
-    __slots__ = ("beta_1", "beta_2", "decay", "epsilon", "iterations", "learning_rate")
+    __slots__ = ("are_called", "beta_1", "beta_2", "decay", "epsilon", "iterations", "learning_rate")
 
     def __init__(self, hyper: dict[str, Any], iterations: int) -> None:
-        self.iterations = iterations
+        self.iterations, self.decay = iterations, hyper["decay"]
         rate, beta_1, beta_2, epsilon = hyper["learning_rate"], hyper["beta_1"], hyper["beta_2"], hyper["epsilon"]
+        self.are_called = not type(rate) is type(beta_1) is type(beta_2) is type(epsilon) is float
         self.learning_rate: float = rate if type(rate) is float else _rate_now(rate, iterations)
         self.beta_1: float = beta_1 if type(beta_1) is float else evaluated("beta_1", beta_1)
         self.beta_2: float = beta_2 if type(beta_2) is float else evaluated("beta_2", beta_2)
         self.epsilon: float = epsilon if type(epsilon) is float else evaluated("epsilon", epsilon)
-        self.decay: float = hyper["decay"]
 
     def for_real(self, dtype: str) -> tuple[float, ...]:
         """(alpha_t, 1 - beta_1, 1 - beta_2, epsilon), every operation rounded in `dtype` as the reference does.

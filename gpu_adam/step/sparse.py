@@ -3,98 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
 from gpu_adam import kernels
 from gpu_adam.devices import Array
 from gpu_adam.devices.base import PACK_BYTES
-from gpu_adam.errors import ArgumentValueError
-from gpu_adam.kernels import UpdateRule
 from gpu_adam.step.arguments import UpdateArguments
-from gpu_adam.step.gradients import as_array, check_shape, on_device
-from gpu_adam.step.index_errors import IndexErrors, index_error
+from gpu_adam.step.groups import SparseGradient, SparseGroup
+from gpu_adam.step.index_errors import IndexErrors
 from gpu_adam.step.row_sort import RowSorter
 from gpu_adam.uninterrupted import Call
-from gpu_adam.variables import Variable
-
-_INT32, _INT64 = np.dtype(np.int32), np.dtype(np.int64)
-
-
-class SparseGroup:
-    """One variable that gets a gradient for some of its rows: what can be said before slots exist.
-
-    Args:
-        variables: the variable, alone; at least one-dimensional.
-        numbers: which pair of the step is its own, alone.
-        rule: of the update.
-
-    Raises:
-        ArgumentValueError: a variable without rows.
-    """
-
-    def __init__(self, variables: Sequence[Variable], numbers: Sequence[int], rule: UpdateRule) -> None:
-        self.variables, self.numbers, self.rule = list(variables), np.array(numbers, np.intp), rule
-        (self.variable,), (self.number,) = self.variables, numbers
-        if self.variable.ndim == 0:
-            raise ArgumentValueError(
-                f"gradient of variable {self.variable.name!r}",
-                "must be dense for a variable without rows",
-                "IndexedSlices",
-                "pass an array",
-            )
-        self.device = self.variable.device
-        self._dtype, self._shape = self.variable.dtype, self.variable.shape
-        self.layout = rule.layout(self._dtype)
-
-    def check(self, pairs: Sequence[Any], addresses: np.ndarray) -> SparseGradient:
-        """The gradient of the group's pair, ready to bind.
-
-        Args:
-            pairs: all pairs of the step.
-            addresses: unused; slices are looked at in every step, for their number may change.
-
-        Raises:
-            ArgumentTypeError, ArgumentValueError: values or indices of another shape, dtype or device.
-            SparseIndexError: a row out of range, where that can be seen without waiting for the device.
-        """
-        gradient, variable, is_plain = pairs[self.number][0], self.variable, self.device.is_plain
-        indices, values = gradient.indices, gradient.values
-        if not (is_plain(indices, _INT64) or is_plain(indices, _INT32)) or indices.ndim != 1:
-            indices = _as_indices(indices, variable)
-        if not is_plain(values, self._dtype):
-            values = as_array(values, variable, "IndexedSlices.values")
-        rows = self._shape[0]
-        if values.shape != (indices.shape[0], *self._shape[1:]):
-            check_shape(values, (int(indices.shape[0]), *self._shape[1:]), variable, "IndexedSlices.values")
-        if self.device.checks_indices and indices.size and not 0 <= indices.min() <= indices.max() < rows:
-            position = int(np.argmax((indices < 0) | (indices >= rows)))
-            raise index_error(variable, position, int(indices[position]))
-        return SparseGradient(self, values, indices)
-
-
-class SparseGradient:
-    """A gradient that passed its checks: contiguous arrays on the variable's device."""
-
-    __slots__ = ("_group", "indices", "values")
-
-    may_be_remembered = False  # for the number of rows may change
-
-    def __init__(self, group: SparseGroup, values: Array, indices: Array) -> None:
-        self._group, self.values, self.indices = group, values, indices
-
-    def reads(self) -> tuple[np.ndarray, np.ndarray]:
-        """Addresses and sizes in bytes of the memory that the launches read for this gradient."""
-        address, values, indices = self._group.device.address, self.values, self.indices
-        addresses = np.array([address(values), address(indices)], np.uint64)
-        return addresses, np.array([values.nbytes, indices.nbytes], np.uint64)
-
-    def with_copy(self, pairs: Sequence[Any], index: int) -> SparseGradient:
-        """The same gradient, its values (index 0) or indices (index 1) read from a copy. The pairs are not needed."""
-        arrays = [self.values, self.indices]
-        arrays[index] = self._group.device.array(arrays[index])
-        return SparseGradient(self._group, *arrays)
 
 
 class EmbeddingTable:
@@ -202,15 +121,3 @@ class SparseLaunch:
     def capacity(self) -> int:
         """How many rows there is memory for."""
         return self._sorter.capacity
-
-
-def _as_indices(indices: Any, variable: Variable) -> Array:
-    """`indices` as a contiguous one-dimensional int32 or int64 array on the variable's device."""
-    argument = f"IndexedSlices.indices of variable {variable.name!r}"
-    empty = isinstance(indices, (list, tuple)) and not indices
-    array = on_device(indices, variable.device, argument, np.dtype(np.int64) if empty else None)
-    if array.dtype not in (np.int32, np.int64):
-        raise ArgumentValueError(argument, "must have dtype int32 or int64", array.dtype, "cast them with astype")
-    if array.ndim != 1:
-        raise ArgumentValueError(argument, "must be one-dimensional", f"shape {tuple(array.shape)}", "ravel them")
-    return array
