@@ -415,9 +415,14 @@ class Adam:
 
     def get_weights(self) -> list[Any]:
         """NumPy copies of `weights`, the first a np.int64. Waits for the device; raises as `check_errors`."""
-        return [array[()] for array in self._exported().values()]
+        return [array[()] for array in self.export().values()]
 
-    def _exported(self) -> dict[str, np.ndarray]:
+    def export(self) -> dict[str, np.ndarray]:
+        """NumPy copies of `weights` by name: "iterations", and "<variable>/<slot>" for each slot, such as "w/m".
+
+        Of several variables with one name the second is called "<variable>_1", and so on, in order of their first slot.
+        Waits for the device; raises as `check_errors`.
+        """
         with self._state.alone():
             self._controller.check_errors()
             return self._state.export()
@@ -447,6 +452,23 @@ class Adam:
             by_name = dict(zip(self._state.weight_names(), arrays, strict=True))
             self._state.restore(by_name, lambda number: f"weights[{number}]")
 
+    def restore(self, arrays: Any) -> None:
+        """Overwrite the state by arrays of the same shapes, cast to the slots' dtypes: all of it or, on an error, none.
+
+        Args:
+            arrays: a mapping with one array for each name that `export` gives. Live arrays of the optimizer count as
+                they are before the call.
+
+        Raises:
+            ArgumentTypeError, ArgumentValueError: an array is missing, left over, of another shape, holds no numbers,
+                or is "iterations" and no number of steps; nothing has changed then.
+        """
+        if not isinstance(arrays, Mapping):
+            rule = "must be a mapping from names to arrays"
+            raise ArgumentTypeError("arrays", rule, type(arrays).__name__, "pass what export() returned")
+        with self._state.alone():
+            self._state.restore(arrays, lambda number: f"arrays[{self._state.weight_names()[number]!r}]")
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write iterations, slots and configuration to one `.npz` file, replaced atomically.
 
@@ -454,7 +476,7 @@ class Adam:
             OSError: the file system refuses.
             SparseIndexError: as `check_errors`.
         """
-        arrays = {f"weights/{number}": array for number, array in enumerate(self._exported().values())}
+        arrays = {f"weights/{number}": array for number, array in enumerate(self.export().values())}
         names = [weight.name for weight in self.weights]
         checkpoint.write(path, arrays, {"kind": "Adam", "names": names, "config": self.get_config()})
 

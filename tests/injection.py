@@ -420,6 +420,10 @@ def _set_weights(world: World) -> None:
     world.optimizer.set_weights([weight + 1 for weight in world.optimizer.get_weights()])
 
 
+def _restore(world: World) -> None:
+    world.optimizer.restore({name: array + 1 for name, array in world.optimizer.export().items()})
+
+
 def _set_iterations(world: World) -> None:
     world.optimizer.iterations = 41
 
@@ -494,6 +498,7 @@ SCENARIOS: dict[str, Callable[[Device], Factory]] = {
     "build, raw": _calls(_build, steps=0, newcomers=3, raw=True),
     "build, one more": _calls(_build, newcomers=1),
     "set_weights": _calls(_set_weights),
+    "restore": _calls(_restore),
     "load": lambda device: state_scenario(device, _saved(device)),
     "iterations =": _calls(_set_iterations),
     "iterations =, fresh": _calls(_set_iterations, steps=0),

@@ -20,9 +20,10 @@ OTHERS = {
 
 ADAM = {
     "add_slot", "add_weight", "amsgrad", "apply_gradients", "beta_1", "beta_2", "build", "check_errors", "clipnorm",
-    "clipvalue", "complex_mode", "decay", "epsilon", "forget", "from_config", "get_config", "get_gradients", "get_slot",
-    "get_slot_names", "get_updates", "get_weights", "global_clipnorm", "iterations", "learning_rate", "load", "lr",
-    "minimize", "name", "replace", "save", "set_weights", "synchronize", "variables", "weights",
+    "clipvalue", "complex_mode", "decay", "epsilon", "export", "forget", "from_config", "get_config", "get_gradients",
+    "get_slot", "get_slot_names", "get_updates", "get_weights", "global_clipnorm", "iterations", "learning_rate",
+    "load", "lr", "minimize", "name", "replace", "restore", "save", "set_weights", "synchronize", "variables",
+    "weights",
 }  # fmt: skip
 VARIABLE = {
     "assign", "assign_add", "assign_sub", "device", "dtype", "name", "ndim", "numpy", "over", "shape", "size",

@@ -29,6 +29,40 @@ def started(device: Device, steps: int = 2, dtype: str = "float32", **config: An
     return optimizer, x
 
 
+# export and restore
+
+
+def test_a_state_by_name(device: Device) -> None:
+    """Another optimizer with the same variables goes on to the same bits."""
+    one, x = started(device)
+    state = one.export()
+    assert list(state) == ["iterations", "x/m", "x/v"]
+    assert all(type(array) is np.ndarray for array in state.values())
+    other, y = gpu_adam.Adam(0.1), Variable(x.numpy(), name="x")
+    other.build([y])
+    other.restore(dict(reversed(state.items())))
+    for optimizer, variable in ((one, x), (other, y)):
+        optimizer.apply_gradients([(device.array(X), variable)])
+    assert other.iterations == 3
+    assert_same_bits(x.numpy(), y.numpy())
+
+
+@pytest.mark.parametrize("bad", ["missing", "besides", "shape", "text", "count", "list"])
+def test_a_state_that_does_not_fit(device: Device, bad: str) -> None:
+    optimizer, x = started(device)
+    state: Any = {name: array + 1 for name, array in optimizer.export().items()}
+    names = {"missing": "x/v", "besides": "y/m", "shape": "x/v", "text": "x/v", "count": "iterations"}
+    if bad == "missing":
+        del state["x/v"]
+    elif bad == "list":
+        state = list(state.values())
+    else:
+        state[names[bad]] = {"besides": X, "shape": X[:2], "text": np.array(["a"] * 3), "count": -1}[bad]
+    with unchanged(optimizer, x), pytest.raises((ArgumentTypeError, ArgumentValueError)) as raised:
+        optimizer.restore(state)
+    assert names.get(bad, "list") in str(raised.value)
+
+
 # set_weights
 
 

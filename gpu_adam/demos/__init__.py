@@ -20,6 +20,8 @@ from gpu_adam.state import checkpoint
 if TYPE_CHECKING:
     from typing import Self
 
+_OPTIMIZER = "optimizer/"  # begins the names of its state in a file
+
 
 @dataclass(frozen=True)
 class Measure:
@@ -97,10 +99,10 @@ class Demo(ABC):
         """Take back what `notes` returned."""
 
     def state(self) -> dict[str, np.ndarray]:
-        """Return host copies of the data's identity, the variables and the optimizer's weights."""
+        """Return host copies of the data's identity, the variables and the optimizer's state."""
         arrays = {f"data/{name}": array for name, array in self.data().items()}
         arrays |= {f"variable/{variable.name}": variable.numpy() for variable in self.variables}
-        return arrays | {f"weight/{i}": np.asarray(weight) for i, weight in enumerate(self.optimizer.get_weights())}
+        return arrays | {f"{_OPTIMIZER}{name}": array for name, array in self.optimizer.export().items()}
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write variables, optimizer state, seed and step to one file."""
@@ -130,8 +132,8 @@ class Demo(ABC):
             raise CheckpointError(str(path), "must fit this demo's data and variables", "others", remedy)
         for variable in demo.variables:
             variable.assign(arrays[f"variable/{variable.name}"])
-        weights = len(own) - len(data) - len(demo.variables)
-        demo.optimizer.set_weights([arrays[f"weight/{i}"] for i in range(weights)])
+        prefix = len(_OPTIMIZER)
+        demo.optimizer.restore({n[prefix:]: array for n, array in arrays.items() if n.startswith(_OPTIMIZER)})
         demo.step = meta["step"]
         demo.recall(meta)
         return demo

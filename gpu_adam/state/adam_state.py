@@ -151,7 +151,7 @@ class AdamState:
         if len(arrays) != len(names) or not all(map(arrays.__contains__, names)):
             missing = next((f"nothing for {name!r}" for name in names if name not in arrays), None)
             raise ArgumentValueError(
-                "weights",
+                "arrays",
                 f"must hold one array for each of the {len(names)} weights of optimizer {self.name!r}",
                 missing or f"{next(iter(arrays.keys() - set(names)))!r} besides",
                 "call build(variables) with the same variables first",

@@ -10,6 +10,7 @@ from gpu_adam.devices import Array, Device, device_of, find_device
 from gpu_adam.errors import ArgumentTypeError, ArgumentValueError
 from gpu_adam.variables import Variable
 
+_REMEDY = "pass the arrays of an optimizer of the same variables, in their order"
 _FILLS = {"zeros": 0, "ones": 1}
 
 
@@ -89,16 +90,16 @@ def as_slot(value: Any, slot: Variable, argument: str, *, from_file: bool) -> Ar
         array = np.asarray(None)
     if array.dtype.kind in "OSUMmV" and array.dtype != slot.dtype:
         what = f"{type(value).__name__} of {array.dtype}"
-        raise ArgumentTypeError(argument, "must consist of numbers", what, "pass get_weights()'s arrays")
+        raise ArgumentTypeError(argument, "must consist of numbers", what, "pass the arrays that were exported")
     if tuple(array.shape) != slot.shape:
         rule = f"must have shape {slot.shape} for {slot.name!r}"
-        raise ArgumentValueError(argument, rule, tuple(array.shape), "pass the arrays in the order of get_weights()")
+        raise ArgumentValueError(argument, rule, tuple(array.shape), _REMEDY)
     if from_file and array.dtype != slot.dtype:
         rule = f"must have dtype {slot.dtype} for {slot.name!r}"
         raise ArgumentValueError(argument, rule, array.dtype, "save it from variables of the same dtype")
     if array.dtype.kind == "c" and slot.dtype.kind != "c":
         rule = f"must be real for {slot.name!r}"
-        raise ArgumentValueError(argument, rule, array.dtype, "pass the arrays in the order of get_weights()")
+        raise ArgumentValueError(argument, rule, array.dtype, _REMEDY)
     if isinstance(array, np.ndarray):
         return np.array(array, slot.dtype, order="C", copy=None if from_file else True)
     return slot.device.array(array, slot.dtype)
