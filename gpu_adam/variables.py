@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import operator
 from collections.abc import Callable, Iterator
@@ -12,8 +11,12 @@ import numpy as np
 from numpy.lib.mixins import NDArrayOperatorsMixin
 
 from gpu_adam.autodiff_seam import adapter, check_overwrite, operand
-from gpu_adam.devices import Array, Device, device_of, find_device, view_of
+from gpu_adam.conversion import as_numbers, cast, on_host, place_of
+from gpu_adam.devices import Array, Device, find_device
 from gpu_adam.errors import ArgumentTypeError, ArgumentValueError
+
+_PYTHON_DTYPES = {"f": np.dtype(np.float32), "i": np.dtype(np.int32)}
+"""The dtypes of Python's floats and integers, as in TensorFlow."""
 
 
 def _in_place(ufunc: np.ufunc) -> Any:
@@ -62,23 +65,19 @@ class Variable(NDArrayOperatorsMixin):
             initial_value = initial_value.value
         if name is not None and not isinstance(name, str):
             raise ArgumentTypeError("name", "must be a str", type(name).__name__, "pass a str or None")
-        place = _place_of(initial_value)
+        place = place_of(initial_value)
         if device is None and place is not None and place.xp is not np:
             device = place
         self._device = find_device(device)
-        wanted = _initial_dtype(initial_value, dtype)
-        try:
-            self._value = self._device.array(_reachable(initial_value, place, self._device, "initial_value"), wanted)
-        except ArgumentTypeError:
-            raise
-        except (TypeError, ValueError) as error:
-            raise ArgumentValueError(
-                "initial_value", "must be convertible to an array of numbers", error, "pass numbers or an array"
-            ) from error
-        if self._value.dtype.kind in "OSUMm":
-            raise ArgumentTypeError(
-                "initial_value", "must consist of numbers", type(initial_value).__name__, "pass numbers or an array"
+        array = as_numbers(initial_value, "initial_value")
+        if dtype is not None:
+            wanted = as_dtype(dtype)
+        else:
+            wanted = (
+                array.dtype if hasattr(initial_value, "dtype") else _PYTHON_DTYPES.get(array.dtype.kind, array.dtype)
             )
+        array = cast(array, wanted.newbyteorder("="), "initial_value")
+        self._value = self._device.array(on_host(array) if self._device.xp is np else array)
         self._name = "Variable" if name is None else name
         self.trainable = bool(trainable)
 
@@ -145,7 +144,8 @@ class Variable(NDArrayOperatorsMixin):
             The variable.
 
         Raises:
-            ArgumentValueError: another shape, or no numbers.
+            ArgumentTypeError: no numbers, or none that the variable's dtype has a place for.
+            ArgumentValueError: another shape; a number outside of the dtype's range.
         """
         converted = self._converted(value, "assign's value")
         with self._device.activate():
@@ -168,26 +168,16 @@ class Variable(NDArrayOperatorsMixin):
 
     def _converted(self, value: Any, argument: str) -> Array:
         check_overwrite(self)
-        device, array = self._device, value.value if isinstance(value, Variable) else value
-        place = _place_of(array)
-        try:
-            if not isinstance(array, device.xp.ndarray) or (place is not None and place.name != device.name):
-                array = device.array(np.asarray(array) if place is None else _reachable(array, place, device, argument))
-            if tuple(array.shape) == self.shape:
-                with device.activate():
-                    return array.real.astype(self.dtype) if self.dtype.kind != "c" else array.astype(self.dtype)
-        except ArgumentTypeError:
-            raise
-        except (TypeError, ValueError) as error:
-            raise ArgumentValueError(
-                argument, f"must be numbers for variable {self._name!r}", error, "cast it"
-            ) from error
-        raise ArgumentValueError(
-            f"{argument} for variable {self._name!r}",
-            f"must have the variable's shape {self.shape}",
-            tuple(array.shape),
-            "reshape it",
-        )
+        argument = f"{argument} for variable {self._name!r}"
+        array = as_numbers(value.value if isinstance(value, Variable) else value, argument)
+        if tuple(array.shape) != self.shape:
+            rule = f"must have the variable's shape {self.shape}"
+            raise ArgumentValueError(argument, rule, tuple(array.shape), "reshape it")
+        array = cast(array, self.dtype, argument)
+        if self._device.xp is np:
+            return on_host(array)
+        place = place_of(array)
+        return array if place is self._device else self._device.array(array)
 
     # The protocols of arrays; through `operand`, by which a loss that is being differentiated records what it computes.
 
@@ -344,30 +334,6 @@ def make(function: Callable[..., Any], xp: Any, args: Any, options: Any) -> Arra
     return getattr(xp, function.__name__)(*args, **given)
 
 
-def _place_of(value: Any) -> Device | None:
-    """The device in whose memory a value lies; None for numbers and lists."""
-    return None if isinstance(value, (list, tuple, int, float, complex, np.generic)) else device_of(value)
-
-
-def _reachable(value: Any, place: Device | None, device: Device, argument: str) -> Any:
-    """A value that `device.array` takes: a copy in host memory of what the host cannot read, else the value itself.
-
-    Args:
-        value: numbers, or an array.
-        place: where it lies.
-        device: where it goes.
-        argument: the value's name, for messages.
-
-    Raises:
-        ArgumentTypeError: an array that does not hand its memory out.
-    """
-    if place is None or place.xp is np or isinstance(value, place.xp.ndarray):
-        array = value
-    else:
-        array = view_of(value, place, argument)  # here, where its refusal gets a sentence
-    return place.numpy(array) if place is not None and place.xp is not np and device.xp is np else array
-
-
 def _itself(array: Array) -> Array:
     return array
 
@@ -376,20 +342,6 @@ def _called_on(device: Device, method: Callable[..., Any], *args: Any, **kwargs:
     """What a method of a device's array returns, called while that device is current."""
     with device.activate():
         return method(*_plain(args), **{key: _plain(option) for key, option in kwargs.items()})
-
-
-def _initial_dtype(value: Any, dtype: Any) -> np.dtype | None:
-    """The dtype that the constructor's arguments mean; None leaves it to NumPy."""
-    found: np.dtype | None = None
-    if dtype is not None:
-        found = as_dtype(dtype)
-    elif hasattr(value, "dtype"):
-        found = np.dtype(value.dtype)
-    else:
-        with contextlib.suppress(TypeError, ValueError):
-            found = np.asarray(value).dtype
-            found = {"f": np.dtype(np.float32), "i": np.dtype(np.int32)}.get(found.kind, found)
-    return None if found is None else found.newbyteorder("=")
 
 
 def as_dtype(dtype: Any) -> np.dtype:

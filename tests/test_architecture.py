@@ -17,7 +17,7 @@ FLOORS = [
     ["errors", "nvtx", "autodiff_seam", "rules", "uninterrupted"],
     ["kernels"],
     ["schedules", "devices"],
-    ["variables", "hyperparameters"],
+    ["conversion", "variables", "hyperparameters"],
     ["state"],
     ["step"],
     # What is differentiated knows nothing of optimizers.

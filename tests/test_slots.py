@@ -326,8 +326,8 @@ def test_slots_that_cannot_be_added(device: Device) -> None:
             r"initializer must be one of \['zeros', 'ones'\] \(got unknown initializer 'bogus'\)",
         ),
         (variables[0], "note", None, r"initializer must make an array \(got None\)"),
-        (variables[0], "note", object(), "initializer must give numbers"),
-        (variables[0], "note", [[1], [1, 2]], "initializer must give numbers"),
+        (variables[0], "note", object(), "initializer must consist of numbers"),
+        (variables[0], "note", [[1], [1, 2]], "initializer must consist of numbers"),
         (
             other,
             "m",

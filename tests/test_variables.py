@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,8 @@ X = np.arange(1, 7, dtype=np.float32).reshape(2, 3)
         (X, None, X),
         (X, "float64", X.astype(np.float64)),
         ([1, 2], np.float64, np.array([1.0, 2.0])),
-        (1.5, np.dtype("int32"), np.int32(1)),
+        (2, np.dtype("float64"), np.float64(2)),
+        (np.ma.masked_array(X, mask=False), None, X),
         (X.T, None, X.T),
         (X[:, ::2], None, X[:, ::2]),
         (np.zeros((0, 3)), None, np.zeros((0, 3))),
@@ -170,9 +172,64 @@ def test_assign_itself_and_scalars(device: Device) -> None:
 def test_what_cannot_be_assigned(device: Device, method: str, value: Any) -> None:
     """No broadcasting, no text; nothing has changed then."""
     variable = Variable(X, name="w")
-    with pytest.raises(ArgumentValueError, match=rf"^{method}'s (value|delta) .*variable 'w'"):
+    with pytest.raises((ArgumentTypeError, ArgumentValueError), match=rf"^{method}'s (value|delta) .*variable 'w'"):
         getattr(variable, method)(value)
     assert_same_bits(variable.numpy(), X)
+
+
+NO_NUMBERS = {
+    "texts": ["1", "2"],
+    "text": "12",
+    "bytes": [b"1", b"2"],
+    "missing": [None, 1.0],
+    "truth values": [True, False],
+    "truth values in an array": np.array([True, False]),
+    "dates": np.array(["2020-01-01", "2020-01-02"], "datetime64[D]"),
+    "durations": np.array([1, 2], "timedelta64[s]"),
+    "objects": np.array([1.0, 2.0], object),
+    "fractions": [Fraction(1, 2), Fraction(1, 3)],
+    "too large for any float": [10**400, 1],
+    "too large for float32": [1e300, 1.0],
+    "too large for float32, in an array": np.array([1e300, 1.0]),
+    "complex": [1 + 2j, 2],
+    "complex array": np.array([1 + 2j, 2]),
+    "masked": np.ma.masked_array([1e30, 2.0], mask=[True, False]),
+    "records": np.zeros(2, [("a", "f4")]),
+    "bare bytes": np.zeros(2, "V4"),
+    "ragged": [1.0, [2.0]],
+}
+
+
+@pytest.mark.parametrize("what", NO_NUMBERS)
+@pytest.mark.parametrize("use", ["initial", "assign", "assign_add", "gradient", "slot", "iterations", "initializer"])
+@pytest.mark.filterwarnings("error")
+def test_what_is_taken_for_numbers_by_numpy_alone(device: Device, what: str, use: str) -> None:
+    """Nobody's text, date, mask or imaginary part becomes a number. Nothing has changed then."""
+    value = NO_NUMBERS[what]
+    variable, start = Variable(np.ones(2, np.float32), name="w"), np.ones(2, np.float32)
+    optimizer = gpu_adam.Adam()
+    optimizer.build([variable])
+
+    def do() -> None:
+        if use == "initial":
+            Variable(value, dtype="float32")
+        elif use == "gradient":
+            optimizer.apply_gradients([(value, variable)])
+        elif use == "slot":
+            optimizer.set_weights([0, value, start])
+        elif use == "iterations":
+            optimizer.iterations = value
+        elif use == "initializer":
+            optimizer.add_slot(variable, "note", lambda shape, dtype: value)
+        else:
+            getattr(variable, use)(value)
+
+    with pytest.raises((ArgumentTypeError, ArgumentValueError)) as raised:
+        do()
+    assert str(raised.value).endswith(".")
+    assert_same_bits(variable.numpy(), start)
+    assert [weight.name for weight in optimizer.weights] == ["Adam/iter", "Adam/w/m", "Adam/w/v"]
+    assert not any(np.any(weight) for weight in optimizer.get_weights())
 
 
 # As an array.

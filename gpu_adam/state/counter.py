@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
+from gpu_adam.conversion import as_numbers, on_host
 from gpu_adam.errors import ArgumentTypeError, ArgumentValueError
 from gpu_adam.variables import Variable
 
@@ -20,19 +19,16 @@ def checked_count(value: Any, argument: str) -> int:
         ArgumentTypeError: no real number.
         ArgumentValueError: a number that is not whole, or outside the range.
     """
-    number = value.numpy() if isinstance(value, Variable) else value
-    try:
-        array = np.asarray(number.get() if hasattr(number, "get") else number)
-    except ValueError:  # a ragged list
-        array = np.asarray(None)
+    remedy = "pass the number of steps done"
+    array = on_host(as_numbers(value.value if isinstance(value, Variable) else value, argument, remedy))
     if array.shape != () or array.dtype.kind not in "iuf":
         what = f"{type(value).__name__} of {array.dtype}" if array.shape == () else f"shape {array.shape}"
-        raise ArgumentTypeError(argument, "must be a whole number", what, "pass the number of steps done")
+        raise ArgumentTypeError(argument, "must be a whole number", what, remedy)
     if array.dtype.kind == "f" and not float(array).is_integer():
-        raise ArgumentValueError(argument, "must be a whole number", array, "pass the number of steps done")
+        raise ArgumentValueError(argument, "must be a whole number", array, remedy)
     count = int(array)
     if not 0 <= count <= LAST_COUNT:
-        raise ArgumentValueError(argument, "must lie in [0, 2^63 - 1)", count, "pass the number of steps done")
+        raise ArgumentValueError(argument, "must lie in [0, 2^63 - 1)", count, remedy)
     return count
 
 

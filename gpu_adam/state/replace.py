@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from gpu_adam.devices import Array, device_of
+from gpu_adam.conversion import as_numbers, on_host
+from gpu_adam.devices import Array
 from gpu_adam.errors import ArgumentTypeError, ArgumentValueError, SparseIndexError
 from gpu_adam.state.adam_state import AdamState
 from gpu_adam.variables import Variable
@@ -46,16 +47,12 @@ def successors(state: AdamState, old: Variable, new: Variable, index: Any) -> di
 def _rows(index: Any, old: Variable) -> np.ndarray:
     if old.ndim == 0:
         raise ArgumentValueError("index", "must be None for a variable without rows", "an index", "leave it out")
-    array = index.value if isinstance(index, Variable) else index
-    place = None if isinstance(array, (np.ndarray, np.generic, list, tuple)) else device_of(array)
-    try:
-        rows = np.asarray(array if place is None else place.numpy(place.view(array)))
-    except ValueError:  # a ragged list
-        rows = np.asarray(None)
+    remedy = "pass numpy.flatnonzero(mask), say"
+    rows = on_host(as_numbers(index.value if isinstance(index, Variable) else index, "index", remedy))
     rows = rows.astype(np.int64) if rows.size == 0 else rows
     if rows.dtype.kind not in "iu" or rows.ndim != 1:
         got = f"shape {rows.shape}, dtype {rows.dtype}"
-        raise ArgumentTypeError("index", "must be a list of row numbers", got, "pass numpy.flatnonzero(mask), say")
+        raise ArgumentTypeError("index", "must be a list of row numbers", got, remedy)
     outside = np.flatnonzero((rows < 0) | (rows >= old.shape[0]))
     if outside.size:
         position = int(outside[0])

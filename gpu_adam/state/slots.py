@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from gpu_adam.devices import Array, Device, device_of, find_device
-from gpu_adam.errors import ArgumentTypeError, ArgumentValueError
+from gpu_adam.conversion import as_numbers, cast, on_host, place_of
+from gpu_adam.devices import Array, Device, find_device
+from gpu_adam.errors import ArgumentValueError
 from gpu_adam.variables import Variable
 
 _REMEDY = "pass the arrays of an optimizer of the same variables, in their order"
@@ -56,10 +57,8 @@ def initialized(initializer: Any, shape: tuple[int, ...], dtype: np.dtype, devic
         )
     value = initializer(shape=shape, dtype=dtype) if callable(initializer) else initializer
     value = value.value if isinstance(value, Variable) else value
-    try:
-        return device.array(value, dtype)
-    except (TypeError, ValueError) as error:
-        raise ArgumentTypeError("initializer", "must give numbers", error, "pass 'zeros', or an array") from error
+    array = cast(as_numbers(value, "initializer", "pass 'zeros', or an array"), dtype, "initializer")
+    return device.array(on_host(array) if device.xp is np else array)
 
 
 def as_slot(value: Any, slot: Variable, argument: str, *, from_file: bool) -> Array:
@@ -78,28 +77,16 @@ def as_slot(value: Any, slot: Variable, argument: str, *, from_file: bool) -> Ar
         ArgumentTypeError: no numbers.
         ArgumentValueError: another shape, or another dtype than is allowed.
     """
-    array = value.value if isinstance(value, Variable) else value
-    place = device_of(array) if not isinstance(array, (np.ndarray, np.generic)) else None
-    try:
-        if place is not None and place.name != "host":
-            array = place.view(array)
-            array = array if place is slot.device else place.numpy(array)
-        else:
-            array = np.asarray(array if place is None else place.view(array))
-    except (BufferError, RuntimeError, TypeError, ValueError):  # a ragged list; a tensor that requires a gradient
-        array = np.asarray(None)
-    if array.dtype.kind in "OSUMmV" and array.dtype != slot.dtype:
-        what = f"{type(value).__name__} of {array.dtype}"
-        raise ArgumentTypeError(argument, "must consist of numbers", what, "pass the arrays that were exported")
+    array = as_numbers(value.value if isinstance(value, Variable) else value, argument, _REMEDY)
+    if place_of(array) is not slot.device:
+        array = on_host(array)
     if tuple(array.shape) != slot.shape:
         rule = f"must have shape {slot.shape} for {slot.name!r}"
         raise ArgumentValueError(argument, rule, tuple(array.shape), _REMEDY)
     if from_file and array.dtype != slot.dtype:
         rule = f"must have dtype {slot.dtype} for {slot.name!r}"
         raise ArgumentValueError(argument, rule, array.dtype, "save it from variables of the same dtype")
-    if array.dtype.kind == "c" and slot.dtype.kind != "c":
-        rule = f"must be real for {slot.name!r}"
-        raise ArgumentValueError(argument, rule, array.dtype, _REMEDY)
-    if isinstance(array, np.ndarray):
-        return np.array(array, slot.dtype, order="C", copy=None if from_file else True)
-    return slot.device.array(array, slot.dtype)
+    own = cast(array, slot.dtype, argument)
+    if isinstance(own, np.ndarray):
+        return np.array(own, order="C", copy=None if from_file or own is not array else True)
+    return slot.device.array(own)

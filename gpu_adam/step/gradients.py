@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from gpu_adam.conversion import as_numbers, cast
 from gpu_adam.devices import Array, Device, device_of, view_of
 from gpu_adam.devices.placement import has_all_its_memory
 from gpu_adam.errors import ArgumentTypeError, ArgumentValueError
@@ -45,12 +46,10 @@ def on_device(obj: Any, device: Device, argument: str, dtype: np.dtype | None) -
     """
     array = obj.value if isinstance(obj, Variable) else obj
     if isinstance(array, IN_HOST_MEMORY):
-        try:
-            array = device.array(np.asarray(array, dtype))
-        except (TypeError, ValueError) as error:
-            raise ArgumentTypeError(argument, "must consist of numbers", error, "pass an array") from error
-    elif isinstance(array, np.generic) and device.xp is np:
-        array = np.asarray(array)
+        array = as_numbers(array, argument, "pass an array")
+        array = device.array(array if dtype is None else cast(array, dtype, argument))
+    elif isinstance(array, (np.generic, np.ma.MaskedArray)) and device.xp is np:
+        array = as_numbers(array, argument)
     elif not isinstance(array, device.xp.ndarray):
         array = _foreign(array, device, argument)
     place = device_of(array)
