@@ -28,6 +28,7 @@ from gpu_adam.hyperparameters import (
     evaluated,
 )
 from gpu_adam.kernels import COMPLEX_MODES, UpdateRule
+from gpu_adam.rules import truth_value
 from gpu_adam.schedules import LearningRateSchedule
 from gpu_adam.state import checkpoint
 from gpu_adam.state.adam_state import AdamState
@@ -106,7 +107,7 @@ class Adam:
             "epsilon": DEFAULT_EPSILON if epsilon is None or _is_zero(epsilon) else checked("epsilon", epsilon),
             "decay": checked("decay", decay),
         }
-        self.amsgrad = amsgrad
+        self._amsgrad = truth_value("amsgrad", amsgrad)
         self._clip = NO_CLIPPING
         for keyword in ("clipvalue", "clipnorm", "global_clipnorm"):
             setattr(self, keyword, kwargs.get(keyword))
@@ -117,6 +118,15 @@ class Adam:
         self._complex_mode: str = complex_mode
         self._state = AdamState(name or type(self).__name__, complex_mode)
         self._controller = Controller(self._state)
+
+    @property
+    def amsgrad(self) -> bool:
+        """Whether the update divides by the maximum of v over the past; may be assigned at any time."""
+        return self._amsgrad
+
+    @amsgrad.setter
+    def amsgrad(self, value: Any) -> None:
+        self._amsgrad = truth_value("amsgrad", value)
 
     # Stepping.
 
@@ -153,7 +163,7 @@ class Adam:
     def _rule(self) -> UpdateRule:
         """Which update the present configuration asks for; the same object for the same configuration."""
         clip = self._clip
-        return _update_rule(self._complex_mode, bool(self.amsgrad), clip.clips, clip.norm)
+        return _update_rule(self._complex_mode, self._amsgrad, clip.clips, clip.norm)
 
     def minimize(
         self,
@@ -404,14 +414,15 @@ class Adam:
             ArgumentValueError: "on_read" for a trainable variable; another shape.
         """
         on_read = str(synchronization).lower().endswith("on_read")
-        if on_read and trainable:
+        is_trainable = not on_read if trainable is None else truth_value("trainable", trainable)
+        if on_read and is_trainable:
             rule = "must be 'auto', 'none' or 'on_write' for a trainable variable"
             raise ArgumentValueError("synchronization", rule, synchronization, "pass trainable=False")
         shape = (shape,) if isinstance(shape, int) else tuple(shape)
         array = initialized(initializer, shape, as_dtype("float32" if dtype is None else dtype), find_device(None))
         if tuple(array.shape) != shape:
             raise ArgumentValueError("initializer", f"must give shape {shape}", tuple(array.shape), "reshape it")
-        return Variable.over(array, find_device(None), name, not on_read if trainable is None else bool(trainable))
+        return Variable.over(array, find_device(None), name, is_trainable)
 
     def get_weights(self) -> list[Any]:
         """NumPy copies of `weights`, the first a np.int64. Waits for the device; raises as `check_errors`."""
@@ -537,7 +548,7 @@ class Adam:
                 name: _serialized(name, self._hyper[name])
                 for name in ("learning_rate", "decay", "beta_1", "beta_2", "epsilon")
             },
-            "amsgrad": bool(self.amsgrad),
+            "amsgrad": self.amsgrad,
             **({} if self.complex_mode == COMPLEX_MODES[0] else {"complex_mode": self.complex_mode}),
         }
 

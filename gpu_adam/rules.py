@@ -83,6 +83,17 @@ def real_number(argument: str, value: Any, *, kind: str = "a real number", remed
     return value if type(value) is int else number
 
 
+def truth_value(argument: str, value: Any) -> bool:
+    """`value` as True or False: one of the two, Python's or NumPy's, or 1 or 0.
+
+    Raises:
+        ArgumentTypeError: something else, whose truth would be an accident: the text "False" is true.
+    """
+    if isinstance(value, (bool, np.bool_)) or (type(value) is int and value in (0, 1)):
+        return bool(value)
+    raise ArgumentTypeError(argument, "must be True or False", shown(value), "pass True or False")
+
+
 def _is_something_else(value: Any) -> bool:
     """Whether `value` is something else than one real number, though Python or NumPy may make a float of it."""
     if isinstance(value, (bool, str, bytes)) or not hasattr(value, "__float__") or getattr(value, "ndim", 0) != 0:

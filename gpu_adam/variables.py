@@ -14,6 +14,7 @@ from gpu_adam.autodiff_seam import adapter, check_overwrite, operand
 from gpu_adam.conversion import as_numbers, cast, on_host, place_of
 from gpu_adam.devices import Array, Device, find_device
 from gpu_adam.errors import ArgumentTypeError, ArgumentValueError
+from gpu_adam.rules import truth_value
 
 _PYTHON_DTYPES = {"f": np.dtype(np.float32), "i": np.dtype(np.int32)}
 """The dtypes of Python's floats and integers, as in TensorFlow."""
@@ -79,7 +80,7 @@ class Variable(NDArrayOperatorsMixin):
         array = cast(array, wanted.newbyteorder("="), "initial_value")
         self._value = self._device.array(on_host(array) if self._device.xp is np else array)
         self._name = "Variable" if name is None else name
-        self.trainable = bool(trainable)
+        self.trainable = truth_value("trainable", trainable)
 
     @classmethod
     def over(cls, array: Array, device: Device, name: str | None = None, trainable: bool = True) -> Variable:

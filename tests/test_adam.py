@@ -176,7 +176,7 @@ def test_amsgrad_switched_on_and_off(device: Device) -> None:
     initial = [rng.standard_normal(5), rng.standard_normal((2, 3))]
     variables = [Variable(value) for value in initial]
     optimizer, oracle = gpu_adam.Adam(0.1), reference.Adam(initial, 0.1)
-    for amsgrad, count in [(False, 5), (True, 7), (1, 7), (False, 7), ("", 7), ("no", 7)]:
+    for amsgrad, count in [(False, 5), (True, 7), (1, 7), (False, 7), (0, 7), (np.True_, 7)]:
         optimizer.amsgrad = amsgrad
         oracle.amsgrad = bool(amsgrad)
         gradients = [rng.standard_normal(variable.shape) for variable in variables]

@@ -423,3 +423,31 @@ def test_a_large_clipvalue_bounds_nothing_in_float32(device: Device) -> None:
 def test_what_is_clipped(bounds: dict[str, Any], norm: str | None, limit: float | None, clips: bool) -> None:
     clip = gpu_adam.Adam(**bounds)._clip
     assert (clip.norm, clip.limit, clip.clips) == (norm, limit, clips)
+
+
+# True and False.
+
+
+@pytest.mark.parametrize("value", ["False", "", None, 2, 1.0, [], np.ones(2)], ids=repr)
+def test_what_is_neither_true_nor_false(value: Any) -> None:
+    """The truth of something else would be an accident: "False" is true."""
+    optimizer = gpu_adam.Adam()
+    other: Any = "False" if value is None else value  # None stands for the default there
+    for use in (
+        lambda: gpu_adam.Adam(amsgrad=value),
+        lambda: setattr(optimizer, "amsgrad", value),
+        lambda: gpu_adam.Variable(1.0, trainable=value),
+        lambda: optimizer.add_weight("w", (), trainable=other),
+    ):
+        with pytest.raises(ArgumentTypeError, match=r"^(amsgrad|trainable) must be True or False \(got "):
+            use()
+    assert optimizer.amsgrad is False
+
+
+@pytest.mark.parametrize("value", [True, np.True_, 1], ids=repr)
+def test_what_is_true(value: Any) -> None:
+    optimizer = gpu_adam.Adam(amsgrad=value)
+    assert optimizer.amsgrad is True
+    assert optimizer.get_config()["amsgrad"] is True
+    optimizer.amsgrad = np.False_
+    assert optimizer.amsgrad is False

@@ -177,7 +177,7 @@ def test_what_cannot_be_assigned(device: Device, method: str, value: Any) -> Non
     assert_same_bits(variable.numpy(), X)
 
 
-NO_NUMBERS = {
+TAKEN_FOR_NUMBERS: dict[str, Any] = {
     "texts": ["1", "2"],
     "text": "12",
     "bytes": [b"1", b"2"],
@@ -200,12 +200,12 @@ NO_NUMBERS = {
 }
 
 
-@pytest.mark.parametrize("what", NO_NUMBERS)
+@pytest.mark.parametrize("what", TAKEN_FOR_NUMBERS)
 @pytest.mark.parametrize("use", ["initial", "assign", "assign_add", "gradient", "slot", "iterations", "initializer"])
 @pytest.mark.filterwarnings("error")
 def test_what_is_taken_for_numbers_by_numpy_alone(device: Device, what: str, use: str) -> None:
     """Nobody's text, date, mask or imaginary part becomes a number. Nothing has changed then."""
-    value = NO_NUMBERS[what]
+    value = TAKEN_FOR_NUMBERS[what]
     variable, start = Variable(np.ones(2, np.float32), name="w"), np.ones(2, np.float32)
     optimizer = gpu_adam.Adam()
     optimizer.build([variable])
