@@ -23,6 +23,7 @@ from gpu_adam.schedules import (
     ExponentialDecay,
     InverseTimeDecay,
     LearningRateSchedule,
+    LinearCosineDecay,
     PiecewiseConstantDecay,
     PolynomialDecay,
 )
@@ -48,6 +49,7 @@ __all__ = [
     "InverseTimeDecay",
     "KernelCompileError",
     "LearningRateSchedule",
+    "LinearCosineDecay",
     "PiecewiseConstantDecay",
     "PolynomialDecay",
     "SlotNotFoundError",

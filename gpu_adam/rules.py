@@ -31,9 +31,7 @@ class Rule(NamedTuple):
 
 
 FINITE = Rule("must be finite", math.isfinite)
-FINITE_POSITIVE = Rule("must be finite and > 0", lambda x: 0 < x < math.inf)
 FINITE_NOT_NEGATIVE = Rule("must be finite and >= 0", lambda x: 0 <= x < math.inf)
-FINITE_AT_LEAST_ONE = Rule("must be finite and >= 1", lambda x: 1 <= x < math.inf)
 POSITIVE = Rule("must be > 0", lambda x: x > 0)
 NOT_NEGATIVE = Rule("must be >= 0", lambda x: x >= 0)
 BELOW_ONE = Rule("must lie in [0, 1)", lambda x: 0 <= x < 1)

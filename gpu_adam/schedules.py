@@ -3,8 +3,10 @@
 A schedule is a frozen value, a function of the step and nothing else; it computes in float64. The step t counts the
 updates already done, so the first update uses the rate of t = 0. In the equations η₀ is `initial_learning_rate`.
 Steps and `decay_steps` are in updates, rates in the unit of the variables (an update of Adam is the rate times a number
-near 1). `name` is only kept in the configuration. A value outside its range raises `ArgumentValueError`, an object that
-is no real number `ArgumentTypeError`, both at construction.
+near 1). `name` is only kept in the configuration. Arguments may be any finite numbers, as in the reference, also where
+the equation has no value at some steps (0 / 0, a root of a negative number): the rate is infinite or NaN there, which a
+step of Adam refuses. A number that is not finite raises `ArgumentValueError`, an object that is no real number
+`ArgumentTypeError`, both at construction.
 
 Reference: https://www.tensorflow.org/versions/r2.0/api_docs/python/tf/keras/optimizers/schedules
 """
@@ -17,14 +19,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, SupportsFloat
 
 from gpu_adam.errors import ArgumentTypeError, ArgumentValueError
-from gpu_adam.rules import (
-    FINITE,
-    FINITE_AT_LEAST_ONE,
-    FINITE_NOT_NEGATIVE,
-    FINITE_POSITIVE,
-    Rule,
-    real_number,
-)
+from gpu_adam.rules import FINITE, real_number
 
 if TYPE_CHECKING:
     from typing import Self
@@ -80,24 +75,41 @@ class _Standard(LearningRateSchedule):
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self._values().items())})"
 
-    def _check(self, **rules: Rule) -> None:
-        """Replace every field named in `rules` by a Python number that obeys its rule."""
-        for name, rule in rules.items():
-            vars(self)[name] = _number(f"{type(self).__name__}({name})", getattr(self, name), rule)
+    def _check(self, *names: str) -> None:
+        """Replace every field named by a finite Python number."""
+        for name in names:
+            vars(self)[name] = _number(f"{type(self).__name__}({name})", getattr(self, name))
 
 
-def _number(argument: str, value: Any, rule: Rule) -> float:
-    """`value` as a number that obeys its rule; an int stays one, so that a configuration is given back as it was."""
+def _number(argument: str, value: Any) -> float:
+    """`value` as a finite number; an int stays one, so that a configuration is given back as it was."""
     number = real_number(argument, value)
-    rule.check(argument, number)
+    FINITE.check(argument, number)
     return number
+
+
+# Python raises, or changes over to complex numbers, where IEEE arithmetic says infinity or NaN.
 
 
 def _power(base: float, exponent: float) -> float:
     try:
-        return float(base**exponent)
-    except OverflowError:  # Python raises where IEEE arithmetic says infinity
-        return math.inf
+        return math.pow(base, exponent)
+    except OverflowError:
+        return -math.inf if base < 0 and exponent % 2 == 1 else math.inf
+    except ValueError:
+        return math.inf if base == 0 else math.nan
+
+
+def _quotient(a: float, b: float) -> float:
+    try:
+        return a / b
+    except ZeroDivisionError:
+        return math.nan if a == 0 or math.isnan(a) else math.copysign(math.inf, a)
+
+
+def _whole(number: float) -> float:
+    """The number rounded down; itself where it is infinite or NaN."""
+    return math.floor(number) if math.isfinite(number) else number
 
 
 @dataclass(repr=False, eq=False)
@@ -106,8 +118,8 @@ class ExponentialDecay(_Standard):
 
     Args:
         initial_learning_rate: η₀, finite.
-        decay_steps: updates after which the rate has been multiplied by `decay_rate` once; > 0.
-        decay_rate: >= 0.
+        decay_steps: updates after which the rate has been multiplied by `decay_rate` once.
+        decay_rate: below 0 only with `staircase`.
         staircase: round t / decay_steps down, so that the rate falls in steps.
         name: kept in the configuration.
     """
@@ -119,12 +131,12 @@ class ExponentialDecay(_Standard):
     name: str | None = None
 
     def __post_init__(self) -> None:
-        self._check(initial_learning_rate=FINITE, decay_steps=FINITE_POSITIVE, decay_rate=FINITE_NOT_NEGATIVE)
+        self._check("initial_learning_rate", "decay_steps", "decay_rate")
 
     def __call__(self, step: SupportsFloat) -> float:
         """Return η at `step`."""
-        p = float(step) / self.decay_steps
-        return self.initial_learning_rate * _power(self.decay_rate, math.floor(p) if self.staircase else p)
+        p = _quotient(float(step), self.decay_steps)
+        return self.initial_learning_rate * _power(self.decay_rate, _whole(p) if self.staircase else p)
 
 
 @dataclass(repr=False, eq=False)
@@ -146,7 +158,7 @@ class PiecewiseConstantDecay(_Standard):
             label, given = f"PiecewiseConstantDecay({name})", getattr(self, name)
             if isinstance(given, str) or not hasattr(given, "__iter__"):
                 raise ArgumentTypeError(label, "must be a sequence of numbers", repr(given), "pass a list")
-            numbers = tuple(_number(f"{label}[{i}]", x, FINITE) for i, x in enumerate(given))
+            numbers = tuple(_number(f"{label}[{i}]", x) for i, x in enumerate(given))
             vars(self)[name] = numbers
         label = "PiecewiseConstantDecay(boundaries)"
         if not self.boundaries:
@@ -171,9 +183,9 @@ class PolynomialDecay(_Standard):
 
     Args:
         initial_learning_rate: η₀, finite.
-        decay_steps: updates until the end is reached; > 0.
+        decay_steps: updates until the end is reached.
         end_learning_rate: end, finite.
-        power: >= 0; 1 is a straight line.
+        power: 1 is a straight line; below 0 the rate grows beyond all bounds at the end.
         cycle: start again after decay_steps instead of staying at the end.
         name: kept in the configuration.
     """
@@ -186,17 +198,16 @@ class PolynomialDecay(_Standard):
     name: str | None = None
 
     def __post_init__(self) -> None:
-        self._check(initial_learning_rate=FINITE, decay_steps=FINITE_POSITIVE, end_learning_rate=FINITE)
-        self._check(power=FINITE_NOT_NEGATIVE)
+        self._check("initial_learning_rate", "decay_steps", "end_learning_rate", "power")
 
     def __call__(self, step: SupportsFloat) -> float:
         """Return η at `step`."""
-        s, d = float(step), float(self.decay_steps)
+        s, d, end = float(step), float(self.decay_steps), self.end_learning_rate
         if self.cycle:
-            d *= max(1, math.ceil(s / d))
-        remaining = max(0.0, 1 - s / d)
-        end = self.end_learning_rate
-        return (self.initial_learning_rate - end) * _power(remaining, self.power) + end
+            d *= -_whole(-_quotient(s, d)) if s else 1
+        else:
+            s = min(s, d)
+        return (self.initial_learning_rate - end) * _power(1 - _quotient(s, d), self.power) + end
 
 
 @dataclass(repr=False, eq=False)
@@ -205,8 +216,8 @@ class InverseTimeDecay(_Standard):
 
     Args:
         initial_learning_rate: η₀, finite.
-        decay_steps: > 0.
-        decay_rate: >= 0.
+        decay_steps: the unit of time.
+        decay_rate: how much is added to the divisor in each unit.
         staircase: round t / decay_steps down, so that the rate falls in steps.
         name: kept in the configuration.
     """
@@ -218,12 +229,12 @@ class InverseTimeDecay(_Standard):
     name: str | None = None
 
     def __post_init__(self) -> None:
-        self._check(initial_learning_rate=FINITE, decay_steps=FINITE_POSITIVE, decay_rate=FINITE_NOT_NEGATIVE)
+        self._check("initial_learning_rate", "decay_steps", "decay_rate")
 
     def __call__(self, step: SupportsFloat) -> float:
         """Return η at `step`."""
-        p = float(step) / self.decay_steps
-        return self.initial_learning_rate / (1 + self.decay_rate * (math.floor(p) if self.staircase else p))
+        p = _quotient(float(step), self.decay_steps)
+        return _quotient(self.initial_learning_rate, 1 + self.decay_rate * (_whole(p) if self.staircase else p))
 
 
 @dataclass(repr=False, eq=False)
@@ -235,11 +246,11 @@ class CosineDecay(_Standard):
 
     Args:
         initial_learning_rate: η₀, finite.
-        decay_steps: updates from η₁ to the end, the warm-up not counted; > 0.
+        decay_steps: updates from η₁ to the end, the warm-up not counted.
         alpha: the end as a fraction of η₁, finite.
         name: kept in the configuration.
         warmup_target: η₁, finite, or None for no warm-up.
-        warmup_steps: >= 0; without `warmup_target` it has no effect.
+        warmup_steps: without `warmup_target` it has no effect.
 
     Reference: I. Loshchilov, F. Hutter, 2017, https://arxiv.org/abs/1608.03983; the warm-up is TensorFlow 2.15's.
     """
@@ -252,20 +263,51 @@ class CosineDecay(_Standard):
     warmup_steps: float = 0
 
     def __post_init__(self) -> None:
-        self._check(
-            initial_learning_rate=FINITE, decay_steps=FINITE_POSITIVE, alpha=FINITE, warmup_steps=FINITE_NOT_NEGATIVE
-        )
+        self._check("initial_learning_rate", "decay_steps", "alpha", "warmup_steps")
         if self.warmup_target is not None:
-            self._check(warmup_target=FINITE)
+            self._check("warmup_target")
 
     def __call__(self, step: SupportsFloat) -> float:
         """Return η at `step`."""
         s, top = float(step), self.initial_learning_rate
         if self.warmup_target is not None:
             if s < self.warmup_steps:
-                return (self.warmup_target - top) * (s / self.warmup_steps) + top
+                return (self.warmup_target - top) * _quotient(s, self.warmup_steps) + top
             s, top = s - self.warmup_steps, self.warmup_target
-        return top * _cosine(min(s / self.decay_steps, 1.0), self.alpha)
+        return top * _cosine(_quotient(min(s, self.decay_steps), self.decay_steps), self.alpha)
+
+
+@dataclass(repr=False, eq=False)
+class LinearCosineDecay(_Standard):
+    """η = η₀ · ((alpha + 1 - s/d) · ½(1 + cos(2π num_periods s/d)) + beta), where d = decay_steps and s = min(t, d).
+
+    Args:
+        initial_learning_rate: η₀, finite.
+        decay_steps: updates until the end is reached.
+        num_periods: of the cosine, within decay_steps.
+        alpha: added to the straight line, as a fraction of η₀.
+        beta: the end as a fraction of η₀.
+        name: kept in the configuration.
+
+    Reference: I. Bello, B. Zoph, V. Vasudevan, Q. V. Le, 2017, https://arxiv.org/abs/1709.07417, as
+    tf.keras.experimental.LinearCosineDecay.
+    """
+
+    initial_learning_rate: float
+    decay_steps: float
+    num_periods: float = 0.5
+    alpha: float = 0.0
+    beta: float = 0.001
+    name: str | None = None
+
+    def __post_init__(self) -> None:
+        self._check("initial_learning_rate", "decay_steps", "num_periods", "alpha", "beta")
+
+    def __call__(self, step: SupportsFloat) -> float:
+        """Return η at `step`."""
+        fraction = _quotient(min(float(step), self.decay_steps), self.decay_steps)
+        cosine = 0.5 * (1 + math.cos(2 * math.pi * self.num_periods * fraction))
+        return self.initial_learning_rate * ((self.alpha + 1 - fraction) * cosine + self.beta)
 
 
 @dataclass(repr=False, eq=False)
@@ -276,9 +318,10 @@ class CosineDecayRestarts(_Standard):
 
     Args:
         initial_learning_rate: η₀, finite.
-        first_decay_steps: length of period 0; > 0.
-        t_mul: each period is so many times as long as the one before; >= 1.
-        m_mul: each period starts at so many times the rate of the one before; >= 0.
+        first_decay_steps: length of period 0.
+        t_mul: each period is so many times as long as the one before. Below 1 all periods together take
+            first_decay_steps / (1 - t_mul) updates, and there is no rate behind them.
+        m_mul: each period starts at so many times the rate of the one before.
         alpha: the end of a period as a fraction of η₀, finite.
         name: kept in the configuration.
 
@@ -293,16 +336,18 @@ class CosineDecayRestarts(_Standard):
     name: str | None = None
 
     def __post_init__(self) -> None:
-        self._check(initial_learning_rate=FINITE, first_decay_steps=FINITE_POSITIVE, t_mul=FINITE_AT_LEAST_ONE)
-        self._check(m_mul=FINITE_NOT_NEGATIVE, alpha=FINITE)
+        self._check("initial_learning_rate", "first_decay_steps", "t_mul", "m_mul", "alpha")
 
     def __call__(self, step: SupportsFloat) -> float:
         """Return η at `step`."""
-        f = float(step) / self.first_decay_steps
+        f = _quotient(float(step), self.first_decay_steps)
         if self.t_mul == 1:
-            i = math.floor(f)
+            i = _whole(f)
             return self.initial_learning_rate * _cosine(f - i, self.alpha, _power(self.m_mul, i))
-        i = math.floor(math.log1p(f * (self.t_mul - 1)) / math.log(self.t_mul))
+        grown = f * (self.t_mul - 1)  # by how much the next period is longer than the first one, and how far it is
+        if not (self.t_mul > 0 and -1 < grown < math.inf):
+            return math.nan
+        i = math.floor(math.log1p(grown) / math.log(self.t_mul))
         if f >= self._start(i + 1):  # at a restart the logarithm's last bit may put i on either side
             i += 1
         elif f < self._start(i):
@@ -316,6 +361,8 @@ class CosineDecayRestarts(_Standard):
 
 
 def _cosine(fraction: float, alpha: float, scale: float = 1.0) -> float:
+    if not math.isfinite(fraction):
+        return math.nan
     return (1 - alpha) * 0.5 * scale * (1 + math.cos(math.pi * fraction)) + alpha
 
 
@@ -323,6 +370,7 @@ STANDARD: dict[str, type[LearningRateSchedule]] = {
     schedule.__name__: schedule
     for schedule in (
         ExponentialDecay, PiecewiseConstantDecay, PolynomialDecay, InverseTimeDecay, CosineDecay, CosineDecayRestarts,
+        LinearCosineDecay,
     )
 }  # fmt: skip
 

