@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -10,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 Step = Callable[[], Any]
-_LONGEST_BURST = 1000
+_LONGEST_BURST = 10_000
 _SLEEP = 0.002  # OpenMP's threads spin for about a millisecond after their work
 _SHORT = 0.02  # beyond it a millisecond does not matter
 
@@ -70,7 +71,8 @@ class Effort:
         repetitions: samples, at least.
         most: samples, at most.
         seconds: between the two, samples are taken for that long.
-        burst_seconds: a sample is as many steps as fill this time, so that the clock's own cost does not count.
+        burst_seconds: a sample is as many steps as fill this time, so that what a clock takes itself does not count,
+            nor what the first step takes until it has reached an idle device.
         sets: sets of inputs by turns, at most; as many as fill the caches twice.
     """
 
@@ -129,7 +131,10 @@ class Candidate:
         self._turn = itertools.cycle(self.steps)
         self.burst = max(3, len(self.steps))
         self._sample()
-        self.burst = max(1, min(_LONGEST_BURST, round(effort.burst_seconds / max(self._sample(), 1e-9))))
+        # Twice, because in a few steps that which counts once per burst makes a step look longer than it is.
+        for _ in range(2):
+            wanted = math.ceil(effort.burst_seconds / max(self._sample(), 1e-9))
+            self.burst = max(1, min(_LONGEST_BURST, wanted))
 
     def settle(self) -> None:
         """Let the threads of the candidate before go to sleep, and wake one's own: each is timed as if alone."""

@@ -1,6 +1,7 @@
 """Samples, bursts and turns; no time is asserted."""
 
 import functools
+from collections.abc import Callable
 
 import pytest
 
@@ -27,11 +28,27 @@ def test_candidates_take_turns_over_their_sets() -> None:
 
 
 def test_a_burst_fills_the_time_it_is_given() -> None:
-    seconds = iter([0.4, 0.1, *[0.1] * 100])
+    seconds = iter([0.4, 0.1, *[1.0] * 100])
     candidate = Candidate("c", [lambda: None], lambda run: next(seconds))
     measure([candidate], Effort(repetitions=2, most=2, seconds=0.0, burst_seconds=1.0))
     assert candidate.burst == 30  # 0.1 s for 3 steps
-    assert candidate.samples == [0.1 / 30] * 2
+    assert candidate.samples == [1.0 / 30] * 2
+
+
+def test_what_the_first_step_waits_for_does_not_count() -> None:
+    """The clock of an idle device starts before the first step has reached it."""
+    latency, step, fills = 5e-5, 1e-5, 2e-2
+    done: list[int] = []
+
+    def clock(run: Callable[[], None]) -> float:
+        done.clear()
+        run()
+        return latency + len(done) * step
+
+    candidate = Candidate("c", [functools.partial(done.append, 0)], clock)
+    measure([candidate], Effort(repetitions=2, most=2, seconds=0.0, burst_seconds=fills))
+    assert candidate.burst * step + latency >= 0.99 * fills
+    assert step < candidate.summary.median < step * (1 + 1.01 * latency / fills)
 
 
 def test_sampling_goes_on_for_the_given_time() -> None:

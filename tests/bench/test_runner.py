@@ -1,6 +1,8 @@
 """The whole run: rows and report, what is not measured, what is wrong."""
 
+import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -49,6 +51,32 @@ def test_rows_of_a_workload(device: Device) -> None:
     assert rows["fails"].note == "failed: RuntimeError: no luck"
     assert rows["fails"].median is None
     assert run.report.rows == list(rows.values())
+
+
+def test_bursts_are_long_where_a_clock_starts_on_an_idle_device(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ours by our clock, a peer's by its own."""
+    step = 1e-4
+
+    def candidate(name: str) -> Candidate:
+        steps: list[int] = []
+
+        def clock(run: Callable[[], None]) -> float:
+            steps.clear()
+            run()
+            return len(steps) * step
+
+        return Candidate(name, [functools.partial(steps.append, 0)], clock)
+
+    monkeypatch.setattr(own_step, "candidates", lambda sets, device: [functools.partial(candidate, own_step.NAME)])
+    monkeypatch.setattr(peers, "PEERS", [peers.Peer("peer", "json", lambda sets, device: candidate("peer"))])
+    run = Runner(device, Effort(repetitions=2, most=2, seconds=0.0, sets=1))
+    run.copy(2**16)
+    least = 2e-4 if device.name == "host" else 2.5e-2
+    rows = run.workload(DENSE)
+    assert [row.who for row in rows] == ["gpu_adam", "peer"]
+    assert [row.burst * step for row in rows] == pytest.approx([least] * 2)
 
 
 def test_what_does_not_fit_is_not_measured(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
