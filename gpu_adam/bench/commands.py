@@ -75,7 +75,7 @@ def bench(
     console.print(grid)
     if earlier is not None:
         console.print(comparison_table(report, earlier))
-    wrong = [row.workload for row in report.rows if row.note.startswith("WRONG")]
+    wrong = [row.workload for row in report.rows if row.is_wrong]
     if wrong:
         console.print(Text(f"Wrong results, not timed: {', '.join(wrong)}", "red"))
         raise typer.Exit(1)

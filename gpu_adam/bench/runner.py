@@ -26,6 +26,7 @@ _PEER_SPARE = 3  # and of a peer that copies its inputs and has temporary arrays
 # The clock of a burst starts on an idle GPU and counts what Python takes until the first step is there, of 50 us 0.2 %.
 # A long burst serves wall clocks as well as events, and so every peer.
 _GPU_BURST = 2.5e-2
+_WRONG = "WRONG, not timed: "
 
 
 @dataclass
@@ -66,6 +67,11 @@ class Row:
     extra_bytes: int | None = None
     telemetry: dict[str, Any] = field(default_factory=dict)
     note: str = ""
+
+    @property
+    def is_wrong(self) -> bool:
+        """Whether our result differs from the reference; the note says where."""
+        return self.note.startswith(_WRONG)
 
 
 @dataclass
@@ -185,7 +191,7 @@ class Runner:
                 self._release()
                 rows = self._timed(workload, known, need)
             except WrongResultError as error:
-                rows = [self._row(workload, own_step.NAME, note=f"WRONG, not timed: {error}")]
+                rows = [self._row(workload, own_step.NAME, note=f"{_WRONG}{error}")]
         self._release()
         self.report.rows += rows
         return rows

@@ -97,8 +97,8 @@ def terminal_table(report: Report, *, wide: bool = True) -> Table:
         if row.workload != before:
             table.add_section()
             table.add_row(Text(row.workload, "bold cyan"))
-        ours, wrong = row.who.startswith("gpu_adam"), row.note.startswith("WRONG")
-        style = "red" if wrong else "bold" if ours else "dim" if row.median is None else ""
+        ours = row.who.startswith("gpu_adam")
+        style = "red" if row.is_wrong else "bold" if ours else "dim" if row.median is None else ""
         shown = [text for label, text in zip(HEADER, cells(row), strict=True) if label not in hidden]
         table.add_row("  " + shown[0], *(Text(text) for text in shown[1:]), style=style)
         before = row.workload

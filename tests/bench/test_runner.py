@@ -102,6 +102,7 @@ def test_a_wrong_kernel_is_not_timed(device: Device, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(own_step, "checked", wrong)
     (row,) = Runner(device, LITTLE).workload(DENSE)
+    assert row.is_wrong
     assert row.note.startswith("WRONG, not timed: w: variable 0")
     assert row.median is None
 

@@ -1,11 +1,15 @@
 """The documents' tables are those of the result files."""
 
-import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from gpu_adam.bench.runner import Report, Row
+from gpu_adam.bench import own_step
+from gpu_adam.bench.clocks import Effort
+from gpu_adam.bench.runner import Report, Row, Runner
+from gpu_adam.bench.workloads import Workload, many
+from gpu_adam.devices import HostDevice
 from profiling import report
 
 
@@ -28,10 +32,45 @@ def test_marks_must_be_there() -> None:
         report.between_marks("text", "y", "")
 
 
-def test_without_results_nothing_is_claimed() -> None:
-    rows = report.performance({}).splitlines()[2:]
-    assert len(rows) == sum(len(goals) for goals in report.GOALS.values())
-    assert all(re.search(r"\| not measured \|", row) for row in rows)
+@pytest.mark.parametrize("arguments", [[], ["--update"]])
+def test_a_wrong_result_fails_and_is_not_published(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, arguments: list[str]
+) -> None:
+    def wrong(*_: object) -> own_step.Facts:
+        raise own_step.WrongResultError("w: variable 0, element 1", "must be 1 within 1e-6", 2, "run the tests")
+
+    monkeypatch.setattr(own_step, "checked", wrong)
+    run = Runner(HostDevice(threads=1), Effort())
+    run.workload(Workload("w", many(1, 10)))
+    run.report.save(tmp_path / "a-machine.json")
+    document = tmp_path / "README.md"
+    document.write_text("<!-- x:begin -->\nold\n<!-- x:end -->\n")
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    monkeypatch.setattr(report, "documents", lambda: {document: {"x": "new"}})
+    assert report.main(arguments) == 1
+    assert "differs from the reference: a-machine: w;" in capsys.readouterr().out
+    assert "old" in document.read_text()
+
+
+def _report(device: str, *rows: Row) -> Report:
+    machine = {"date": "2000-01-01", "cores": 2, "devices": {device: {"processor": "Model"}}, "versions": {}}
+    return Report(machine, device, False, {"bytes_per_second": 200.0}, None, "", list(rows))
+
+
+def test_what_was_measured_and_what_waits_are_two_tables() -> None:
+    """A goal without a figure waits; a figure without a goal only shows; one machine's figure ends the wait of all."""
+    mine = Row(report.PLAIN, "gpu_adam", "float32", 1, 1, median=1.0, copy_fraction=0.5)
+    peers = Row(report.PLAIN, "torch fused", "float32", 1, 1, median=2.0, times=2.0)
+    measured = report.performance({"a": _report("host", mine), "b": _report("host", mine, peers)}).splitlines()[2:]
+    place = "Model, 2 cores, 2000-01-01 |"
+    shown = f"| {report.PLAIN}: {report.COPY} | 0.50 |  | {place}"
+    assert measured == [shown, shown, f"| {report.PLAIN}: {report.TIMES} torch fused | 2.00 | at least 1.2 | {place}"]
+    before = report.waiting({"a": _report("host", mine)}).splitlines()[2:]
+    after = report.waiting({"a": _report("host", mine), "b": _report("host", mine, peers)}).splitlines()[2:]
+    assert set(before) - set(after) == {f"| {report.PLAIN}: {report.TIMES} torch fused | at least 1.2 | the host |"}
+    assert before == report.waiting({}).splitlines()[2:]
+    assert len(before) == sum(bool(goal.bound()) for goals in report.GOALS.values() for goal in goals)
+    assert len([row for row in after if row.endswith("| a GPU |")]) == len(report.GOALS["cuda"])
 
 
 def test_goals_name_real_workloads_and_peers() -> None:
@@ -44,24 +83,29 @@ def test_goals_name_real_workloads_and_peers() -> None:
         assert not goal.beside or goal.beside in {each.name for each in PEERS} or named(goal.beside) is not None, goal
 
 
-def test_figures() -> None:
-    rows = [
+@pytest.mark.parametrize("where", ["host", "cuda:0"])
+def test_figures(where: str) -> None:
+    """On a GPU the kernels' figures are those of the replayed graph, although steps from Python are faster here."""
+    replayed = [
         Row("plain", "gpu_adam", "float32", 100, 1, median=4.0, moved_bytes=2800, copy_fraction=0.5),
-        Row("plain", "gpu_adam, graph", "float32", 100, 1, median=2.0, moved_bytes=2800, copy_fraction=1.0),
-        Row("plain", "torch fused", "float32", 100, 1, median=6.0, times=1.5),
         Row("many", "gpu_adam", "float32", 50, 10, median=3.0, moved_bytes=1400),
-        Row("clipped", "gpu_adam", "float32", 100, 1, median=9.0, moved_bytes=3200),
-        Row("clipped", "gpu_adam, graph", "float32", 100, 1, median=5.0, moved_bytes=3200),
+        Row("clipped", "gpu_adam", "float32", 100, 1, median=7.0, moved_bytes=3200),
         Row("failed", "gpu_adam", "float32", 100, 1),
     ]
-    measured = Report({}, "host", False, {"bytes_per_second": 200.0}, None, "", rows)
+    called = [replace(row, median=0.1, copy_fraction=2.0) for row in replayed]
+    called.append(Row("python", "gpu_adam", "float32", 100, 1, median=1.0, moved_bytes=2800, copy_fraction=0.5))
+    peer = Row("plain", "torch fused", "float32", 100, 1, median=6.0, times=1.5)
+    graphs = [replace(row, who="gpu_adam, graph") for row in replayed]
+    measured = _report(where, *(replayed if where == "host" else called + graphs), peer)
 
     def figure(name: str, workload: str, beside: str = "") -> float | None:
         return report.FIGURES[name](measured, workload, beside)
 
-    assert figure(report.COPY, "plain") == 1.0
+    assert figure(report.COPY, "plain") == 0.5
     assert figure(report.TIMES, "plain", "torch fused") == 1.5
-    assert figure(report.ELEMENT, "many", "plain") == 3.0
+    assert figure(report.ELEMENT, "many", "plain") == 1.5
     assert figure(report.CLIPPING, "clipped", "plain") == 1.5
     assert figure(report.COPY, "failed") is figure(report.TIMES, "plain", "thinc") is None
     assert figure(report.ELEMENT, "failed", "plain") is figure(report.CLIPPING, "clipped", "failed") is None
+    assert figure(report.COPY, "python") is figure(report.ELEMENT, "python", "plain") is None
+    assert figure(report.ELEMENT, "many", "python") is figure(report.CLIPPING, "clipped", "python") is None
