@@ -12,8 +12,9 @@ from typing import Any, Protocol
 
 Step = Callable[[], Any]
 _LONGEST_BURST = 10_000
-_SLEEP = 0.002  # OpenMP's threads spin for about a millisecond after their work
-_SHORT = 0.02  # beyond it a millisecond does not matter
+_SLEEP = 0.001
+_SLEEPS = 50
+_SHORT = 0.02  # beyond it does not matter what waking threads takes
 
 
 class Clock(Protocol):
@@ -138,8 +139,8 @@ class Candidate:
 
     def settle(self) -> None:
         """Let the threads of the candidate before go to sleep, and wake one's own: each is timed as if alone."""
+        _until_threads_sleep()
         if self._turn is not None and self.samples and self.samples[-1] < _SHORT:
-            time.sleep(_SLEEP)
             self.clock(next(self._turn))
             self.executed += 1
 
@@ -163,6 +164,15 @@ class Candidate:
     def summary(self) -> Summary:
         """Of the samples."""
         return Summary.of(self.samples, self.burst)
+
+
+def _until_threads_sleep() -> None:
+    """Wait until no thread of this process works: OpenMP's spin after theirs, torch's for up to 10 ms."""
+    for _ in range(_SLEEPS):
+        wall, worked = time.perf_counter(), time.process_time()
+        time.sleep(_SLEEP)
+        if time.process_time() - worked < 0.1 * (time.perf_counter() - wall):
+            break
 
 
 def measure(candidates: Sequence[Candidate], effort: Effort, tick: Callable[[], None] = lambda: None) -> None:

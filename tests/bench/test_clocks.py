@@ -2,9 +2,11 @@
 
 import functools
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 
+from gpu_adam.bench import clocks
 from gpu_adam.bench.clocks import Candidate, Effort, Summary, WallClock, measure
 
 
@@ -55,3 +57,29 @@ def test_sampling_goes_on_for_the_given_time() -> None:
     candidate = Candidate("c", [lambda: None], lambda run: 1e-3)
     measure([candidate], Effort(repetitions=3, most=11, seconds=60.0, burst_seconds=0.0))
     assert len(candidate.samples) == 11
+
+
+@pytest.mark.parametrize(("spins", "sleeps"), [(0, 1), (7, 8), (1000, 50)])
+@pytest.mark.parametrize("step", [1e-4, 1.0])
+def test_a_candidate_begins_when_the_threads_of_the_one_before_sleep(
+    monkeypatch: pytest.MonkeyPatch, spins: int, sleeps: int, step: float
+) -> None:
+    """However long a step is; but not without end. A short step is preceded by one that wakes its own threads."""
+    slept: list[float] = []
+
+    def worked() -> float:
+        return min(sum(slept), spins * 1e-3)  # what one thread has that spins for so many milliseconds
+
+    now = SimpleNamespace(sleep=slept.append, perf_counter=lambda: sum(slept), process_time=worked)
+    monkeypatch.setattr(clocks, "time", now)
+    waited: list[int] = []
+
+    def clock(run: Callable[[], None]) -> float:
+        waited.append(len(slept))
+        slept.clear()
+        return step
+
+    made = [Candidate(name, [lambda: None], clock) for name in "ab"]
+    measure(made, Effort(repetitions=2, most=2, seconds=0.0, burst_seconds=0.0))
+    assert [count for count in waited if count] == [sleeps] * 4  # both candidates, two samples each
+    assert len(waited) == 2 * (3 + 2) + (2 if step < 0.02 else 0)
