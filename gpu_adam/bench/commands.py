@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -35,16 +36,21 @@ def bench(
     *,
     device: Annotated[str | None, typer.Option(help="auto, host, cuda or cuda:N; default: GPU_ADAM_DEVICE.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A few small workloads, in about a minute.")] = False,
-    only: Annotated[str | None, typer.Option(help="Workloads with this text in their name, and nothing else.")] = None,
+    only: Annotated[str | None, typer.Option(help="Workloads alone whose names match this regular expression.")] = None,
     json: Annotated[Path | None, typer.Option(help="File for the results; with --only they replace its rows.")] = None,
     html: Annotated[Path | None, typer.Option(help="File for a page with figures and tables.")] = None,
     compare: Annotated[Path | None, typer.Option(help="File of an earlier --json, to show beside.")] = None,
 ) -> None:
     """Measure how fast steps are: beside a copy of memory, and beside other libraries that are installed."""
-    chosen = [w for w in workloads() if (only is None or only in w.name) and (w.quick or not quick)]
+    try:
+        pattern = re.compile(only or "")
+    except re.error as error:
+        rule = "must be a regular expression"
+        raise ArgumentValueError("--only", rule, f"{only!r}: {error}", "pass another text") from None
+    chosen = [w for w in workloads() if pattern.search(w.name) and (w.quick or not quick)]
     if not chosen:
         known = ", ".join(repr(workload.name) for workload in workloads())
-        raise ArgumentValueError("--only", f"must be in one of {known}", repr(only), "pass another text")
+        raise ArgumentValueError("--only", f"must be found in one of {known}", repr(only), "pass another text")
     for option, path in (("--json", json), ("--html", html)):
         if path is not None and not (path.absolute().parent.is_dir() and os.access(path.absolute().parent, os.W_OK)):
             raise ArgumentValueError(option, "must be a file in a writable directory", path, "choose another path")

@@ -10,7 +10,7 @@ from gpu_adam import kernels
 from gpu_adam.bench import shapes
 from gpu_adam.bench.shapes import Shape
 
-M = 2**20
+K, M = 2**10, 2**20
 CLIP_NORM = 1.0
 
 
@@ -19,7 +19,7 @@ class Workload:
     """A step to be timed.
 
     Attributes:
-        name: as shown, and as `--only` finds it.
+        name: as shown, and as `--only` searches it.
         shapes: gives the variables' shapes.
         dtype: of the variables, a key of kernels.DTYPES.
         amsgrad: whether the update is AMSGrad's.
@@ -55,8 +55,8 @@ def many(count: int, *shape: int) -> Callable[[], list[Shape]]:
 
 def workloads() -> list[Workload]:
     """All of them. Dtypes come from the kernels' own table, so that a new one has its rows."""
-    sizes = [("1 K", 2**10), ("1 M", M), ("32 M", 32 * M), ("512 M", 512 * M)]
-    dense = [Workload(f"dense float32 {label}", many(1, size), quick=size <= M) for label, size in sizes]
+    sizes = [1, K, 10 * K, 100 * K, M, 2 * M, 8 * M, 16 * M, 32 * M, 512 * M]
+    dense = [Workload(f"dense float32 {_size(size)}", many(1, size), quick=size in (K, M)) for size in sizes]
     variants = [
         Workload(f"dense {dtype}{' amsgrad' if amsgrad else ''} 32 M", many(1, 32 * M), dtype, amsgrad)
         for dtype in kernels.DTYPES
@@ -100,6 +100,11 @@ def workloads() -> list[Workload]:
     ]
     dlrm = Workload("DLRM tables, 128 rows each", shapes.dlrm_tables, indices=128, zipf=True)
     return [*dense, *variants, *lists, *clipped, *sparse, dlrm]
+
+
+def _size(elements: int) -> str:
+    units = ((M, " M"), (K, " K"), (1, ""))
+    return next(f"{elements // unit}{label}" for unit, label in units if elements >= unit)
 
 
 def named(name: str) -> Workload | None:

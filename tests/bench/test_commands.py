@@ -13,9 +13,10 @@ from gpu_adam.bench import commands, ncu, own_step, peers
 from gpu_adam.bench.clocks import Effort
 from gpu_adam.bench.runner import Report, Row, Runner
 from gpu_adam.bench.tables import terminal_table
-from gpu_adam.bench.workloads import Workload, many
+from gpu_adam.bench.workloads import Workload, many, workloads
 from gpu_adam.devices import Device
 
+ROOT = Path(__file__).parents[2]
 LITTLE = Effort(repetitions=2, most=2, seconds=0.0, burst_seconds=0.0, sets=2)
 SMALL = [Workload("little", many(2, 100), quick=True), Workload("little sparse", many(1, 50, 4), indices=9)]
 
@@ -75,6 +76,27 @@ def test_bench_prints_writes_and_compares(device: Device, capsys: pytest.Capture
 
 
 @pytest.mark.usefixtures("small")
+@pytest.mark.parametrize(
+    ("only", "names"),
+    [("little", ["little", "little sparse"]), ("^little$", ["little"]), ("s[a-z]+$", ["little sparse"])],
+)
+def test_only_is_a_regular_expression(only: str, names: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(capsys, "bench", "--device", "host", "--only", only, "--json", "a.json")[0] == 0
+    assert [row.workload for row in Report.load(Path("a.json")).rows] == names
+
+
+def test_the_documented_expression_finds_every_size_of_one_tensor() -> None:
+    (expression,) = re.findall(r"--only '(\^.*?)'", (ROOT / "profiling" / "README.md").read_text())
+    found = [workload for workload in workloads() if re.search(expression, workload.name)]
+    sizes = ["1", "1 K", "10 K", "100 K", "1 M", "2 M", "8 M", "16 M", "32 M"]
+    assert [workload.name for workload in found] == [f"dense float32 {size}" for size in sizes]
+    assert [workload.elements for workload in found] == [1, *(n * 2**10 for n in (1, 10, 100))] + [
+        n * 2**20 for n in (1, 2, 8, 16, 32)
+    ]
+    assert all(len(workload.shapes()) == 1 and workload.peers for workload in found)
+
+
+@pytest.mark.usefixtures("small")
 def test_a_wrong_result_is_an_error(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(*_: object) -> own_step.Facts:
         raise own_step.WrongResultError("w", "must be 1", 2, "run the tests")
@@ -89,7 +111,8 @@ def test_a_wrong_result_is_an_error(capsys: pytest.CaptureFixture[str], monkeypa
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--only", "nothing"], "--only must be in one of 'little', 'little sparse' (got 'nothing')"),
+        (["--only", "nothing"], "--only must be found in one of 'little', 'little sparse' (got 'nothing')"),
+        (["--only", "litt(le"], "--only must be a regular expression (got 'litt(le': missing ), unterminated subp"),
         (["--json", "no/where.json"], "--json must be a file in a writable directory"),
         (["--html", "no/where.html"], "--html must be a file in a writable directory"),
         (["--compare", "none.json"], "none.json: No such file or directory."),
