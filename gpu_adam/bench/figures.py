@@ -19,14 +19,15 @@ def require() -> None:
 
 
 def figures(report: Report) -> list[str]:
-    """The figures as SVG elements."""
+    """The figures as SVG elements, without those that would be empty."""
     require()
     import matplotlib as mpl  # noqa: PLC0415  (optional: extra `bench`)
     from matplotlib.figure import Figure  # noqa: PLC0415
 
     # No dates and no random names: the same report gives the same page. Text stays text, to be searched and copied.
     with mpl.rc_context({"svg.hashsalt": "gpu_adam", "svg.fonttype": "none", "font.size": 9}):
-        return [_svg(draw(Figure, report)) for draw in (_roofline, _bars)]
+        drawn = [draw(Figure, report) for draw in (_roofline, _bars)]
+        return [_svg(figure) for figure in drawn if figure is not None]
 
 
 def _svg(figure: Any) -> str:
@@ -37,13 +38,16 @@ def _svg(figure: Any) -> str:
 
 
 def _roofline(figure_class: Any, report: Report) -> Any:
-    """GB/s over the bytes of a step."""
+    """GB/s over the bytes of a step; None where no step was timed."""
     # Every update has about the same operations per byte, far left of a roofline's ridge: the roof is the bandwidth
     # alone, and what varies is the size.
+    timed = [row for row in report.rows if row.who.startswith("gpu_adam") and row.bytes_per_second]
+    if not timed:
+        return None
     figure = figure_class(figsize=(9, 4.8), layout="constrained")
     axes = figure.add_subplot()
     for mode, marker in (("", "o"), (", graph", "s")):
-        rows = [row for row in report.rows if row.who == f"gpu_adam{mode}" and row.bytes_per_second]
+        rows = [row for row in timed if row.who == f"gpu_adam{mode}"]
         x, y = [row.moved_bytes for row in rows], [(row.bytes_per_second or 0) / 1e9 for row in rows]
         if rows:
             fill = "none" if mode else "full"
@@ -62,17 +66,18 @@ def _roofline(figure_class: Any, report: Report) -> Any:
 
 
 def _bars(figure_class: Any, report: Report) -> Any:
-    """How many times as fast as each peer, pair by pair."""
+    """How many times as fast as each peer, pair by pair; None without peers."""
     rows = [row for row in report.rows if row.times]
-    figure = figure_class(figsize=(9, 1.2 + 0.19 * max(1, len(rows))), layout="constrained")
+    if not rows:
+        return None
+    figure = figure_class(figsize=(9, 1.2 + 0.19 * len(rows)), layout="constrained")
     axes = figure.add_subplot()
     for number, row in enumerate(rows):
         axes.barh(number, (row.times or 1) - 1, left=1, color=_OURS if (row.times or 0) >= 1 else _LIMIT)
     axes.set_yticks(range(len(rows)), [_label(row) for row in rows], fontsize=7)
     axes.axvline(1, color="black", linewidth=0.8)
     axes.invert_yaxis()
-    if rows:
-        axes.set_xscale("log")
+    axes.set_xscale("log")
     axes.set_xlabel("times as fast as the peer (1: equal)")
     axes.set_title("Beside whom")
     axes.grid(axis="x", alpha=0.3)

@@ -8,7 +8,7 @@ from html import escape
 
 from gpu_adam.bench.figures import figures
 from gpu_adam.bench.runner import Report
-from gpu_adam.bench.tables import HEADER, cells, comparison, summary
+from gpu_adam.bench.tables import COMPARED, HEADER, NOTHING_COMPARED, cells, comparison, summary
 
 _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 78rem; padding: 0 1rem; color: #222; }
@@ -25,7 +25,6 @@ pre { font-size: 12px; background: #f6f6f6; padding: 1rem; overflow-x: auto; }
 
 def page(report: Report, earlier: Report | None = None) -> str:
     """The page's text."""
-    roofline, bars = figures(report)
     rows = [(cells(row), _kind(row.who, row.median is None)) for row in report.rows]
     parts = [
         "<!doctype html>",
@@ -34,16 +33,15 @@ def page(report: Report, earlier: Report | None = None) -> str:
         f"<style>{_STYLE}</style></head><body>",
         "<h1>gpu_adam: performance</h1>",
         _table((), ((pair, "") for pair in summary(report))),
-        f"<figure>{roofline}</figure>",
-        f"<figure>{bars}</figure>",
+        *(f"<figure>{figure}</figure>" for figure in figures(report)),
         "<h2>All rows</h2><p>Median of a step. A peer's GB/s is what our bytes would need in its time. torch "
         "SparseAdam (lazy) computes something else: it leaves rows without gradient alone.</p>",
         _table(HEADER, rows),
     ]
     if earlier is not None:
-        header = ("workload", "who", "earlier", "now", "times as fast")
         parts.append(f"<h2>Beside the run of {escape(earlier.machine['date'])}</h2>")
-        parts.append(_table(header, ((texts, "") for texts in comparison(report, earlier))))
+        both = comparison(report, earlier)
+        parts.append(_table(COMPARED, ((texts, "") for texts in both)) if both else f"<p>{NOTHING_COMPARED}</p>")
     parts.append(f"<h2>Machine</h2><pre>{escape(json.dumps(report.machine, indent=1))}</pre>")
     return "\n".join([*parts, "</body></html>", ""])
 

@@ -14,6 +14,8 @@ NOT_MEASURED = "not measured"
 HEADER = (
     "workload", "who", "step", "quartiles", "GB/s", "of copy", "of sheet", "times as fast", "launches", "extra memory",
 )  # fmt: skip
+COMPARED = ("workload", "who", "earlier", "now", "times as fast")
+NOTHING_COMPARED = "Nothing was measured in both runs."
 
 
 def duration(seconds: float | None) -> str:
@@ -106,7 +108,7 @@ def terminal_table(report: Report, *, wide: bool = True) -> Table:
 
 
 def comparison(report: Report, earlier: Report) -> list[tuple[str, str, str, str, str]]:
-    """(workload, who, earlier, now, earlier / now) of what both have measured."""
+    """Texts, one for each of COMPARED, of what both have measured."""
     old = {(row.workload, row.who): row.median for row in earlier.rows if row.median}
     found = []
     for row in report.rows:
@@ -118,10 +120,12 @@ def comparison(report: Report, earlier: Report) -> list[tuple[str, str, str, str
 
 def comparison_table(report: Report, earlier: Report) -> Table:
     """`comparison` for the terminal."""
-    table = Table(title=f"beside the run of {earlier.machine['date']}", title_justify="left")
-    for label in ("workload", "who", "earlier", "now", "times as fast"):
+    both = comparison(report, earlier)
+    caption = None if both else NOTHING_COMPARED
+    table = Table(title=f"beside the run of {earlier.machine['date']}", title_justify="left", caption=caption)
+    for label in COMPARED:
         table.add_column(label, justify="left" if label in ("workload", "who") else "right")
-    for texts in comparison(report, earlier):
+    for texts in both:
         table.add_row(*texts)
     return table
 

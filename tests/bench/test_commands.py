@@ -3,6 +3,7 @@
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -11,8 +12,9 @@ import pytest
 from gpu_adam.__main__ import main
 from gpu_adam.bench import commands, ncu, own_step, peers
 from gpu_adam.bench.clocks import Effort
+from gpu_adam.bench.page import page
 from gpu_adam.bench.runner import Report, Row, Runner
-from gpu_adam.bench.tables import terminal_table
+from gpu_adam.bench.tables import comparison_table, terminal_table
 from gpu_adam.bench.workloads import Workload, many, workloads
 from gpu_adam.devices import Device
 
@@ -65,14 +67,54 @@ def test_bench_prints_writes_and_compares(device: Device, capsys: pytest.Capture
     status, out, _ = run(capsys, "bench", *where, *more)
     assert status == 0
     assert "beside the run of" in out
-    page = Path("p.html").read_text()
-    assert page.count("<svg") == 2
-    assert not re.search(r"(src|href)=\"http", page)
+    text = Path("p.html").read_text()
+    assert text.count("<svg") == 1  # no peers, no figure of them
+    assert not re.search(r"(src|href)=\"http", text)
     ElementTree.fromstring(
-        page.replace("<!doctype html>", "")
+        text.replace("<!doctype html>", "")
         .replace('<meta charset="utf-8">', "")
         .replace('<meta name="viewport" content="width=device-width, initial-scale=1">', "")
     )
+
+
+def _report(*rows: Row) -> Report:
+    machine = {"date": "2000-01-01", "devices": {}, "versions": {}}
+    return Report(machine, "host", False, {"bytes_per_second": 1e9, "how": "copied"}, None, "", list(rows))
+
+
+OURS = Row("w", "gpu_adam", "float32", 1, 1, median=1.0, moved_bytes=28, bytes_per_second=28.0)
+PEER = Row("w", "a peer", "float32", 1, 1, median=2.0, times=2.0)
+TITLES = ["How near the memory's limit", "Beside whom"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "titles"),
+    [
+        ([OURS, PEER], TITLES),
+        ([OURS], TITLES[:1]),
+        ([replace(OURS, who="gpu_adam, graph"), replace(PEER, median=None, times=None, note="failed: x")], TITLES[:1]),
+        ([replace(OURS, median=None, bytes_per_second=None, note="not measured: x")], []),
+    ],
+    ids=["with a peer", "alone", "beside a peer that failed", "nothing timed"],
+)
+def test_a_page_has_no_empty_figures(rows: list[Row], titles: list[str]) -> None:
+    pytest.importorskip("matplotlib", reason="the extra bench brings it")
+    text = page(_report(*rows))
+    figures = re.findall(r"<figure>(<svg.*?</svg>)\s*</figure>", text, re.S)
+    assert len(figures) == text.count("<figure>") == len(titles)
+    for figure, title in zip(figures, titles, strict=True):
+        assert f">{title}<" in figure
+    assert all(row.note in text for row in rows)
+
+
+def test_runs_without_a_row_in_common_say_so() -> None:
+    pytest.importorskip("matplotlib", reason="the extra bench brings it")
+    mine, other = _report(OURS), _report(replace(OURS, workload="another"))
+    assert comparison_table(mine, other).caption == "Nothing was measured in both runs."
+    assert "<p>Nothing was measured in both runs.</p>" in page(mine, other)
+    assert comparison_table(mine, mine).caption is None
+    assert "Nothing was measured" not in page(mine, mine)
+    assert "<td>w</td><td>gpu_adam</td><td>1 s</td><td>1 s</td><td>1.00</td>" in page(mine, mine)
 
 
 @pytest.mark.usefixtures("small")
@@ -127,8 +169,7 @@ def test_mistakes_are_sentences(capsys: pytest.CaptureFixture[str], arguments: l
 
 def test_a_row_without_time_shows_why() -> None:
     row = Row("w", "peer", "float32", 1, 1, note="failed: x")
-    report = Report({"date": "d", "devices": {}, "versions": {}}, "host", False, {}, None, "", [row])
-    assert terminal_table(report, wide=False).row_count == 2
+    assert terminal_table(_report(row), wide=False).row_count == 2
 
 
 def test_profile_prints_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
