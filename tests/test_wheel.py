@@ -1,6 +1,7 @@
 """The wheel, built through the sdist: what is in it, and a step with it where nothing else of the project is."""
 
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -34,13 +35,24 @@ def run(*command: str | Path, cwd: Path) -> str:
 
 @pytest.fixture(scope="module")
 def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with the sdist of the checkout, and the wheel of the sdist."""
+    """A directory with the sdist of a clone that has more than the project in it, and the wheel of the sdist."""
     directory = tmp_path_factory.mktemp("dist")
     probe = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(directory / "probe"), "hatchling"]
     if subprocess.run(probe, capture_output=True, check=False).returncode != 0:
         pytest.skip("the wheel's build needs a package index, and none answers")
-    run(sys.executable, "-m", "build", "--outdir", directory, ROOT, cwd=directory)
+    clone = directory / "clone"
+    shutil.copytree(ROOT, clone, ignore=lambda folder, names: {".git", *(n for n in names if is_foreign(folder, n))})
+    installed = clone / "environment" / "lib" / "site-packages" / "package"
+    installed.mkdir(parents=True)
+    for path in (installed / "module.py", clone / "environment" / "pyvenv.cfg", clone / "notes.txt", clone / "try.py"):
+        path.touch()
+    run(sys.executable, "-m", "build", "--outdir", directory, clone, cwd=directory)
     return directory
+
+
+def is_foreign(folder: str, name: str) -> bool:
+    """Whether a folder of the checkout is an environment or a cache, and may be large."""
+    return name.endswith("_cache") or (Path(folder) / name / "pyvenv.cfg").exists()
 
 
 def only(directory: Path, pattern: str) -> Path:
@@ -64,12 +76,19 @@ def test_the_wheel_has_all_it_needs_in_one_package(dist: Path) -> None:
     assert not {name for name in names if "__pycache__" in name}
 
 
-def test_the_sdist_has_the_tests(dist: Path) -> None:
+def test_the_sdist_is_the_project_and_nothing_else(dist: Path) -> None:
     with tarfile.open(only(dist, "*.tar.gz")) as sdist:
-        names = {name.partition("/")[2] for name in sdist.getnames()}
-    wanted = relative(ROOT, "cuda/**/*.*", "gpu_adam/**/*.py", "tests/*.py", "tests/data/*", "*.md", "docker/*")
-    assert {name for name in wanted if "__pycache__" not in name} <= names
-    assert not {name for name in names if "__pycache__" in name or "_cache" in name}
+        members = [name.partition("/")[2] for name in sdist.getnames()]
+    names = set(members)
+    assert len(members) == len(names)
+    files = ("*.md", "LICENSE", "pyproject.toml", ".gitignore")
+    folders = (".ci", "cuda", "docker", "gpu_adam", "profiling", "tests")
+    clone = dist / "clone"
+    found = relative(clone, *files, *(f"{folder}/**/*" for folder in folders))
+    wanted = {name for name in found if (clone / name).is_file() and "__pycache__" not in name}
+    assert len(wanted) > 200
+    assert wanted <= names
+    assert {name.partition("/")[0] for name in names - wanted} == {"PKG-INFO"}
 
 
 def test_the_installed_wheel_steps(dist: Path, tmp_path: Path) -> None:
