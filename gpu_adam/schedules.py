@@ -345,9 +345,9 @@ class CosineDecayRestarts(_Standard):
             i = _whole(f)
             return self.initial_learning_rate * _cosine(f - i, self.alpha, _power(self.m_mul, i))
         grown = f * (self.t_mul - 1)  # by how much the next period is longer than the first one, and how far it is
-        if not (self.t_mul > 0 and -1 < grown < math.inf):
+        if not (self.t_mul >= 0 and -1 < grown < math.inf):
             return math.nan
-        i = math.floor(math.log1p(grown) / math.log(self.t_mul))
+        i = math.floor(math.log1p(grown) / math.log(self.t_mul)) if self.t_mul else 0
         if f >= self._start(i + 1):  # at a restart the logarithm's last bit may put i on either side
             i += 1
         elif f < self._start(i):

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import gpu_adam
 from gpu_adam import schedules
 from gpu_adam.errors import ArgumentTypeError, ArgumentValueError
 from gpu_adam.schedules import (
@@ -177,6 +178,76 @@ def test_arguments_that_are_not_finite(schedule: LearningRateSchedule, value: fl
         assert str(caught.value).startswith(f"{type(schedule).__name__}({name}) must be finite (got {value}); ")
 
 
+NAN, INF = math.nan, math.inf
+
+
+@pytest.mark.parametrize(
+    ("schedule", "rates"),
+    [
+        (
+            CosineDecay(0.0, decay_steps=0, warmup_target=10.0, warmup_steps=100),
+            {0: 0.0, 50: 5.0, 99: 9.9, 100: NAN, 150: NAN},
+        ),
+        (CosineDecay(1.0, decay_steps=-10), {0: 0.0, 5: 0.0, 20: 0.0}),
+        (CosineDecay(1.0, decay_steps=0), {0: NAN, 5: NAN, 20: NAN}),
+        (CosineDecay(1.0, decay_steps=10, warmup_target=2.0, warmup_steps=-3), {0: 1.58779, 5: 0.190983, 20: 0.0}),
+        (
+            CosineDecayRestarts(1.0, first_decay_steps=10, t_mul=0.5),
+            {
+                0: 1.0,
+                5: 0.5,
+                9: 0.0244718,
+                10: 1.0,
+                12: 0.654508,
+                15: 1.0,
+                17: 0.0954913,
+                19: 0.654509,
+                20: NAN,
+                25: NAN,
+            },
+        ),
+        (
+            CosineDecayRestarts(1.0, first_decay_steps=10, t_mul=2.0, m_mul=-0.5),
+            {0: 1.0, 5: 0.5, 9: 0.0244718, 11: -0.496922, 12: -0.487764, 15: -0.426777, 31: 0.249615, 35: 0.240485},
+        ),
+        (CosineDecayRestarts(1.0, first_decay_steps=10, t_mul=0.0), {0: 1.0, 5: 0.5, 15: NAN}),
+        (CosineDecayRestarts(1.0, first_decay_steps=10, t_mul=-1.0), {0: NAN, 5: NAN, 15: NAN}),
+        (CosineDecayRestarts(1.0, first_decay_steps=0), {0: NAN, 5: NAN}),
+        (CosineDecayRestarts(1.0, first_decay_steps=-10.0), {0: 1.0, 5: 1.0, 15: NAN}),
+        (PolynomialDecay(0.1, decay_steps=10, power=-1.0), {0: 0.1, 5: 0.1999, 9: 0.9991, 10: INF, 15: INF}),
+        (PolynomialDecay(0.1, decay_steps=-10), {0: 0.0001, 5: 0.0001, 15: 0.0001}),
+        (PolynomialDecay(0.1, decay_steps=0), {0: NAN, 5: NAN}),
+        (PolynomialDecay(0.1, decay_steps=0, cycle=True), {0: NAN, 5: NAN}),
+        (PolynomialDecay(0.1, decay_steps=-10, cycle=True), {0: 0.1, 5: -INF, 10: 0.0001, 15: -0.04985}),
+        (PolynomialDecay(0.1, decay_steps=10, cycle=True, power=-0.5), {0: 0.1, 5: 0.14138, 10: INF, 15: 0.1999}),
+        (
+            ExponentialDecay(0.1, decay_steps=1, decay_rate=-0.5, staircase=True),
+            {0: 0.1, 1: -0.05, 2: 0.025, 3: -0.0125},
+        ),
+        (ExponentialDecay(0.1, decay_steps=2, decay_rate=-0.5), {0: 0.1, 1: NAN, 2: -0.05, 3: NAN}),
+        (ExponentialDecay(0.1, decay_steps=0, decay_rate=0.5), {0: NAN, 1: 0.0}),
+        (ExponentialDecay(0.1, decay_steps=-2, decay_rate=0.5), {0: 0.1, 1: 0.141421, 2: 0.2}),
+        (ExponentialDecay(0.1, decay_steps=0, decay_rate=0.5, staircase=True), {0: NAN, 1: 0.0}),
+        (InverseTimeDecay(0.1, decay_steps=1, decay_rate=-1.0), {0: 0.1, 1: INF, 2: -0.1}),
+        (InverseTimeDecay(0.1, decay_steps=0, decay_rate=1.0), {0: NAN, 1: 0.0, 2: 0.0}),
+    ],
+    ids=repr,
+)
+def test_arguments_outside_of_all_sense(schedule: LearningRateSchedule, rates: dict[int, float]) -> None:
+    """What TensorFlow 2.15.1 gives for them."""
+    np.testing.assert_allclose([schedule(step) for step in rates], list(rates.values()), rtol=1e-5)
+
+
+def test_a_rate_that_is_no_number_is_refused_by_the_step() -> None:
+    schedule = CosineDecay(0.0, 0, warmup_target=10.0, warmup_steps=1)
+    optimizer, variable = gpu_adam.Adam(schedule), gpu_adam.Variable(np.ones(2, np.float32), device="host")
+    pairs = [(np.ones(2, np.float32), variable)]
+    optimizer.apply_gradients(pairs)
+    with pytest.raises(ArgumentValueError, match=r"^learning_rate must be finite \(got nan\)"):
+        optimizer.apply_gradients(pairs)
+    assert int(optimizer.iterations) == 1
+
+
 @pytest.mark.parametrize("schedule", EXAMPLES, ids=IDS)
 @pytest.mark.parametrize("value", ["0.1", True, [1.0], np.ones(1), 1j, {}])
 def test_arguments_that_are_no_numbers(schedule: LearningRateSchedule, value: object) -> None:
@@ -238,7 +309,7 @@ def test_custom_objects_are_found_by_name() -> None:
 
 
 def test_configs_that_name_no_schedule() -> None:
-    with pytest.raises(ArgumentValueError, match=r"must be one of ExponentialDecay, .*LinearCosineDecay \(got 'Nope'\)"):
+    with pytest.raises(ArgumentValueError, match=r"one of ExponentialDecay, .*LinearCosineDecay \(got 'Nope'\)"):
         schedules.deserialize({"class_name": "Nope", "config": {}})
     with pytest.raises(ArgumentValueError, match='must have the key "class_name"'):
         schedules.deserialize({"config": {}})
