@@ -38,7 +38,7 @@ from gpu_adam.state.slots import initialized
 from gpu_adam.state.transaction import Transaction
 from gpu_adam.step.controller import Controller
 from gpu_adam.uninterrupted import make_all
-from gpu_adam.variables import Variable, as_dtype
+from gpu_adam.variables import Variable, as_dtype, as_shape
 
 _KEYWORDS = ("clipnorm", "clipvalue", "global_clipnorm", "lr", "decay", "complex_mode")
 
@@ -130,7 +130,9 @@ class Adam:
 
     # Stepping.
 
-    def apply_gradients(self, grads_and_vars: Iterable[Any], name: str | None = None) -> int:
+    def apply_gradients(
+        self, grads_and_vars: Iterable[Any], name: str | None = None, experimental_aggregate_gradients: bool = True
+    ) -> int:
         """Update variables by their gradients, in place.
 
         Everything is enqueued on the current stream; the host does not wait for the device.
@@ -142,6 +144,7 @@ class Adam:
                 variable stays as it is, with a UserWarning. A variable that comes twice is updated twice, in order,
                 with the same t.
             name: ignored, for compatibility with Keras.
+            experimental_aggregate_gradients: ignored, for compatibility with Keras: there is one replica.
 
         Returns:
             The steps done, this one included.
@@ -345,18 +348,19 @@ class Adam:
         """
         return self._state.slot(self._state.registry.find(var, "var", News()), slot_name)
 
-    def add_slot(self, var: Any, slot_name: str, initializer: Any = "zeros") -> Variable:
+    def add_slot(self, var: Any, slot_name: str, initializer: Any = "zeros", shape: Any = None) -> Variable:
         """Create a slot of a variable, or return it where it exists.
 
         Args:
             var: the variable.
             slot_name: "m", "v" and "vhat" are what steps use; others are the caller's.
-            initializer: "zeros", "ones", a callable(shape=, dtype=) or the value itself.
+            initializer: "zeros", "ones", a callable(shape=, dtype=) or the value itself, which has a shape of its own.
+            shape: an int or a tuple, of a slot of the caller's; default: the variable's.
 
         Raises:
-            ArgumentTypeError, ArgumentValueError: what is no variable, or no initializer.
+            ArgumentTypeError, ArgumentValueError: what is no variable, no initializer, or no shape.
         """
-        return self._controller.add_slot(var, slot_name, initializer)
+        return self._controller.add_slot(var, slot_name, initializer, None if shape is None else as_shape(shape))
 
     def forget(self, variable: Any) -> None:
         """Drop the slots of a variable, and everything that stands for it; a later step begins with new slots.
@@ -418,7 +422,7 @@ class Adam:
         if on_read and is_trainable:
             rule = "must be 'auto', 'none' or 'on_write' for a trainable variable"
             raise ArgumentValueError("synchronization", rule, synchronization, "pass trainable=False")
-        shape = (shape,) if isinstance(shape, int) else tuple(shape)
+        shape = as_shape(shape)
         array = initialized(initializer, shape, as_dtype("float32" if dtype is None else dtype), find_device(None))
         if tuple(array.shape) != shape:
             raise ArgumentValueError("initializer", f"must give shape {shape}", tuple(array.shape), "reshape it")

@@ -67,7 +67,7 @@ def evaluated(name: str, value: Any) -> float:
 
 
 def _is_live(value: Any) -> bool:
-    return isinstance(value, Variable) or (hasattr(value, "dtype") and not isinstance(value, np.generic))
+    return isinstance(value, Variable) or (hasattr(value, "dtype") and not isinstance(value, (np.generic, float)))
 
 
 class Clip(NamedTuple):
@@ -118,8 +118,50 @@ class Clip(NamedTuple):
 NO_CLIPPING = Clip(None, None, None)
 
 
+class PresentValue(float):
+    """What a hyperparameter is when it is read: a float, with what the reference's variables offer besides.
+
+    ``adam.learning_rate.assign(0.1)`` is ``adam.learning_rate = 0.1``. Copies and pickles are plain floats.
+
+    Args:
+        value: the number.
+        optimizer: whose hyperparameter it is.
+        name: the hyperparameter's.
+    """
+
+    dtype = np.dtype(np.float64)  # which tf.keras.backend.set_value looks at
+    _optimizer: Any
+    _name: str
+
+    def __new__(cls, value: float, optimizer: Any, name: str) -> PresentValue:
+        """The value of the optimizer's hyperparameter of that name."""
+        self = super().__new__(cls, value)
+        self._optimizer, self._name = optimizer, name
+        return self
+
+    def assign(self, value: Any) -> Any:
+        """Give the hyperparameter another number; an array is read now, once. Returns the value after that."""
+        setattr(self._optimizer, self._name, as_number(self._name, value))
+        return getattr(self._optimizer, self._name)
+
+    def numpy(self) -> np.float64:
+        """The number as NumPy's."""
+        return np.float64(self)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return float, (float(self),)
+
+    def __copy__(self) -> float:
+        return float(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> float:
+        return float(self)
+
+
 class Hyperparameter:
     """An attribute of an optimizer that reads as its present value and may be assigned at any time.
+
+    A number, or what a function returns, reads as a `PresentValue`; a schedule, variable or array as itself.
 
     Args:
         name: under which the optimizer stores it in `_hyper`.
@@ -133,8 +175,9 @@ class Hyperparameter:
         if optimizer is None:
             return self
         value = optimizer._hyper[self.name]
-        is_function = callable(value) and not isinstance(value, LearningRateSchedule)
-        return evaluated(self.name, value) if is_function else value
+        if callable(value) and not isinstance(value, LearningRateSchedule):
+            value = evaluated(self.name, value)
+        return PresentValue(value, optimizer, self.name) if type(value) is float else value
 
     def __set__(self, optimizer: Any, value: Any) -> None:
         new, old = checked(self.name, value), optimizer._hyper[self.name]

@@ -266,6 +266,19 @@ class Variable(NDArrayOperatorsMixin):
     def __index__(self) -> int:
         return operator.index(self.numpy())
 
+    def __round__(self, digits: int | None = None) -> Any:
+        value = operand(self)
+        return round(self._number("round's argument") if value is self._value else value, digits)
+
+    def __format__(self, form: str) -> str:
+        return format(self._number("a variable with a format"), form) if form else repr(self)
+
+    def _number(self, argument: str) -> Any:
+        """The only element, for which the host waits."""
+        if self.ndim:
+            raise ArgumentTypeError(argument, "must be one number", repr(self), "pass one of its elements")
+        return self.numpy()[()]
+
     def __repr__(self) -> str:
         return f"<Variable {self._name!r} shape={self.shape} dtype={self.dtype} device={self._device.name}>"
 
@@ -352,6 +365,18 @@ def as_dtype(dtype: Any) -> np.dtype:
     except TypeError as error:
         raise ArgumentTypeError("dtype", "must be a NumPy dtype", repr(dtype), "pass 'float32', say") from error
     return found
+
+
+def as_shape(shape: Any) -> tuple[int, ...]:
+    """`shape` as a tuple; ArgumentTypeError where it is neither a whole number nor a sequence of such."""
+    try:
+        sizes = (operator.index(shape),) if hasattr(shape, "__index__") else tuple(map(operator.index, shape))
+    except TypeError:
+        sizes = (-1,)
+    if min(sizes, default=0) < 0:
+        rule = "must be a number >= 0, or a tuple of such"
+        raise ArgumentTypeError("shape", rule, repr(shape), "pass (3, 4), say")
+    return sizes
 
 
 def _plain(obj: Any) -> Any:

@@ -126,6 +126,14 @@ def test_keywords() -> None:
         gpu_adam.Adam(decay=None)
 
 
+def test_an_argument_that_means_nothing_here(device: Device) -> None:
+    x, y = Variable(np.ones(2, np.float32)), Variable(np.ones(2, np.float32))
+    gradient = device.array(np.ones(2, np.float32))
+    gpu_adam.Adam().apply_gradients([(gradient, x)], experimental_aggregate_gradients=False)
+    gpu_adam.Adam().apply_gradients([(gradient, y)], "name", True)
+    assert_same_bits(x.numpy(), y.numpy())
+
+
 def test_lr_is_an_old_name() -> None:
     with pytest.warns(DeprecationWarning, match="use learning_rate") as warnings:
         optimizer = gpu_adam.Adam(0.5, lr=0.25)

@@ -1,6 +1,9 @@
 """Hyperparameters: numbers, 0-d arrays, variables, callables and schedules; their rules wherever a value comes from."""
 
+import copy
+import json
 import math
+import pickle
 from typing import Any
 
 import numpy as np
@@ -188,9 +191,43 @@ def test_numbers_are_read_as_floats(name: str) -> None:
         assert float(getattr(optimizer, name)) == 0.5
         assert type(optimizer.get_config()[name]) is float
     optimizer = gpu_adam.Adam(learning_rate=1)
-    assert type(optimizer.learning_rate) is float
+    assert isinstance(optimizer.learning_rate, float)
     optimizer.lr = 0.5
     assert optimizer.learning_rate == optimizer.lr == 0.5
+
+
+@pytest.mark.parametrize("name", ["lr", "learning_rate", "beta_1", "beta_2", "epsilon", "decay"])
+def test_a_value_is_assigned_as_the_references_variables_are(name: str) -> None:
+    optimizer = gpu_adam.Adam()
+    for value in (0.25, 0, np.float32(0.5), np.array(0.75), gpu_adam.Variable(0.125)):
+        got = getattr(optimizer, name).assign(value)
+        assert got == getattr(optimizer, name) == getattr(optimizer, name).numpy() == float(value)
+        assert type(getattr(optimizer, name).numpy()) is np.float64
+    refused: list[Any] = [math.nan, "0.1", None, [0.1], lambda: 0.1]
+    for value in refused:
+        with pytest.raises((ArgumentTypeError, ArgumentValueError), match=f"^({name}|learning_rate) must "):
+            getattr(optimizer, name).assign(value)
+    assert float(getattr(optimizer, name)) == 0.125
+
+
+def test_a_value_is_a_float_to_everybody_else() -> None:
+    """What is kept or handed on is a plain float, without the optimizer behind it."""
+    optimizer = gpu_adam.Adam(0.1)
+    value = optimizer.lr
+    assert (repr(value), f"{value:.2f}", json.dumps(value), value + 1) == ("0.1", "0.10", "0.1", 1.1)
+    for copied in (copy.copy(value), copy.deepcopy(value), pickle.loads(pickle.dumps(value)), value * 1):
+        assert type(copied) is float
+        assert copied == 0.1
+    other = gpu_adam.Adam(value)
+    optimizer.lr = 0.2
+    assert (value, other.lr, optimizer.lr) == (0.1, 0.1, 0.2)
+    assert type(other._hyper["learning_rate"]) is float
+
+
+def test_a_callables_value_is_assigned_over_the_callable() -> None:
+    optimizer = gpu_adam.Adam(lambda: 0.5)
+    optimizer.lr.assign(0.25)
+    assert optimizer.get_config()["learning_rate"] == 0.25
 
 
 def test_every_kind_may_follow_every_other(device: Device) -> None:

@@ -315,6 +315,20 @@ def test_a_slot_made_ahead_is_used(device: Device) -> None:
     assert int(optimizer.iterations) == 1
 
 
+def test_slots_of_a_shape_of_their_own(device: Device) -> None:
+    optimizer, variable = gpu_adam.Adam(), Variable(np.ones((2, 3), np.float32))
+    assert optimizer.add_slot(variable, "rows", shape=2).shape == (2,)
+    assert optimizer.add_slot(variable, "one", "ones", shape=()).numpy() == 1
+    made = optimizer.add_slot(variable, "made", lambda shape, dtype: np.full(shape, 7, dtype), (4, 1))
+    assert_same_bits(made.numpy(), np.full((4, 1), 7, np.float32))
+    with pytest.raises(ArgumentValueError, match=r"must give the variable's shape \(2, 3\) \(got \(2,\)\)"):
+        optimizer.add_slot(variable, "m", shape=2)
+    for shape in (-1, (2, -1), 1.5, "23", (None, 2)):
+        with pytest.raises(ArgumentTypeError, match=r"^shape must be a number >= 0, or a tuple of such"):
+            optimizer.add_slot(variable, "other", shape=shape)
+    assert optimizer.get_slot_names() == ["rows", "one", "made"]
+
+
 def test_slots_that_cannot_be_added(device: Device) -> None:
     optimizer, variables = started(device)
     other = Variable(np.ones((3, 2), np.float32), name="other")

@@ -379,3 +379,15 @@ def test_copies(device: Device) -> None:
     scalar, empty = copy.deepcopy((Variable(2.0), Variable(np.zeros((0, 3)))))
     assert float(scalar) == 2.0
     assert empty.shape == (0, 3)
+
+
+def test_a_number_is_formatted_and_rounded(device: Device) -> None:
+    scalar, row = Variable(np.float64(1.256), name="s"), Variable([1.0, 2.0], name="row")
+    assert f"{scalar:.2f}" == "1.26"
+    assert f"{scalar}" == repr(scalar) == str(scalar)
+    assert round(scalar, 2) == 1.26
+    assert round(scalar) == 1
+    assert f"{row}" == repr(row)
+    for use in (lambda: f"{row:.2f}", lambda: round(row, 2)):
+        with pytest.raises(ArgumentTypeError, match=r"must be one number \(got <Variable 'row'"):
+            use()

@@ -133,14 +133,16 @@ class Transaction:
                 arrays.update(zip(same, zeros, strict=True))
             self._add(missing, spec.name, [arrays[variable] for variable in missing])
 
-    def add_slot(self, variable: Variable, name: str, initializer: Any) -> Variable:
-        """A slot with values from an initializer; where the slot exists, the slot as it is."""
+    def add_slot(self, variable: Variable, name: str, initializer: Any, shape: tuple[int, ...] | None) -> Variable:
+        """A slot of this shape, or the variable's, with values from an initializer; where the slot exists, as it is."""
         state = self._state
         if state.has_slot(variable, name):
             return state.slot(variable, name)
         spec = slot_spec(name)
         dtype = variable.dtype if spec is None else spec.dtype(variable.dtype, state.complex_mode)
-        array = beside(initialized(initializer, variable.shape, dtype, variable.device), variable)
+        array = beside(
+            initialized(initializer, variable.shape if shape is None else shape, dtype, variable.device), variable
+        )
         if spec is not None and tuple(array.shape) != variable.shape:
             raise ArgumentValueError(
                 f"initializer of slot {name!r} for variable {variable.name!r}",

@@ -156,14 +156,14 @@ class Controller:
                 change.adopt(news)
                 change.ensure_slots(found, rule)
 
-    def add_slot(self, obj: Any, name: str, initializer: Any) -> Variable:
+    def add_slot(self, obj: Any, name: str, initializer: Any, shape: tuple[int, ...] | None) -> Variable:
         """A slot of a variable, created from an initializer where it does not exist."""
         with self._state.alone():
             news = News()
             variable = self._state.registry.find(obj, "var", news)
             with Transaction(self._state) as change:
                 change.adopt(news)
-                return change.add_slot(variable, name, initializer)
+                return change.add_slot(variable, name, initializer, shape)
 
     def forget(self, obj: Any) -> None:
         """Drop the slots and the registration of a variable."""
