@@ -142,7 +142,7 @@ class Adam:
                 device (NumPy, CuPy, or anything with DLPack or an array interface), which is recognised again by its
                 memory. A gradient has its variable's shape, dtype and device, or is an IndexedSlices, or None: then its
                 variable stays as it is, with a UserWarning. A variable that comes twice is updated twice, in order,
-                with the same t.
+                with the same t. A variable with a constraint comes once, and not with an IndexedSlices.
             name: ignored, for compatibility with Keras.
             experimental_aggregate_gradients: ignored, for compatibility with Keras: there is one replica.
 
@@ -155,8 +155,9 @@ class Adam:
                 a hyperparameter's value outside its range.
             ConcurrentStepError: another call of this optimizer is at work.
             SparseIndexError: on the host, an index outside its variable. (On CUDA see `check_errors`.)
-            Whatever the step itself raises, nothing has changed. A KeyboardInterrupt comes either before anything has
-            changed, or after the step is done and counted; `iterations` tells which.
+            Whatever the step itself raises, nothing has changed. What a variable's constraint raises comes after a step
+            that is done and counted, with the variable not constrained yet. A KeyboardInterrupt comes either before
+            anything has changed, or after the step is done and counted; `iterations` tells which.
         """
         if current_tracer.get() is not None:
             rule = "must not be called while a loss is being differentiated"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import operator
 from collections.abc import Callable, Iterator
@@ -43,6 +44,9 @@ class Variable(NDArrayOperatorsMixin):
         dtype: default: the array's own; float32 for Python floats, int32 for Python integers, as in TensorFlow.
         device: "host", "cuda", "cuda:N" or a device, to which a value on another one is copied; default: where
             `initial_value` lies if it lies on a CUDA device, else the default device.
+        constraint: a function that takes the variable and returns what it is to be, an array of its shape, such as
+            ``lambda v: np.maximum(v, 0)``. An optimizer assigns that after each of its updates. By NumPy's or CuPy's
+            functions it is computed on the variable's device, without a wait.
 
     Raises:
         ArgumentTypeError, ArgumentValueError: the value does not make an array, or the device is unknown.
@@ -59,7 +63,11 @@ class Variable(NDArrayOperatorsMixin):
         name: str | None = None,
         dtype: Any = None,
         device: str | Device | None = None,
+        constraint: Any = None,
     ) -> None:
+        if constraint is not None and not callable(constraint):
+            got = type(constraint).__name__
+            raise ArgumentTypeError("constraint", "must be a callable of the variable", got, "pass a function or None")
         if callable(initial_value) and not hasattr(initial_value, "dtype"):
             initial_value = initial_value()
         if isinstance(initial_value, Variable):
@@ -81,6 +89,7 @@ class Variable(NDArrayOperatorsMixin):
         self._value = self._device.array(on_host(array) if self._device.xp is np else array)
         self._name = "Variable" if name is None else name
         self.trainable = truth_value("trainable", trainable)
+        self._constraint: Callable[[Variable], Any] | None = constraint
 
     @classmethod
     def over(cls, array: Array, device: Device, name: str | None = None, trainable: bool = True) -> Variable:
@@ -89,6 +98,7 @@ class Variable(NDArrayOperatorsMixin):
         self._device, self._value = device, array
         self._name = "Variable" if name is None else name
         self.trainable = trainable
+        self._constraint = None
         return self
 
     def _move_to(self, array: Array) -> None:
@@ -122,6 +132,23 @@ class Variable(NDArrayOperatorsMixin):
         return dtype
 
     @property
+    def constraint(self) -> Callable[[Variable], Any] | None:
+        """The function given at construction, whose value an optimizer assigns after each update; or None."""
+        return self._constraint
+
+    def constrain(self) -> None:
+        """Assign what the constraint gives, if there is one.
+
+        Raises:
+            ArgumentTypeError, ArgumentValueError: it gives no array of the variable's shape and kind of numbers.
+            Whatever the constraint raises. The variable is as it was then.
+        """
+        if self._constraint is not None:
+            with self._device.activate():
+                projected = self._constraint(self)
+            self._assign(projected, "the constraint's value")
+
+    @property
     def ndim(self) -> int:
         """Number of dimensions."""
         return len(self.shape)
@@ -148,10 +175,13 @@ class Variable(NDArrayOperatorsMixin):
             ArgumentTypeError: no numbers, or none that the variable's dtype has a place for.
             ArgumentValueError: another shape; a number outside of the dtype's range.
         """
-        converted = self._converted(value, "assign's value")
+        self._assign(value, "assign's value")
+        return self
+
+    def _assign(self, value: Any, argument: str) -> None:
+        converted = self._converted(value, argument)
         with self._device.activate():
             self._value[...] = converted
-        return self
 
     def assign_add(self, delta: Any) -> Variable:
         """Add `delta`, of exactly the variable's shape, in place. Returns the variable."""
@@ -298,15 +328,18 @@ class Variable(NDArrayOperatorsMixin):
 
     def __getstate__(self) -> dict[str, Any]:
         value = self._value if self._device.xp is np else self.numpy()
-        return {"value": value, "device": self._device, "name": self._name, "trainable": self.trainable}
+        state = {"value": value, "device": self._device, "name": self._name, "trainable": self.trainable}
+        return state if self._constraint is None else {**state, "constraint": self._constraint}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._device, self._name, self.trainable = state["device"], state["name"], state["trainable"]
         value = state["value"]
         self._value = value if self._device.xp is np else self._device.array(value)
+        self._constraint = state.get("constraint")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Variable:
         copied = Variable.over(self._device.array(self._value), self._device, self._name, self.trainable)
+        copied._constraint = copy.deepcopy(self._constraint, memo)
         memo[id(self)] = copied
         return copied
 

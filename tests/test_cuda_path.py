@@ -220,6 +220,17 @@ def test_waiting_is_noticed(gpu: Device, emulation: Any) -> None:
     assert (emulation.counters.h2d, emulation.counters.d2h, emulation.counters.allocations) == (1, 1, 1)
 
 
+def test_a_constraint_does_not_wait(gpu: Device, emulation: Any) -> None:
+    variable = Variable(np.array([1, -1], np.float32), constraint=lambda v: np.maximum(v, 0))
+    optimizer, pairs = gpu_adam.Adam(), [(gpu.array(np.ones(2, np.float32)), variable)]
+    optimizer.apply_gradients(pairs)
+    emulation.reset()
+    optimizer.apply_gradients(pairs)
+    assert not emulation.counters.syncs
+    assert emulation.counters.h2d == emulation.counters.d2h == 0
+    assert variable.numpy()[1] == 0
+
+
 # Streams.
 
 
@@ -381,6 +392,26 @@ def test_what_a_graph_would_do_anew_at_every_replay_is_refused(gpu: Device, firs
         optimizer.clipnorm = None
         optimizer.apply_gradients([(dense, variable)])
         np.testing.assert_allclose(variable.numpy(), 1 - 0.1 * (1 + (first != "step")), rtol=1e-5)
+
+
+def test_a_captured_step_is_constrained_at_each_replay(gpu: Device) -> None:
+    start = np.array([0.5, 0.25], np.float32)
+    variable = Variable(start, constraint=lambda v: np.maximum(v, 0))
+    optimizer, stream, graphs = gpu_adam.Adam(0.2), gpu.xp.cuda.Stream(non_blocking=True), list[Any]()
+    host, expected = gpu_adam.Adam(0.2), Variable(start, device="host", constraint=lambda v: np.maximum(v, 0))
+    with stream:
+        pairs = [(gpu.array(np.ones(2, np.float32)), variable)]
+        optimizer.apply_gradients(pairs)
+        with captured(stream, graphs):
+            optimizer.apply_gradients(pairs)
+        for _ in range(3):
+            graphs[0].launch(stream)
+        stream.synchronize()
+    for t in (0, 1, 1, 1):  # a replay repeats the scalars of the step that was captured
+        host.iterations = t
+        host.apply_gradients([(np.ones(2, np.float32), expected)])
+    assert_same_bits(variable.numpy(), expected.numpy())
+    assert variable.numpy()[1] == 0
 
 
 def test_a_failed_capture_leaves_later_steps_alone(gpu: Device) -> None:

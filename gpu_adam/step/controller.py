@@ -1,7 +1,8 @@
 """The road of a step: read the request, compute the scalars, make the state fit, enqueue the launches and count.
 
 Whatever raises before the first launch has changed nothing. From the first launch on the step is done and counted:
-nothing can interrupt the calls in between (gpu_adam/uninterrupted.py).
+nothing can interrupt the calls in between (gpu_adam/uninterrupted.py). Constraints of variables are Python of the
+user's; they are applied after that, and what they raise comes after a step that is done.
 """
 
 from __future__ import annotations
@@ -98,6 +99,8 @@ class Controller:
                     _enqueue([*launches.calls(scalars, clip), count, *change.commit])
                 if graph is None:
                     launches.release()
+                for variable in plan.constrained:
+                    variable.constrain()
             if request is not None:
                 self._remember(memo, request)
             return done + 1

@@ -38,10 +38,11 @@ class Plan:
 
     Attributes:
         index_errors: the note of rows out of range of each variable with a sparse gradient.
+        constrained: the variables with a constraint, which is applied after the update.
 
     Raises:
         ArgumentValueError: a dtype that is not computed with; variables that overlap; slices for a variable without
-            rows; a global norm over several devices.
+            rows; a global norm over several devices; a variable with a constraint that comes twice or gets slices.
     """
 
     def __init__(
@@ -68,6 +69,11 @@ class Plan:
         if rule.norm == "global" and len(places) > 1:
             raise ArgumentValueError(
                 "global_clipnorm", "must be taken over one device", places, "step each device's variables apart"
+            )
+        self.constrained = [variable for variable in rounds if variable.constraint is not None]
+        for variable in self.constrained:
+            _check_constrained(
+                variable, [is_sparse for v, is_sparse in zip(variables, sparse, strict=True) if v is variable]
             )
         self._real_dtypes = [kernels.DTYPES[group.layout.dtype].real_dtype for group in self.groups]
         self._different = set(self._real_dtypes)
@@ -130,6 +136,18 @@ class Plan:
         launches = self._launches.take_for_graph()
         graph.kept.append(launches)
         return launches
+
+
+def _check_constrained(variable: Variable, sparse: Sequence[bool]) -> None:
+    """Raise ArgumentValueError where a variable with a constraint gets slices, or several gradients."""
+    got, remedy = None, ""
+    if any(sparse):  # as in the reference
+        got, remedy = "IndexedSlices", "pass an array, or make the variable without a constraint"
+    elif len(sparse) > 1:  # between whose updates the constraint would have to be applied
+        got, remedy = f"{len(sparse)} gradients", "pass their sum, or do one step for each"
+    if got is not None:
+        rule = "must be a single dense one, for the variable has a constraint"
+        raise ArgumentValueError(f"gradient of variable {variable.name!r}", rule, got, remedy)
 
 
 class _Checked(NamedTuple):
