@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from gpu_adam.devices import Array, Device, device_of, view_of
+from gpu_adam.devices.torch_tensors import readable
 from gpu_adam.errors import ArgumentTypeError, ArgumentValueError, GpuAdamError
 from gpu_adam.rules import shown
 
@@ -39,6 +40,7 @@ def as_numbers(value: Any, argument: str, remedy: str = "pass numbers or an arra
             is masked, or does not hand its memory out.
     """
     array: Array
+    value = readable(value, argument)
     place = place_of(value)
     if place is None:
         try:

@@ -1,7 +1,9 @@
 """Arrays as variables without a Variable: updated where they lie, recognised again by their memory."""
 
+import copy
 import gc
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -183,18 +185,123 @@ def test_tensors_of_torch() -> None:
         optimizer.apply_gradients([(g, target)])
         assert_same_bits(tensor.numpy(), oracle_after(step))
     assert len(optimizer.weights) == 3
-    trained = torch.nn.Parameter(torch.tensor(X))
     message = r"must share its memory .*; detach it"
     with unchanged(optimizer), pytest.raises(ArgumentTypeError, match=message):
-        optimizer.apply_gradients([(g, trained)])
-    fresh = gpu_adam.Adam(0.1)
-    fresh.apply_gradients([(g, trained.data)])
-    assert_same_bits(trained.detach().numpy(), oracle_after(1))
+        optimizer.apply_gradients([(g, torch.nn.Parameter(torch.tensor(X)) * 1)])
     for wrong in (torch.tensor(X).T, torch.zeros(2, 6)[:, ::2]):
         with pytest.raises(ArgumentValueError, match="must be C-contiguous"):
             optimizer.apply_gradients([(torch.zeros(tuple(wrong.shape)), wrong)])
     with pytest.raises(ArgumentValueError, match="must have one of the dtypes"):
         optimizer.apply_gradients([(torch.zeros(2, dtype=torch.int32), torch.zeros(2, dtype=torch.int32))])
+
+
+@pytest.mark.parametrize("passed", [lambda p: p, lambda p: p.detach(), lambda p: p.detach()[:]])
+def test_a_leaf_of_torch_is_updated_as_by_its_own_optimizers(passed: Any) -> None:
+    """It stays a leaf, and a graph that needs its old elements refuses to go backward."""
+    torch = pytest.importorskip("torch", reason="torch is not installed (extra: peers)")
+    leaf, optimizer = torch.nn.Parameter(torch.tensor(X)), gpu_adam.Adam(0.1)
+    target = passed(leaf)
+    for step in (1, 2, 3):
+        loss, before = (leaf * leaf).sum(), leaf._version
+        optimizer.apply_gradients([(torch.tensor(G), target)])
+        assert_same_bits(leaf.detach().numpy(), oracle_after(step))
+        assert (leaf.is_leaf, leaf.requires_grad) == (True, True)
+        assert leaf._version > before
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+    copied = copy.deepcopy(optimizer)
+    assert copied.iterations == 3
+
+
+def test_a_failed_step_raises_no_version_of_torch() -> None:
+    torch = pytest.importorskip("torch", reason="torch is not installed (extra: peers)")
+    leaf, optimizer = torch.nn.Parameter(torch.tensor(X)), gpu_adam.Adam(0.1)
+    optimizer.apply_gradients([(torch.tensor(G), leaf)])
+    before, gradients = leaf._version, [(torch.tensor(G), leaf), (torch.ones(1), torch.ones(2))]
+    with pytest.raises(ArgumentValueError):
+        optimizer.apply_gradients(gradients)
+    assert leaf._version == before
+
+
+def test_inference_tensors_of_torch_count_no_versions() -> None:
+    torch = pytest.importorskip("torch", reason="torch is not installed (extra: peers)")
+    with torch.inference_mode():
+        tensor = torch.tensor(X)
+    gpu_adam.Adam(0.1).apply_gradients([(torch.tensor(G), tensor)])
+    assert_same_bits(tensor.numpy(), oracle_after(1))
+
+
+def test_an_older_torch_counts_versions_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch", reason="torch is not installed (extra: peers)")
+    increment = torch._C._increment_version
+
+    def of_one(tensor: Any) -> None:
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError
+        increment([tensor])
+
+    monkeypatch.setattr(torch._C, "_increment_version", of_one)
+    tensors = [torch.tensor(X), torch.tensor(X)]
+    gpu_adam.Adam(0.1).apply_gradients([(torch.tensor(G), tensor) for tensor in tensors])
+    assert [tensor._version for tensor in tensors] == [1, 1]
+
+
+LAZY: dict[str, Callable[[Any], Any]] = {
+    "negated": lambda torch: torch._neg_view(torch.tensor(-G)),
+    "negated and strided": lambda torch: torch.complex(torch.zeros(G.shape), torch.tensor(-G)).conj().imag,
+}
+
+
+@pytest.mark.parametrize("lazy", LAZY)
+def test_elements_that_torch_has_still_to_negate(lazy: str) -> None:
+    """DLPack knows nothing of it."""
+    torch = pytest.importorskip("torch", reason="torch is not installed (extra: peers)")
+    gradient = LAZY[lazy](torch)
+    assert gradient.is_neg()
+    assert (gradient.numpy(force=True) == G).all()
+    variable, optimizer = Variable(X, device="host"), gpu_adam.Adam(0.1)
+    rows = Variable(X, device="host")
+    for step in (1, 2):
+        slices = gpu_adam.IndexedSlices(gradient, torch.arange(len(G)))
+        optimizer.apply_gradients([(gradient, variable), (slices, rows)])
+        assert_same_bits(variable.numpy(), oracle_after(step))
+        assert_same_bits(rows.numpy(), oracle_after(step))
+    assert_same_bits(variable.assign(gradient).numpy(), G)
+    with pytest.raises(ArgumentTypeError, match=r"memory holds its elements .*; pass its resolve_conj\(\)"):
+        optimizer.apply_gradients([(G, gradient)])
+
+
+def test_elements_that_torch_has_still_to_conjugate() -> None:
+    torch = pytest.importorskip("torch", reason="torch is not installed (extra: peers)")
+    values = np.array([1 + 2j, 3 - 1j], np.complex64)
+    found, expected = (Variable(np.zeros(2, np.complex64), device="host") for _ in range(2))
+    gpu_adam.Adam(0.1).apply_gradients([(torch.tensor(values).conj(), found)])
+    gpu_adam.Adam(0.1).apply_gradients([(values.conj(), expected)])
+    assert_same_bits(found.numpy(), expected.numpy())
+
+
+UNREADABLE: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "sparse": (lambda torch: torch.tensor(G).to_sparse(), r"must be a dense tensor .*sparse_coo.*to_dense"),
+    "compressed": (lambda torch: torch.tensor(G).to_sparse_csr(), r"must be a dense tensor .*sparse_csr.*to_dense"),
+    "on the device meta": (lambda torch: torch.tensor(G, device="meta"), r"must have memory .*device meta"),
+    "bfloat16": (lambda torch: torch.tensor(G).bfloat16(), r"must have a dtype that NumPy has .*bfloat16.*float\(\)"),
+    "of 8 bits": (lambda torch: torch.tensor(G).to(torch.float8_e4m3fn), r"must have a dtype .*float8_e4m3fn"),
+}
+
+
+@pytest.mark.parametrize("kind", UNREADABLE)
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
+def test_tensors_of_torch_that_cannot_be_read(kind: str) -> None:
+    torch = pytest.importorskip("torch", reason="torch is not installed (extra: peers)")
+    make, message = UNREADABLE[kind]
+    tensor, variable, optimizer = make(torch), Variable(X, device="host"), gpu_adam.Adam(0.1)
+    slices = gpu_adam.IndexedSlices(tensor, torch.arange(len(G)))
+    for pair in ((tensor, variable), (slices, variable), (torch.tensor(G), tensor)):
+        with unchanged(optimizer), pytest.raises(ArgumentTypeError, match=message):
+            optimizer.apply_gradients([pair])
+    assert_same_bits(variable.numpy(), X)
+    with pytest.raises((ArgumentTypeError, ArgumentValueError)):
+        variable.assign(tensor)
 
 
 def test_slices_of_torch() -> None:

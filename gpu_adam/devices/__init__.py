@@ -84,7 +84,10 @@ def device_of(obj: Any) -> Device | None:
     # DLPack before the array interface, which does not tell the device, and which some objects refuse to give: torch
     # raises a RuntimeError for a tensor that requires a gradient.
     if hasattr(obj, "__dlpack_device__"):
-        kind, index = (int(number) for number in obj.__dlpack_device__())
+        try:
+            kind, index = (int(number) for number in obj.__dlpack_device__())
+        except ValueError:  # torch's device meta, which is no place
+            return None
         if kind in _CUDA_KINDS:
             return _cuda(index)
         return _host() if kind == 1 else None

@@ -1,15 +1,91 @@
-"""Where the memory of torch's tensors lies, asked of torch, without making an array of each: see `TorchReader`."""
+"""What torch alone knows of its tensors: where their memory lies, what they mean, and how often they were written."""
 
 from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from gpu_adam.devices.pair_reader import ExpectedPairs
+from gpu_adam.errors import ArgumentTypeError
+from gpu_adam.uninterrupted import Call
+
+
+def is_tensor(obj: Any) -> bool:
+    """Whether an object is a tensor of torch."""
+    torch = sys.modules.get("torch")  # without which nobody has tensors
+    return torch is not None and isinstance(obj, torch.Tensor)
+
+
+def readable(obj: Any, argument: str) -> Any:
+    """A tensor whose memory holds its elements as they are; what is no tensor of torch as it is.
+
+    DLPack, by which memory is shared, knows nothing of negation that torch leaves for later.
+
+    Args:
+        obj: a tensor, or any other object.
+        argument: the object's name, for messages.
+
+    Returns:
+        The tensor itself, or a copy where elements were still to be conjugated or negated.
+
+    Raises:
+        ArgumentTypeError: a tensor without memory for each element, or with a dtype that NumPy has not.
+    """
+    if not is_tensor(obj):
+        return obj
+    if obj.layout is not sys.modules["torch"].strided:
+        remedy = "pass its to_dense(), or an IndexedSlices of its values and rows"
+        raise ArgumentTypeError(argument, "must be a dense tensor", f"layout {obj.layout}", remedy)
+    if obj.device.type == "meta":
+        raise ArgumentTypeError(
+            argument, "must have memory", "a tensor on the device meta", "compute it on another one"
+        )
+    name = str(obj.dtype).removeprefix("torch.")
+    if obj.is_quantized or not hasattr(np, name):
+        raise ArgumentTypeError(argument, "must have a dtype that NumPy has", name, "cast it with its float()")
+    return obj.resolve_conj().resolve_neg()
+
+
+def writeable(obj: Any, argument: str) -> Any:
+    """A tensor that may be updated in place, apart from its graph; what is no tensor of torch as it is.
+
+    A leaf that requires its gradient is what torch's own optimizers update, unseen by autograd.
+
+    Args:
+        obj: a tensor, or any other object.
+        argument: the object's name, for messages.
+
+    Raises:
+        ArgumentTypeError: a tensor that cannot be read, or the elements of which are still to be computed.
+    """
+    if not is_tensor(obj):
+        return obj
+    if readable(obj, argument) is not obj:
+        rule, got = "must be a tensor whose memory holds its elements", "one still to be conjugated or negated"
+        raise ArgumentTypeError(argument, rule, got, "pass its resolve_conj().resolve_neg()")
+    return obj.detach() if obj.is_leaf else obj
+
+
+def written_calls(objects: Iterable[Any]) -> list[Call]:
+    """Calls by which torch learns that the memory of its tensors among some objects has been written.
+
+    Each raises the tensors' version counters, which all views of a tensor share. A graph that was recorded before and
+    needs the old elements then refuses to go backward, as after a step of torch's own optimizers.
+    """
+    tensors = [obj for obj in objects if is_tensor(obj)]
+    if not tensors:
+        return []
+    increment = sys.modules["torch"]._C._increment_version
+    try:
+        increment([])
+    except TypeError:  # an older torch, whose function takes one tensor
+        return [partial(increment, tensor) for tensor in tensors]
+    return [partial(increment, tensors)]
 
 
 class TorchReader:

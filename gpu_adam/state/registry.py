@@ -9,6 +9,7 @@ import numpy as np
 
 from gpu_adam.devices import device_of, view_of
 from gpu_adam.devices.placement import Placement, has_all_its_memory, placement_of
+from gpu_adam.devices.torch_tensors import writeable
 from gpu_adam.errors import ArgumentTypeError, ArgumentValueError
 from gpu_adam.variables import Variable
 
@@ -188,7 +189,7 @@ class Registry:
             # its shape or dtype had changed since the last step, the old placement stays, and the next step refuses it.
             new = _placement(obj)
             if (new.shape, new.dtype) == (old.shape, old.dtype):
-                variable._move_to(variable.device.view(obj))
+                variable._move_to(variable.device.view(writeable(obj, "a raw variable")))
                 entry = Entry(obj, variable, new)
             else:
                 entry = Entry(obj, variable, old._replace(address=-1))
@@ -217,6 +218,7 @@ def over_raw_array(obj: Any, argument: str) -> Variable:
     Raises:
         ArgumentTypeError, ArgumentValueError: no array that can be updated in place.
     """
+    obj = writeable(obj, argument)
     device = None if isinstance(obj, np.generic) else device_of(obj)
     if device is None:
         raise ArgumentTypeError(

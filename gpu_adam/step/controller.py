@@ -96,7 +96,7 @@ class Controller:
                     change.note(plan.index_errors)
                     launches.bind(pairs, gradients)
                     count = functools.partial(state.counter.value.fill, done + 1)
-                    _enqueue([*launches.calls(scalars, clip), count, *change.commit])
+                    _enqueue([*launches.calls(scalars, clip), *memo.written_calls, count, *change.commit])
                 if graph is None:
                     launches.release()
                 for variable in plan.constrained:

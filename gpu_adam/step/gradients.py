@@ -9,6 +9,7 @@ import numpy as np
 from gpu_adam.conversion import as_numbers, cast
 from gpu_adam.devices import Array, Device, device_of, view_of
 from gpu_adam.devices.placement import has_all_its_memory
+from gpu_adam.devices.torch_tensors import readable
 from gpu_adam.errors import ArgumentTypeError, ArgumentValueError
 from gpu_adam.variables import Variable
 
@@ -63,6 +64,7 @@ def on_device(obj: Any, device: Device, argument: str, dtype: np.dtype | None) -
 
 
 def _foreign(obj: Any, device: Device, argument: str) -> Array:
+    obj = readable(obj, argument)
     place = device_of(obj)
     if place is None:
         raise ArgumentTypeError(argument, "must be an array", type(obj).__name__, f"pass an array on {device.name}")

@@ -9,6 +9,7 @@ import numpy as np
 
 from gpu_adam.devices.pair_reader import ExpectedPairs, PairReader
 from gpu_adam.devices.placement import Placement
+from gpu_adam.devices.torch_tensors import written_calls
 from gpu_adam.errors import ArgumentTypeError, ArgumentValueError
 from gpu_adam.state.registry import News, Registry
 from gpu_adam.step.plan import Plan
@@ -92,12 +93,14 @@ class Memo:
         plan: as above.
         rule: of the plan.
         read: gives the addresses of a step's gradients, 0 for those still to be looked at; None for other pairs.
+        written_calls: to be made with each step, see `written_calls`.
     """
 
     def __init__(self, plan: Plan, request: Request, registry: Registry) -> None:
         self.plan, self.rule = plan, plan.rule
         self._targets = [target for _, target in request.pairs]
         self.read: PairReader = _reads_nothing
+        self.written_calls = written_calls(self._targets)
         if len(plan.devices) == 1:
             kinds: list[type | None] = [IndexedSlices if is_sparse else None for is_sparse in request.sparse]
             placements = [
