@@ -3,12 +3,20 @@
 While a loss is being differentiated a tracer is set, and a variable hands itself to the tracer; otherwise a variable is
 its value.  The tracer is a context variable, so that each thread and each asynchronous task sees its own tracer and no
 other's.
+
+A thread without a tracer that computes with a variable, while a loss is being differentiated for that variable in
+another thread, computes a part of that loss, as the workers of a pool do: the tracer of that loss records it.  A thread
+that is no part of the loss takes `Variable.value`.
 """
 
 from collections.abc import Callable
 from contextvars import ContextVar, copy_context
 from importlib import import_module
+from threading import get_ident
 from typing import Any, Protocol, TypeVar
+from weakref import ref
+
+from gpu_adam.errors import ArgumentValueError
 
 _Result = TypeVar("_Result")
 
@@ -19,11 +27,27 @@ class Tracer(Protocol):
     def operand(self, variable: Any) -> Any:
         """What to compute with in place of `variable`: a recorded value, or the plain array."""
 
+    def watches(self, variable: Any) -> bool:
+        """Whether `operand` records this variable."""
+
+    def shown(self, array: Any) -> Any:
+        """The array of a variable as a constant."""
+
     def refuse_overwrite(self, variable: Any) -> None:
         """Raise if the value of `variable` must not change now."""
 
 
 current_tracer: ContextVar[Tracer | None] = ContextVar("gpu_adam_tracer", default=None)
+
+
+class _Running:
+    """A loss that is being called; it lives as long as the call, which ends by an interrupt too."""
+
+    def __init__(self, tracer: Tracer) -> None:
+        self.tracer, self.thread = tracer, get_ident()
+
+
+_running: set[ref[_Running]] = set()
 
 
 def traced_by(tracer: Tracer, function: Callable[..., _Result], *args: Any) -> _Result:
@@ -37,6 +61,8 @@ def traced_by(tracer: Tracer, function: Callable[..., _Result], *args: Any) -> _
 
 
 def _set_and_call(tracer: Tracer, function: Callable[..., _Result], *args: Any) -> _Result:
+    running = _Running(tracer)
+    _running.add(ref(running, _running.discard))
     current_tracer.set(tracer)
     return function(*args)
 
@@ -44,7 +70,28 @@ def _set_and_call(tracer: Tracer, function: Callable[..., _Result], *args: Any) 
 def operand(variable: Any) -> Any:
     """The value of a variable, recorded where a differentiation is running."""
     tracer = current_tracer.get()
-    return variable.value if tracer is None else tracer.operand(variable)
+    if tracer is None and _running:
+        tracer = _of_another_thread(variable)
+    return variable._value if tracer is None else tracer.operand(variable)
+
+
+def shown(variable: Any) -> Any:
+    """The array of a variable, which may be written to unless a differentiation is running."""
+    tracer = current_tracer.get()
+    return variable._value if tracer is None else tracer.shown(variable._value)
+
+
+def _of_another_thread(variable: Any) -> Tracer | None:
+    calls = [call for call in (reference() for reference in tuple(_running)) if call and call.thread != get_ident()]
+    tracers = [call.tracer for call in calls if call.tracer.watches(variable)]
+    if len(tracers) > 1:
+        raise ArgumentValueError(
+            f'variable "{variable.name}"',
+            "must not be computed with in a thread that could be at work for either of several losses",
+            f"{len(tracers)} losses that are being differentiated in other threads",
+            "call it by contextvars.copy_context().run, copied inside the loss, or take .value for a constant",
+        )
+    return tracers[0] if tracers else None
 
 
 def check_overwrite(variable: Any) -> None:

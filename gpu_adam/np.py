@@ -20,8 +20,7 @@ from typing import Any
 
 import numpy
 
-from gpu_adam.autodiff.node import Node
-from gpu_adam.autodiff_seam import operand
+from gpu_adam.autodiff.rules import is_recorded, taken
 from gpu_adam.devices import get_device
 from gpu_adam.variables import Variable
 
@@ -37,7 +36,7 @@ def __getattr__(name: str) -> Any:
 
 def array(a: Any, dtype: Any = None, copy: bool = True, **options: Any) -> Any:
     """`numpy.array` on the default device; of a variable or of what a loss computed, a copy that the loss records."""
-    if isinstance(a, Variable) or type(a) is Node:
+    if isinstance(a, Variable) or is_recorded(a):
         recorded = asarray(a, dtype)
         return recorded.copy() if copy else recorded
     return _made("array", (a,), {"dtype": dtype, "copy": copy, **options})
@@ -45,8 +44,8 @@ def array(a: Any, dtype: Any = None, copy: bool = True, **options: Any) -> Any:
 
 def asarray(a: Any, dtype: Any = None, **options: Any) -> Any:
     """`numpy.asarray` on the default device; of a variable or of what a loss computed, what the loss computes with."""
-    value = operand(a) if isinstance(a, Variable) else a
-    if type(value) is Node or value is not a:
+    if isinstance(a, Variable) or is_recorded(a):
+        value = taken(a, (), numpy.asarray)
         return value if dtype is None else value.astype(dtype)
     return _made("asarray", (a,), {"dtype": dtype, **options})
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.lib.mixins import NDArrayOperatorsMixin
 
-from gpu_adam.autodiff_seam import adapter, check_overwrite, operand
+from gpu_adam.autodiff_seam import adapter, check_overwrite, operand, shown
 from gpu_adam.conversion import as_numbers, cast, on_host, place_of
 from gpu_adam.devices import Array, Device, find_device
 from gpu_adam.errors import ArgumentTypeError, ArgumentValueError
@@ -107,8 +107,12 @@ class Variable(NDArrayOperatorsMixin):
 
     @property
     def value(self) -> Array:
-        """The live array: NumPy on the host, CuPy on a CUDA device. Shares memory with the variable."""
-        return self._value
+        """The live array: NumPy on the host, CuPy on a CUDA device. Shares memory with the variable.
+
+        While a loss is being differentiated, which must not change its variables, a read-only view of that array on the
+        host and a copy on a CUDA device.
+        """
+        return shown(self)
 
     @property
     def name(self) -> str:
@@ -216,7 +220,7 @@ class Variable(NDArrayOperatorsMixin):
         if copy is False and self._device.xp is not np:
             raise ValueError("a variable on a CUDA device cannot be viewed by NumPy; use .numpy() for a copy")
         value = operand(self)
-        if value is self._value and (copy or self._device.xp is not np):
+        if isinstance(value, self._device.xp.ndarray) and (copy or self._device.xp is not np):
             value = self.numpy()
         return np.asarray(value, dtype)
 
@@ -250,7 +254,8 @@ class Variable(NDArrayOperatorsMixin):
     def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **options: Any) -> Any:
         value = operand(self)
         with self._device.activate():
-            if value is not self._value:  # recorded: it takes the call, and what stands for the other variables
+            # What is recorded takes the call, and what stands for the other variables.
+            if not isinstance(value, self._device.xp.ndarray):
                 return value.__array_ufunc__(ufunc, method, *inputs, **options)
             if "out" in options:
                 options["out"] = _plain(options["out"])

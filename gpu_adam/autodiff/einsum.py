@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from gpu_adam.autodiff.rules import Each, Primitive, composed, conj, plain, traced
+from gpu_adam.autodiff.rules import Each, Operand, Primitive, composed, conj, plain
 
 _LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
@@ -56,15 +56,12 @@ _recorded_einsum = Primitive(_einsum, Each(_einsum_vjp), of=np.einsum)
 
 
 @composed(np.einsum)
-def _einsum_entry(
-    *operands: Any, out: Any = None, optimize: Any = False, dtype: Any = None, order: Any = None, casting: Any = None
-) -> Any:
-    if not isinstance(operands[0], str):
+def _einsum_entry(*operands: Operand, out: Any = None, optimize: Any = False) -> Any:
+    subscripts, *arrays = operands
+    if not isinstance(subscripts, str):
         raise TypeError(
             "numpy.einsum of recorded arrays takes its subscripts as a string "
-            f"(got {type(plain(operands[0])).__name__}); write them as 'ij,jk->ik'."
+            f"(got {type(plain(subscripts)).__name__}); write them as 'ij,jk->ik'."
         )
-    subscripts, *arrays = operands
-    arrays = [traced(a) for a in arrays]
     terms, result = explicit(subscripts, [np.ndim(plain(a)) for a in arrays])
     return _recorded_einsum(tuple(arrays), {"terms": terms, "result": result, "optimize": optimize})

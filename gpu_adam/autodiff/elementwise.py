@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from gpu_adam.autodiff.node import astype
+from gpu_adam.autodiff.node import Node, astype
 from gpu_adam.autodiff.operations import OPERATIONS
-from gpu_adam.autodiff.rules import Primitive, composed, conj, constant, derivative, plain
+from gpu_adam.autodiff.rules import Operand, Primitive, composed, conj, constant, derivative, own, plain
 
 _LN2, _LN10 = math.log(2), math.log(10)
 _SCALARS: Any = (int, float, complex, np.generic)
@@ -21,16 +21,16 @@ def _nonzero(x: Any) -> Any:
 # -- arithmetic
 derivative(np.positive, lambda g, y, x: g)
 derivative(np.negative, lambda g, y, x: -g)
-derivative(np.add, lambda g, y, a, b: g, lambda g, y, a, b: g)
-derivative(np.subtract, lambda g, y, a, b: g, lambda g, y, a, b: -g)
-derivative(np.multiply, lambda g, y, a, b: g * conj(b), lambda g, y, a, b: g * conj(a))
-derivative(np.divide, lambda g, y, a, b: g / conj(b), lambda g, y, a, b: -g * conj(y / b))
+derivative(np.add, lambda g, y, _a, _b: g, lambda g, y, _a, _b: g)
+derivative(np.subtract, lambda g, y, _a, _b: g, lambda g, y, _a, _b: -g)
+derivative(np.multiply, lambda g, y, _a, b: g * conj(b), lambda g, y, a, _b: g * conj(a))
+derivative(np.divide, lambda g, y, _a, b: g / conj(b), lambda g, y, _a, b: -g * conj(y / b))
 derivative(np.reciprocal, lambda g, y, x: -g * conj(y * y))
 derivative(np.square, lambda g, y, x: g * conj(2 * x))
 derivative(np.sqrt, lambda g, y, x: g / conj(2 * y))
 derivative(np.cbrt, lambda g, y, x: g / (3 * y * y))
-derivative(np.remainder, lambda g, y, a, b: g, lambda g, y, a, b: -g * np.floor(a / b))
-derivative(np.fmod, lambda g, y, a, b: g, lambda g, y, a, b: -g * np.trunc(a / b))
+derivative(np.remainder, lambda g, y, _a, _b: g, lambda g, y, a, b: -g * np.floor(a / b))
+derivative(np.fmod, lambda g, y, _a, _b: g, lambda g, y, a, b: -g * np.trunc(a / b))
 derivative(np.ldexp, lambda g, y, x, n: np.ldexp(g, n), None)
 
 
@@ -57,7 +57,7 @@ def _power(a: Any, b: Any) -> Any:
     return a**b if isinstance(b, (int, float)) else np.power(a, b)
 
 
-OPERATIONS[np.power] = Primitive(_power, (_power_base, _power_exponent), of=np.power, arrays_only=True)
+OPERATIONS[np.power] = Primitive(_power, (_power_base, _power_exponent), of=np.power)
 derivative(np.float_power, _power_base, _power_exponent)
 
 # -- exponentials and logarithms
@@ -85,7 +85,12 @@ derivative(np.arcsinh, lambda g, y, x: g / conj(np.sqrt(x * x + 1)))
 # Not sqrt(x*x - 1): its branch cut is not that of arccosh.
 derivative(np.arccosh, lambda g, y, x: g / conj(np.sqrt(x - 1) * np.sqrt(x + 1)))
 derivative(np.arctanh, lambda g, y, x: g / conj(1 - x * x))
-derivative(np.arctan2, lambda g, y, a, b: g * b / (a * a + b * b), lambda g, y, a, b: -g * a / (a * a + b * b))
+# By the radius twice: its square underflows where it does not, and at the origin the derivative is 0, as torch has it.
+derivative(
+    np.arctan2,
+    lambda g, y, a, b: g * (b / (radius := _nonzero(np.hypot(a, b)))) / radius,
+    lambda g, y, a, b: -g * (a / (radius := _nonzero(np.hypot(a, b)))) / radius,
+)
 derivative(np.hypot, lambda g, y, a, b: g * a / _nonzero(y), lambda g, y, a, b: g * b / _nonzero(y))
 derivative(np.deg2rad, lambda g, y, x: g * (math.pi / 180))
 derivative(np.radians, lambda g, y, x: g * (math.pi / 180))
@@ -103,8 +108,8 @@ derivative(np.imag, lambda g, y, x: 1j * g)  # a real argument's part of that is
 
 
 def _angle_vjp(g: Any, y: Any, z: Any, deg: bool = False) -> Any:
-    squared = np.square(z.real) + np.square(z.imag)
-    return (180 / math.pi if deg else 1) * g * (1j * z / _nonzero(squared))
+    radius = _nonzero(np.absolute(z))
+    return (180 / math.pi if deg else 1) * g * (1j * (z / radius) / radius)
 
 
 def _sign_vjp(g: Any, y: Any, z: Any) -> Any:
@@ -160,9 +165,11 @@ OPERATIONS[np.clip] = Primitive(
 derivative(
     np.where,
     None,
-    lambda g, y, condition, a, b: np.where(condition, g, 0),
-    lambda g, y, condition, a, b: np.where(condition, 0, g),
+    lambda g, y, condition, _a, _b: np.where(condition, g, 0),
+    lambda g, y, condition, _a, _b: np.where(condition, 0, g),
 )
+derivative(np.heaviside, None, lambda g, y, a, _b: np.where(a == 0, g, 0))
+derivative(np.nextafter, lambda g, y, _a, _b: g, None)
 derivative(
     np.nan_to_num,
     lambda g, y, x, copy=True, nan=0.0, posinf=None, neginf=None: np.where(np.isfinite(x), g, 0),
@@ -171,47 +178,62 @@ derivative(
 
 # -- several results
 @composed(np.modf)
-def _modf(x: Any) -> Any:
+def _modf(x: Operand) -> Any:
     whole = np.trunc(plain(x))
     return x - whole, whole
 
 
 @composed(np.divmod)
-def _divmod(a: Any, b: Any) -> Any:
+def _divmod(a: Operand, b: Operand) -> Any:
     return np.floor_divide(plain(a), plain(b)), np.remainder(a, b)
 
 
 @composed(np.frexp)
-def _frexp(x: Any) -> Any:
+def _frexp(x: Operand) -> Any:
     exponent = np.frexp(plain(x))[1]
-    return np.ldexp(x, -exponent), exponent
+    return np.ldexp(x, own(-exponent)), exponent
 
 
 # -- conversion
+@composed(np.full_like)
+def _full_like(
+    a: Operand, fill_value: Operand, dtype: Any = None, order: str = "K", subok: bool = True, shape: Any = None
+) -> Any:
+    # A sum: so it is a new array, and what fills it is broadcast and cast as there.
+    zeros = np.zeros_like(plain(a), dtype=dtype, shape=shape)
+    return np.copy(np.broadcast_to(fill_value.astype(zeros.dtype), zeros.shape))
+
+
 derivative(np.copy, lambda g, y, x, order="K": g)
 derivative(astype, lambda g, y, x, dtype: g)
-_record_astype = OPERATIONS[astype]
+_record_astype: Any = OPERATIONS[astype]
 
 
 def _astype(args: tuple[Any, ...], kwargs: Any) -> Any:
     array, dtype = args
     if dtype.kind in "biu":  # whole numbers have no gradient
         return plain(array).astype(dtype)
-    return array if dtype == array.dtype else _record_astype((array, dtype), kwargs)
+    if type(array) is Node and dtype == array.dtype:
+        return _record_astype((array, dtype), kwargs, array.array)  # the same memory, but another array
+    return _record_astype((array, dtype), kwargs)
 
 
 OPERATIONS[astype] = _astype
 if hasattr(np, "astype"):
-    composed(np.astype)(lambda x, dtype, copy=True, device=None: x.astype(dtype))
+
+    @composed(np.astype)
+    def _astype_function(x: Operand, dtype: Any, *, copy: bool = True, device: Any = None) -> Any:
+        return x.astype(dtype)
+
 
 # -- flat almost everywhere, or no numbers
 constant(
-    *(np.floor, np.ceil, np.trunc, np.rint, np.round, np.around, np.fix, np.floor_divide, np.heaviside, np.signbit),
+    *(np.floor, np.ceil, np.trunc, np.rint, np.round, np.around, np.fix, np.floor_divide, np.signbit),
     *(np.equal, np.not_equal, np.less, np.less_equal, np.greater, np.greater_equal),
     *(np.logical_and, np.logical_or, np.logical_not, np.logical_xor),
     *(np.isnan, np.isinf, np.isfinite, np.isclose, np.allclose, np.isreal, np.iscomplex, np.array_equal),
-    *(np.isposinf, np.isneginf, np.nextafter, np.spacing),
-    *(np.zeros_like, np.ones_like, np.empty_like, np.full_like),
+    *(np.isposinf, np.isneginf, np.spacing),
+    *(np.zeros_like, np.ones_like, np.empty_like),
     *(np.shape, np.ndim, np.size, np.iscomplexobj, np.isrealobj, np.result_type, np.can_cast, np.array_repr),
     *(np.array_str, np.shares_memory, np.may_share_memory),
 )

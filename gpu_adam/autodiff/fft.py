@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from gpu_adam.autodiff.rules import composed, derivative
+from gpu_adam.autodiff.rules import Operand, composed, derivative
 
 # fft is the sum times 1, 1/sqrt(n) or 1/n; the inverse whose scale is the same has the other name.
 _ADJOINT_NORM: dict[Any, Any] = {None: "forward", "backward": "forward", "ortho": "ortho", "forward": "backward"}
@@ -72,24 +72,24 @@ derivative(np.fft.ifftn, _ifftn_vjp)
 
 
 @composed(np.fft.fft2)
-def _fft2(a: Any, s: Any = None, axes: Any = (-2, -1), norm: Any = None, out: Any = None) -> Any:
+def _fft2(a: Operand, s: Any = None, axes: Any = (-2, -1), norm: Any = None, out: Any = None) -> Any:
     return np.fft.fftn(a, s=s, axes=axes, norm=norm)
 
 
 @composed(np.fft.ifft2)
-def _ifft2(a: Any, s: Any = None, axes: Any = (-2, -1), norm: Any = None, out: Any = None) -> Any:
+def _ifft2(a: Operand, s: Any = None, axes: Any = (-2, -1), norm: Any = None, out: Any = None) -> Any:
     return np.fft.ifftn(a, s=s, axes=axes, norm=norm)
 
 
 @composed(np.fft.rfftn)
-def _rfftn(a: Any, s: Any = None, axes: Any = None, norm: Any = None, out: Any = None) -> Any:
+def _rfftn(a: Operand, s: Any = None, axes: Any = None, norm: Any = None, out: Any = None) -> Any:
     *others, last = _axes(a, s, axes)
     half = np.fft.rfft(a, None if s is None else s[-1], axis=last, norm=norm)
     return np.fft.fftn(half, s=None if s is None else s[:-1], axes=others, norm=norm) if others else half
 
 
 @composed(np.fft.irfftn)
-def _irfftn(a: Any, s: Any = None, axes: Any = None, norm: Any = None, out: Any = None) -> Any:
+def _irfftn(a: Operand, s: Any = None, axes: Any = None, norm: Any = None, out: Any = None) -> Any:
     *others, last = _axes(a, s, axes)
     if others:
         a = np.fft.ifftn(a, s=None if s is None else s[:-1], axes=others, norm=norm)
@@ -97,22 +97,22 @@ def _irfftn(a: Any, s: Any = None, axes: Any = None, norm: Any = None, out: Any 
 
 
 @composed(np.fft.rfft2)
-def _rfft2(a: Any, s: Any = None, axes: Any = (-2, -1), norm: Any = None, out: Any = None) -> Any:
+def _rfft2(a: Operand, s: Any = None, axes: Any = (-2, -1), norm: Any = None, out: Any = None) -> Any:
     return _rfftn(a, s, axes, norm)
 
 
 @composed(np.fft.irfft2)
-def _irfft2(a: Any, s: Any = None, axes: Any = (-2, -1), norm: Any = None, out: Any = None) -> Any:
+def _irfft2(a: Operand, s: Any = None, axes: Any = (-2, -1), norm: Any = None, out: Any = None) -> Any:
     return _irfftn(a, s, axes, norm)
 
 
 @composed(np.fft.hfft)
-def _hfft(a: Any, n: Any = None, axis: int = -1, norm: Any = None, out: Any = None) -> Any:
+def _hfft(a: Operand, n: Any = None, axis: int = -1, norm: Any = None, out: Any = None) -> Any:
     return np.fft.irfft(np.conjugate(a), n, axis=axis, norm=_ADJOINT_NORM[norm])
 
 
 @composed(np.fft.ihfft)
-def _ihfft(a: Any, n: Any = None, axis: int = -1, norm: Any = None, out: Any = None) -> Any:
+def _ihfft(a: Operand, n: Any = None, axis: int = -1, norm: Any = None, out: Any = None) -> Any:
     return np.conjugate(np.fft.rfft(a, n, axis=axis, norm=_ADJOINT_NORM[norm]))
 
 

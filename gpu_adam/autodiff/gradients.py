@@ -32,6 +32,9 @@ def value_and_grad(loss: Loss, variables: Any) -> tuple[Any, Any]:
         loss: a function without arguments that computes with variables; called once.  A loss computed by JAX is called
             twice the first time: the first call ends where the loss asks for a variable as JAX's array, and JAX itself
             makes the second call.  What the loss returns is summed: an array of any shape, or a list of such.
+            A buffer that the loss computes with may be filled again, unless it has several megabytes: see constants.py.
+            Terms that the loss has other threads compute are recorded too.  In-place operators mean what they do in
+            NumPy, or raise.
         variables: what to differentiate with respect to: a `Variable`, or a list, tuple or dict of them, nested or not.
 
     Returns:
@@ -43,7 +46,8 @@ def value_and_grad(loss: Loss, variables: Any) -> tuple[Any, Any]:
         ascent: 2z for |z|^2.
 
     Raises:
-        ArgumentTypeError, ArgumentValueError: the loss is not callable or returns no real floating-point numbers.
+        ArgumentTypeError, ArgumentValueError: the loss is not callable or returns no real floating-point numbers; a
+            large array has changed since the loss used it.
         NotImplementedError: the loss uses an operation whose derivative is not known.
         DeviceError: the loss uses a library of CuPy's, cuBLAS for example, that is not installed.
 
@@ -173,11 +177,11 @@ def _start(tape: Tape, losses: Sequence[Any], seeds: list[Any]) -> list[Any]:
             loss = tape.operand(loss)  # noqa: PLW2901
         if type(loss) is Node and loss.tape is tape:
             # A variable, or a view of one, would change with the next step.
-            is_view = loss.origin is None or getattr(loss.value, "base", None) is not None
-            values[i] = loss.value.copy() if is_view else loss.value
-            if loss.value.dtype.kind != "f":
-                cotangent.check_loss(loss.value, seeds[i])
-            gradient = cotangent.seed(loss.value, seeds[i])
+            is_view = loss.origin is None or getattr(loss.array, "base", None) is not None
+            values[i] = loss.array.copy() if is_view else loss.array
+            if loss.array.dtype.kind != "f":
+                cotangent.check_loss(loss.array, seeds[i])
+            gradient = cotangent.seed(loss.array, seeds[i])
             loss.gradient = gradient if loss.gradient is None else loss.gradient + gradient
             continue
         framework = _FRAMEWORKS.get(type(loss).__module__.partition(".")[0])

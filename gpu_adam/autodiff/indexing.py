@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 
 from gpu_adam.autodiff.node import getitem
-from gpu_adam.autodiff.operations import missing
-from gpu_adam.autodiff.rules import Primitive, composed, derivative, plain
+from gpu_adam.autodiff.rules import Operand, Primitive, composed, derivative, own, plain
 from gpu_adam.autodiff.sparse_cotangent import SparseCotangent
 
 
@@ -49,10 +48,7 @@ _recorded_take = Primitive(np.take, (_take_vjp, None))
 
 
 @composed(np.take)
-def _take(a: Any, indices: Any, axis: Any = None, out: Any = None, mode: str = "raise") -> Any:
-    if out is not None:
-        raise missing("numpy.take with the argument out=")
-    indices = plain(indices)
+def _take(a: Operand, indices: Any, axis: Any = None, out: Any = None, mode: str = "raise") -> Any:
     if mode != "raise":  # worked out here: CuPy's function has no modes
         array = plain(a)
         size = array.size if axis is None else array.shape[axis]
@@ -76,7 +72,7 @@ derivative(np.take_along_axis, _take_along_axis_vjp)
 
 
 @composed(np.sort)
-def _sort(a: Any, axis: Any = -1, kind: Any = None, order: Any = None, *, stable: Any = None) -> Any:
+def _sort(a: Operand, axis: Any = -1, kind: Any = None, order: Any = None, *, stable: Any = None) -> Any:
     if axis is None:
         a, axis = np.ravel(a), 0
-    return np.take_along_axis(a, np.argsort(plain(a), axis=axis), axis=axis)
+    return np.take_along_axis(a, own(np.argsort(plain(a), axis=axis)), axis=axis)

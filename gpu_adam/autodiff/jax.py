@@ -33,9 +33,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from gpu_adam.autodiff.cotangent import check_kind, check_shape
+from gpu_adam.autodiff.lines import caller
 from gpu_adam.autodiff.node import Node
 from gpu_adam.autodiff.operations import namespace
-from gpu_adam.autodiff.rules import conj, plain, record, traced
+from gpu_adam.autodiff.rules import conj, plain, settled, traced
 from gpu_adam.autodiff.tape import HandOver, Tape
 from gpu_adam.autodiff_seam import current_tracer
 from gpu_adam.errors import ArgumentTypeError, ArgumentValueError
@@ -58,8 +59,10 @@ def differentiable(function: Callable[..., Any]) -> Callable[..., Any]:
     def call(*args: Any) -> Any:
         args = tuple(map(traced, args))
         wanted = [i for i, arg in enumerate(args) if type(arg) is Node and arg.tape is not None]
-        values = [plain(arg) for arg in args]
-        given = [_to_jax(value) for value in values]
+        values = [arg.array if i in wanted else settled(arg, f"argument {i}", function) for i, arg in enumerate(args)]
+        # JAX reads an array on a device where it lies, and in the backward pass again.
+        kept = [i for i, v in enumerate(values) if i not in wanted and hasattr(v, "__cuda_array_interface__")]
+        given = [_to_jax(value.copy() if wanted and i in kept else value) for i, value in enumerate(values)]
         if not wanted and any(isinstance(value, jax.core.Tracer) for value in given):  # views: JAX is at work already
             return compiled(*given)
 
@@ -80,7 +83,11 @@ def differentiable(function: Callable[..., Any]) -> Callable[..., Any]:
         pull = _Pullback(pullback)
         sources: list[Any] = [(functools.partial(pull, position), args[i]) for position, i in enumerate(wanted)]
         result = _from_jax(result, values[0])
-        return record(result, sources, values, {}) if sources else result
+        if not sources:
+            return result
+        tape = sources[0][1].tape
+        tape.nodes.append(Node(result, tape, (sources, (), {}, function, *caller(2))))
+        return tape.nodes[-1]
 
     return call
 
@@ -93,7 +100,7 @@ class _Pullback:
         self.cotangent: Any = None
         self.found: tuple[Any, ...] = ()
 
-    def __call__(self, position: int, g: Any, y: Any, *values: Any) -> Any:
+    def __call__(self, position: int, g: Any, y: Any) -> Any:
         if self.cotangent is not g:
             # JAX's gradients of complex arrays, and the cotangents that it wants, are the conjugates of ours.
             self.cotangent, self.found = g, self.pullback(jnp.conj(_to_jax(g)))
@@ -164,7 +171,7 @@ def _views(tape: Tape) -> dict[int, Any]:
     found = {}
     for key, leaf in tape.leaves.items():
         with contextlib.suppress(ArgumentValueError, TypeError, RuntimeError):
-            found[key] = _to_jax(leaf.value)
+            found[key] = _to_jax(leaf.array)
     return found
 
 
@@ -175,7 +182,7 @@ def view(variable: Variable) -> Any:
     """
     tape = current_tracer.get()
     if not isinstance(tape, Tape) or not (tape.all or id(variable) in tape.leaves):
-        return _to_jax(variable.value)
+        return _to_jax(variable._value)
     if tape.all:
         raise ArgumentValueError(
             "var_list",
@@ -187,7 +194,7 @@ def view(variable: Variable) -> Any:
         raise HandOver(call)
     current = tape.views["jax"]
     if id(variable) not in current.views:
-        _check_width(variable.value)
+        _check_width(variable._value)
         raise ArgumentValueError(
             f'variable "{variable.name}"',
             "must have a dtype and lie on a device that JAX can take",
@@ -207,7 +214,7 @@ def pull_back(tape: Tape, losses: list[Any], seeds: list[Any]) -> list[Any]:
         (found,) = current.pull([jnp.conj(_cotangent(loss, seed)) for loss, seed in zip(losses, seeds, strict=True)])
         for key in current.asked:
             leaf = tape.leaves[key]
-            contribution = conj(_from_jax(found[key], leaf.value))
+            contribution = conj(_from_jax(found[key], leaf.array))
             leaf.gradient = contribution if leaf.gradient is None else leaf.gradient + contribution
     return [jnp.copy(loss) for loss in losses]  # one may be a view, whose memory the next step changes
 

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from gpu_adam.autodiff.operations import OPERATIONS, missing
-from gpu_adam.autodiff.rules import Primitive, composed, conj, constant, derivative, plain
+from gpu_adam.autodiff.reductions import with_axes
+from gpu_adam.autodiff.rules import Operand, Primitive, composed, conj, constant, derivative, own, plain
 
 
 def _adjoint(a: Any) -> Any:
@@ -39,7 +40,7 @@ derivative(np.matmul, _matmul_left, _matmul_right)
 
 
 @composed(np.dot)
-def _dot(a: Any, b: Any, out: Any = None) -> Any:
+def _dot(a: Operand, b: Operand, out: Any = None) -> Any:
     if not (np.ndim(plain(a)) and np.ndim(plain(b))):
         return np.multiply(a, b)
     if b.ndim <= 2:
@@ -48,29 +49,29 @@ def _dot(a: Any, b: Any, out: Any = None) -> Any:
 
 
 @composed(np.inner)
-def _inner(a: Any, b: Any) -> Any:
+def _inner(a: Operand, b: Operand) -> Any:
     if not (np.ndim(plain(a)) and np.ndim(plain(b))):
         return np.multiply(a, b)
     return np.tensordot(a, b, (-1, -1))
 
 
 @composed(np.outer)
-def _outer(a: Any, b: Any, out: Any = None) -> Any:
+def _outer(a: Operand, b: Operand, out: Any = None) -> Any:
     return np.ravel(a)[:, None] * np.ravel(b)[None, :]
 
 
 @composed(np.multiply.outer)
-def _multiply_outer(a: Any, b: Any) -> Any:
+def _multiply_outer(a: Operand, b: Operand) -> Any:
     return np.reshape(a, (*np.shape(plain(a)), *(1,) * np.ndim(plain(b)))) * b
 
 
 @composed(np.vdot)
-def _vdot(a: Any, b: Any) -> Any:
+def _vdot(a: Operand, b: Operand) -> Any:
     return np.matmul(conj(np.ravel(a)), np.ravel(b))
 
 
 @composed(np.kron)
-def _kron(a: Any, b: Any) -> Any:
+def _kron(a: Operand, b: Operand) -> Any:
     ndim = max(a.ndim, b.ndim)
     first = (1,) * (ndim - a.ndim) + tuple(a.shape)
     second = (1,) * (ndim - b.ndim) + tuple(b.shape)
@@ -80,7 +81,7 @@ def _kron(a: Any, b: Any) -> Any:
 
 
 @composed(np.tensordot)
-def _tensordot(a: Any, b: Any, axes: Any = 2) -> Any:
+def _tensordot(a: Operand, b: Operand, axes: Any = 2) -> Any:
     if isinstance(axes, int):
         summed_a, summed_b = list(range(a.ndim - axes, a.ndim)), list(range(axes))
     else:
@@ -101,18 +102,18 @@ def _tensordot(a: Any, b: Any, axes: Any = 2) -> Any:
 if hasattr(np, "vecdot"):
 
     @composed(np.vecdot)
-    def _vecdot(a: Any, b: Any, *, axis: int = -1) -> Any:
+    def _vecdot(a: Operand, b: Operand, *, axis: int = -1) -> Any:
         return np.sum(np.conjugate(a) * b, axis=axis)
 
 
 if hasattr(np, "matvec"):
 
     @composed(np.matvec)
-    def _matvec(a: Any, b: Any) -> Any:
+    def _matvec(a: Operand, b: Operand) -> Any:
         return np.matmul(a, np.expand_dims(b, -1))[..., 0]
 
     @composed(np.vecmat)
-    def _vecmat(a: Any, b: Any) -> Any:
+    def _vecmat(a: Operand, b: Operand) -> Any:
         return np.matmul(np.expand_dims(np.conjugate(a), -2), b)[..., 0, :]
 
 
@@ -129,7 +130,7 @@ derivative(np.diagonal, _diagonal_vjp)
 
 
 @composed(np.trace)
-def _trace(a: Any, offset: int = 0, axis1: int = 0, axis2: int = 1, dtype: Any = None, out: Any = None) -> Any:
+def _trace(a: Operand, offset: int = 0, axis1: int = 0, axis2: int = 1, dtype: Any = None, out: Any = None) -> Any:
     return np.sum(np.diagonal(a, offset, axis1, axis2), axis=-1, dtype=dtype)
 
 
@@ -154,7 +155,7 @@ _recorded_solve = Primitive(np.linalg.solve, (_solve_matrix, _solve_right))
 
 
 @composed(np.linalg.solve)
-def _solve(a: Any, b: Any) -> Any:
+def _solve(a: Operand, b: Operand) -> Any:
     stack, other = np.shape(plain(a))[:-2], np.shape(plain(b))[:-2]
     if np.ndim(plain(b)) > 1 and stack != other:  # CuPy's does not broadcast
         stack = np.broadcast_shapes(stack, other)
@@ -179,7 +180,7 @@ def _like_pair(pair: Any, first: Any, second: Any) -> Any:
 
 
 @composed(np.linalg.slogdet)
-def _slogdet(a: Any) -> Any:
+def _slogdet(a: Operand) -> Any:
     pair = np.linalg.slogdet(plain(a))
     logarithm = _log_of_determinant((a,), {}, pair[1])
     sign = _sign_of_determinant((a,), {}, pair[0]) if pair[0].dtype.kind == "c" else pair[0]
@@ -202,7 +203,7 @@ _lower_cholesky = Primitive(np.linalg.cholesky, (_cholesky_vjp,))
 
 
 @composed(np.linalg.cholesky)
-def _cholesky(a: Any, *, upper: bool = False) -> Any:
+def _cholesky(a: Operand, *, upper: bool = False) -> Any:
     lower = _lower_cholesky((a,), {})
     return conj(lower).swapaxes(-1, -2) if upper else lower
 
@@ -225,14 +226,15 @@ _eigenvectors = Primitive(np.linalg.eigh, (_eigenvectors_vjp,))
 
 
 @composed(np.linalg.eigh)
-def _eigh(a: Any, UPLO: Any = "L") -> Any:  # noqa: N803  # NumPy's name
+def _eigh(a: Operand, UPLO: Any = "L") -> Any:  # noqa: N803  # NumPy's name
     pair = np.linalg.eigh(plain(a), UPLO)
     values, vectors = pair
-    return _like_pair(pair, _eigenvalues((a, vectors), {}, values), _eigenvectors((a, values), {}, vectors))
+    found = _eigenvalues((a, own(vectors)), {}, values), _eigenvectors((a, own(values)), {}, vectors)
+    return _like_pair(pair, *found)
 
 
 @composed(np.linalg.eigvalsh)
-def _eigvalsh(a: Any, UPLO: Any = "L") -> Any:  # noqa: N803
+def _eigvalsh(a: Operand, UPLO: Any = "L") -> Any:  # noqa: N803
     return _eigh(a, UPLO)[0]
 
 
@@ -244,18 +246,27 @@ def _euclidean(a: Any, axis: Any = None, keepdims: bool = False) -> Any:
 
 
 def _euclidean_vjp(g: Any, y: Any, a: Any, axis: Any = None, keepdims: bool = False) -> Any:
-    scale = g / np.where(y == 0, 1, y)  # the tip of the cone: 0
-    if scale.ndim != a.ndim:
-        axes = range(a.ndim) if axis is None else [i % a.ndim for i in (axis if isinstance(axis, tuple) else (axis,))]
-        scale = scale.reshape([1 if i in axes else n for i, n in enumerate(a.shape)])
-    return scale * a
+    return with_axes(g / np.where(y == 0, 1, y), a, axis) * a  # 0 at the tip of the cone
 
 
+def _power_norm(a: Any, ord: Any, axis: Any, keepdims: bool) -> Any:
+    return np.sum(np.absolute(a) ** ord, axis=axis, keepdims=keepdims) ** (1.0 / ord)
+
+
+def _power_norm_vjp(g: Any, y: Any, a: Any, ord: Any, axis: Any, keepdims: bool) -> Any:
+    size, norm = np.absolute(a), with_axes(y, a, axis)
+    # 0 where an element is, as torch has it: where the norm is 0 too, and for powers whose slope there is infinite.
+    flat = (size == 0) | (norm == 0)
+    ratio = np.where(flat, 1, size) / np.where(norm == 0, 1, norm)
+    return with_axes(g, a, axis) * np.where(flat, 0, np.sign(a)) * ratio ** (ord - 1)
+
+
+_recorded_power_norm = Primitive(_power_norm, (_power_norm_vjp,), of=np.linalg.norm)
 _recorded_euclidean = Primitive(_euclidean, (_euclidean_vjp,), of=np.linalg.norm)
 
 
 @composed(np.linalg.norm)
-def _norm(x: Any, ord: Any = None, axis: Any = None, keepdims: bool = False) -> Any:
+def _norm(x: Operand, ord: Any = None, axis: Any = None, keepdims: bool = False) -> Any:
     count = x.ndim if axis is None else len(axis) if isinstance(axis, tuple | list) else 1
     axis = tuple(axis) if isinstance(axis, list) else axis
     if ord is None or (ord == 2 and count == 1) or (ord == "fro" and count == 2):
@@ -276,7 +287,7 @@ def _vector_norm(x: Any, ord: Any, axis: Any, keepdims: bool) -> Any:
         return np.sum(np.absolute(x), axis=axis, keepdims=keepdims)
     if ord == 0:
         return np.linalg.norm(plain(x), 0, axis, keepdims)
-    return np.sum(np.absolute(x) ** ord, axis=axis, keepdims=keepdims) ** (1.0 / ord)
+    return _recorded_power_norm((x,), {"ord": ord, "axis": axis, "keepdims": keepdims})
 
 
 def _matrix_norm(x: Any, ord: Any, axis: Any, keepdims: bool) -> Any:
@@ -287,14 +298,14 @@ def _matrix_norm(x: Any, ord: Any, axis: Any, keepdims: bool) -> Any:
 
 
 @composed(np.linalg.matrix_power)
-def _matrix_power(a: Any, n: int) -> Any:
+def _matrix_power(a: Operand, n: int) -> Any:
     if n < 0:
         a, n = np.linalg.inv(a), -n
     if n == 0:
         return np.linalg.matrix_power(plain(a), 0)
-    half = a if n == 1 else _matrix_power(a, n // 2)
     if n == 1:
-        return half
+        return np.copy(a)
+    half = _matrix_power(a, n // 2)
     squared = np.matmul(half, half)
     return np.matmul(squared, a) if n % 2 else squared
 

@@ -1,11 +1,13 @@
 """The recorded value: looks like an array, and writes down what is computed with it."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import CodeType
 from typing import Any, NoReturn
 
 import numpy as np
 
-from gpu_adam.autodiff.operations import OPERATIONS, apply, missing, namespace
+from gpu_adam.autodiff.constants import shown
+from gpu_adam.autodiff.operations import OPERATIONS, missing, namespace
 from gpu_adam.variables import MAKERS, make
 
 _NO_KWARGS: Mapping[str, Any] = {}
@@ -43,12 +45,42 @@ def _reflected(ufunc: Any) -> Any:
     return operator
 
 
+def _in_place(ufunc: Any) -> Any:
+    def operator(self: "Node", other: Any) -> Any:
+        result = OPERATIONS[ufunc]((self, other), _NO_KWARGS)
+        # What NumPy computes without axes is a number, and a number's name moves on to the result.
+        if not self.ndim or self.tape is None:
+            return result
+        if result.shape != self.shape:
+            raise ValueError(
+                f"an in-place operator must keep the shape {self.shape} (got a result of shape {result.shape}); "
+                "write a = a + b instead of a += b."
+            )
+        if not np.can_cast(result.dtype, self.dtype, "same_kind"):
+            raise TypeError(
+                f"an in-place operator must keep the dtype {self.dtype} (got a result of dtype {result.dtype}); "
+                "write a = a + b instead of a += b."
+            )
+        self.tape.overwrite(self, result if result.dtype == self.dtype else result.astype(self.dtype))
+        return self
+
+    return operator
+
+
 def _method(function: Callable[..., Any]) -> Any:
     # Positional arguments pass through: CuPy's functions call a.sum(axis, dtype, out, keepdims).
     def method(self: "Node", *args: Any, **kwargs: Any) -> Any:
-        return apply(function, (self, *args), kwargs)
+        return OPERATIONS[function]((self, *args), kwargs)
 
     return method
+
+
+Origin = tuple[list[tuple[Callable[..., Any], "Node"]], Sequence[Any], Mapping[str, Any], Any, CodeType, int]
+"""Where a recorded value comes from.
+
+(vjp, recorded argument) for each argument that the gradient goes on to; the plain values of all arguments; the keyword
+arguments; the function that the loss called, and the instruction of the loss that called it: see lines.py.
+"""
 
 
 class Node:
@@ -58,18 +90,18 @@ class Node:
     functions and those that call a method of their argument.
 
     Attributes:
-        value: the array, on its device; what to print or to compare with inside a loss.
+        array: what it stands for, on its device, for the rules: not to be written to.
         tape: where it is recorded; None once the differentiation is over, from when on it is a constant.
-        origin: ([(vjp, source), ...], values of the arguments, keyword arguments), or None for a variable.
+        origin: an `Origin`, or None for a variable.
         gradient: of the loss with respect to it, while the backward pass is under way.
     """
 
-    __slots__ = ("__weakref__", "gradient", "origin", "tape", "value")
+    __slots__ = ("__weakref__", "array", "gradient", "origin", "tape")
     __array_priority__ = 1000.0
     __hash__ = None  # type: ignore[assignment]
 
-    def __init__(self, value: Any, tape: Any, origin: Any) -> None:
-        self.value = value
+    def __init__(self, array: Any, tape: Any, origin: Any) -> None:
+        self.array = array
         self.tape = tape
         self.origin = origin
         self.gradient: Any = None
@@ -77,26 +109,26 @@ class Node:
     # -- protocols
     def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **kwargs: Any) -> Any:
         if method == "__call__":
-            return apply(ufunc, inputs, kwargs)
+            return OPERATIONS[ufunc](inputs, kwargs)
         try:
             function = _UFUNC_METHODS[ufunc, method]
         except KeyError:
             raise missing(f"numpy.{ufunc.__name__}.{method}") from None
         if method != "outer":
             kwargs.setdefault("axis", 0)  # a ufunc reduces the first axis, a function all of them
-        return apply(function, inputs, kwargs)
+        return OPERATIONS[function](inputs, kwargs)
 
     def __array_function__(self, function: Any, types: Any, args: Any, kwargs: Any) -> Any:
         if function in MAKERS:  # this is what the new array is to be like
-            return make(function, namespace(self.value), args, kwargs)
-        return apply(function, args, kwargs)
+            return make(function, namespace(self.array), args, kwargs)
+        return OPERATIONS[function](args, kwargs)
 
     def __cupy_override_elementwise_kernel__(self, kernel: Any, *args: Any, **kwargs: Any) -> Any:
         name = kernel.name.removeprefix("cupy_")
         function = getattr(np, name, None)
         if function is None:
             raise missing(f"cupy.{name}")
-        return apply(function, args, kwargs)
+        return OPERATIONS[function](args, kwargs)
 
     def __array__(self, dtype: Any = None, copy: Any = None) -> Any:
         return np.array(self._constant("a NumPy array"), dtype=dtype, copy=copy)
@@ -117,7 +149,7 @@ class Node:
         return int(self._constant("an int"))
 
     def __bool__(self) -> bool:
-        return bool(self.value)  # a decision, like a comparison: constant wherever the loss is differentiable
+        return bool(self.array)  # a decision, like a comparison: constant wherever the loss is differentiable
 
     def item(self) -> Any:
         """The value as a Python number, once the differentiation is over."""
@@ -126,29 +158,44 @@ class Node:
     def _constant(self, kind: str) -> Any:
         if self.tape is not None:
             raise _not_an_array(kind)
-        return self.value
+        return self.array
 
     def __repr__(self) -> str:
-        return f"Node({self.value!r})"
+        return f"Node({self.array!r})"
 
     def __format__(self, specification: str) -> str:
-        return format(self.value, specification)  # printing cuts nothing off
+        return format(self.array, specification)  # printing cuts nothing off
+
+    @property
+    def value(self) -> Any:
+        """The array as a constant; inside the loss nothing that is written to changes the recorded one."""
+        return self.array if self.tape is None else shown(self.array)
+
+    # -- copies
+    def __copy__(self) -> Any:
+        return np.copy(self)
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        return np.copy(self)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self._constant("a pickle").__reduce_ex__(protocol)
 
     # -- what arrays tell
-    shape = property(lambda self: self.value.shape)
-    dtype = property(lambda self: self.value.dtype)
-    ndim = property(lambda self: self.value.ndim)
-    size = property(lambda self: self.value.size)
-    itemsize = property(lambda self: self.value.itemsize)
-    nbytes = property(lambda self: self.value.nbytes)
+    shape = property(lambda self: self.array.shape)
+    dtype = property(lambda self: self.array.dtype)
+    ndim = property(lambda self: self.array.ndim)
+    size = property(lambda self: self.array.size)
+    itemsize = property(lambda self: self.array.itemsize)
+    nbytes = property(lambda self: self.array.nbytes)
 
     def __len__(self) -> int:
-        return len(self.value)
+        return len(self.array)
 
     def __iter__(self) -> Iterator[Any]:
         if not self.ndim:
             raise TypeError("iteration over a 0-d array")
-        return (self[i] for i in range(len(self.value)))
+        return (self[i] for i in range(len(self.array)))
 
     # -- indexing
     def __getitem__(self, key: Any) -> Any:
@@ -173,6 +220,10 @@ class Node:
     __floordiv__, __rfloordiv__ = _binary(np.floor_divide), _reflected(np.floor_divide)
     __divmod__, __rdivmod__ = _binary(np.divmod), _reflected(np.divmod)
     __pow__, __rpow__ = _binary(np.power), _reflected(np.power)
+    __iadd__, __isub__ = _in_place(np.add), _in_place(np.subtract)
+    __imul__, __itruediv__ = _in_place(np.multiply), _in_place(np.divide)
+    __imatmul__, __ipow__ = _in_place(np.matmul), _in_place(np.power)
+    __imod__, __ifloordiv__ = _in_place(np.remainder), _in_place(np.floor_divide)
     __lt__, __le__ = _binary(np.less), _binary(np.less_equal)
     __gt__, __ge__ = _binary(np.greater), _binary(np.greater_equal)
     __eq__, __ne__ = _binary(np.equal), _binary(np.not_equal)
@@ -211,11 +262,11 @@ class Node:
     def reshape(self, *shape: Any, order: str = "C", copy: Any = None) -> Any:
         """The array in another shape, given as one tuple or as integers."""
         kwargs = _NO_KWARGS if order == "C" else {"order": order}
-        return apply(np.reshape, (self, shape[0] if len(shape) == 1 else shape), kwargs)
+        return OPERATIONS[np.reshape]((self, shape[0] if len(shape) == 1 else shape), kwargs)
 
     def transpose(self, *axes: Any) -> Any:
         """The array with its axes permuted, reversed by default."""
-        return apply(np.transpose, (self, axes[0] if len(axes) == 1 else axes or None), _NO_KWARGS)
+        return OPERATIONS[np.transpose]((self, axes[0] if len(axes) == 1 else axes or None), _NO_KWARGS)
 
 
 def getitem(array: Any, key: Any) -> Any:

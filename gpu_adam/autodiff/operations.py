@@ -6,21 +6,20 @@ from typing import Any
 
 Entry = Callable[[tuple[Any, ...], Mapping[str, Any]], Any]
 
-# Filled by the modules named after the kinds of operations; a key is the NumPy function that a user calls.
-OPERATIONS: dict[Callable[..., Any], Entry] = {}
 
-
-def apply(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """Call a NumPy function on arguments of which some are recorded, and record it.
+class _Operations(dict[Callable[..., Any], Entry]):
+    """What to do instead of calling a function, by the function that a user calls: entry(args, kwargs).
 
     Raises:
-        NotImplementedError: the function has no entry in the table.
+        NotImplementedError: the function has no entry.
     """
-    try:
-        entry = OPERATIONS[function]
-    except KeyError:
-        raise missing(function_name(function)) from None
-    return entry(args, kwargs)
+
+    def __missing__(self, function: Callable[..., Any]) -> Entry:
+        raise missing(function_name(function))
+
+
+# Filled by the modules named after the kinds of operations.
+OPERATIONS = _Operations()
 
 
 def function_name(function: Callable[..., Any]) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from gpu_adam.autodiff.operations import OPERATIONS
-from gpu_adam.autodiff.rules import Primitive, composed, conj, constant, derivative, plain
+from gpu_adam.autodiff.rules import Operand, Primitive, composed, conj, constant, derivative, plain
 
 
 def _axes(axis: Any, ndim: int) -> tuple[int, ...]:
@@ -17,7 +17,7 @@ def _axes(axis: Any, ndim: int) -> tuple[int, ...]:
     return tuple(a % ndim for a in (axis if isinstance(axis, tuple | list) else (axis,))) if ndim else ()
 
 
-def _kept(reduced: Any, like: Any, axis: Any) -> Any:
+def with_axes(reduced: Any, like: Any, axis: Any) -> Any:
     """A result with the reduced axes put back as length 1, ready to broadcast against `like`."""
     if reduced.ndim in (0, like.ndim):
         return reduced
@@ -38,7 +38,7 @@ def _spread(g: Any, a: Any, axis: Any) -> Any:
     """The same gradient for every element that went into a result."""
     # Written out: faster than numpy.broadcast_to where calls are what costs, and never a view of another gradient.
     full = np.empty_like(a, dtype=g.dtype)
-    full[...] = _kept(g, a, axis)
+    full[...] = with_axes(g, a, axis)
     return full
 
 
@@ -71,7 +71,7 @@ def _var_vjp(
     correction: Any = 0,
 ) -> Any:
     scale = 2 * _inverse(_count(y, a) - ddof - correction)
-    return _kept(g * scale, a, axis) * _deviation(a, axis)
+    return with_axes(g * scale, a, axis) * _deviation(a, axis)
 
 
 def _std_vjp(
@@ -88,7 +88,7 @@ def _std_vjp(
 ) -> Any:
     scale = _inverse(_count(y, a) - ddof - correction)
     safe = np.where(y == 0, 1, y)  # equal numbers: a corner, whose flat middle is 0
-    return _kept(g * scale / safe, a, axis) * _deviation(a, axis)
+    return with_axes(g * scale / safe, a, axis) * _deviation(a, axis)
 
 
 def _ddof(kwargs: Any) -> Any:
@@ -103,10 +103,10 @@ def _ddof(kwargs: Any) -> Any:
 def _extreme_vjp(g: Any, y: Any, a: Any, axis: Any = None, out: Any = None, keepdims: Any = False) -> Any:
     if not a.ndim:
         return g
-    chosen = a == _kept(y, a, axis)
+    chosen = a == with_axes(y, a, axis)
     # Equal extremes share; none is chosen where the extreme is NaN.
     ties = np.maximum(chosen.sum(axis=_axes(axis, a.ndim), keepdims=True), 1).astype(g.dtype)
-    return np.where(chosen, _kept(g, a, axis) / ties, 0)
+    return np.where(chosen, with_axes(g, a, axis) / ties, 0)
 
 
 def _prod_vjp(
@@ -122,7 +122,7 @@ def _prod_vjp(
     before = np.cumprod(np.concatenate((one, flat[..., :-1]), axis=-1), axis=-1)
     after = np.cumprod(np.concatenate((one, flat[..., :0:-1]), axis=-1), axis=-1)[..., ::-1]
     others = (before * after).reshape(moved.shape).transpose(tuple(np.argsort(order)))
-    return _kept(g, a, axis) * conj(others)
+    return with_axes(g, a, axis) * conj(others)
 
 
 def _cumsum_vjp(g: Any, y: Any, a: Any, axis: Any = None, dtype: Any = None, out: Any = None) -> Any:
@@ -143,7 +143,7 @@ OPERATIONS[np.amax], OPERATIONS[np.amin] = OPERATIONS[np.max], OPERATIONS[np.min
 
 
 @composed(np.logaddexp.reduce)
-def _logsumexp(a: Any, axis: Any = 0, dtype: Any = None, out: Any = None, keepdims: Any = False) -> Any:
+def _logsumexp(a: Operand, axis: Any = 0, dtype: Any = None, out: Any = None, keepdims: Any = False) -> Any:
     top = np.max(plain(a), axis=axis, keepdims=True)
     top = np.where(np.isfinite(top), top, 0)  # all -inf: not -inf - -inf
     total = np.log(np.sum(np.exp(a - top), axis=axis, keepdims=keepdims))
@@ -151,7 +151,9 @@ def _logsumexp(a: Any, axis: Any = 0, dtype: Any = None, out: Any = None, keepdi
 
 
 @composed(np.average)
-def _average(a: Any, axis: Any = None, weights: Any = None, returned: bool = False, *, keepdims: Any = False) -> Any:
+def _average(
+    a: Operand, axis: Any = None, weights: Operand = None, returned: bool = False, *, keepdims: Any = False
+) -> Any:
     if weights is None:
         mean = np.mean(a, axis=axis, keepdims=keepdims)
         total = np.full_like(mean, plain(a).size / max(mean.size, 1))
@@ -165,12 +167,12 @@ def _average(a: Any, axis: Any = None, weights: Any = None, returned: bool = Fal
 
 
 @composed(np.ptp)
-def _ptp(a: Any, axis: Any = None, out: Any = None, keepdims: Any = False) -> Any:
+def _ptp(a: Operand, axis: Any = None, out: Any = None, keepdims: Any = False) -> Any:
     return np.max(a, axis=axis, keepdims=keepdims) - np.min(a, axis=axis, keepdims=keepdims)
 
 
 @composed(np.diff)
-def _diff(a: Any, n: int = 1, axis: int = -1) -> Any:
+def _diff(a: Operand, n: int = 1, axis: int = -1) -> Any:
     for _ in range(n):
         ahead = [slice(None)] * a.ndim
         behind = list(ahead)

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from gpu_adam.autodiff.operations import OPERATIONS, missing
-from gpu_adam.autodiff.rules import Each, Primitive, composed, constant, derivative, plain, traced
+from gpu_adam.autodiff.rules import Each, Operand, Operands, Primitive, composed, constant, derivative, own, plain
 
 
 # -- one array, the same elements
@@ -49,17 +49,17 @@ derivative(np.triu, lambda g, y, a, k=0: np.triu(g, k))
 
 
 @composed(np.flipud)
-def _flipud(a: Any) -> Any:
+def _flipud(a: Operand) -> Any:
     return np.flip(a, 0)
 
 
 @composed(np.fliplr)
-def _fliplr(a: Any) -> Any:
+def _fliplr(a: Operand) -> Any:
     return np.flip(a, 1)
 
 
 @composed(np.rot90)
-def _rot90(a: Any, k: int = 1, axes: Any = (0, 1)) -> Any:
+def _rot90(a: Operand, k: int = 1, axes: Any = (0, 1)) -> Any:
     first, second = axes
     if k % 4 == 2:
         return np.flip(np.flip(a, first), second)
@@ -69,7 +69,7 @@ def _rot90(a: Any, k: int = 1, axes: Any = (0, 1)) -> Any:
 
 
 @composed(np.broadcast_arrays)
-def _broadcast_arrays(*arrays: Any) -> Any:
+def _broadcast_arrays(*arrays: Operand) -> Any:
     shape = np.broadcast_shapes(*(np.shape(plain(a)) for a in arrays))
     return tuple(np.broadcast_to(a, shape) for a in arrays)
 
@@ -79,7 +79,7 @@ def _join(*arrays: Any, axis: int, bounds: list[int]) -> Any:
     return np.concatenate(arrays, axis=axis)
 
 
-def _part_vjp(position: int, g: Any, y: Any, *arrays: Any, axis: int, bounds: list[int]) -> Any:
+def _part_vjp(position: int, g: Any, y: Any, *_arrays: Any, axis: int, bounds: list[int]) -> Any:
     part = [slice(None)] * g.ndim
     part[axis] = slice(bounds[position], bounds[position + 1])
     return g[tuple(part)]
@@ -89,8 +89,8 @@ _recorded_join = Primitive(_join, Each(_part_vjp), of=np.concatenate)
 
 
 @composed(np.concatenate)
-def _concatenate(arrays: Any, axis: Any = 0, out: Any = None, *, dtype: Any = None, casting: Any = None) -> Any:
-    arrays = tuple(map(traced, arrays))
+def _concatenate(arrays: Operands, axis: Any = 0, out: Any = None, *, dtype: Any = None, casting: Any = None) -> Any:
+    arrays = tuple(arrays)
     if axis is None:
         arrays, axis = tuple(np.ravel(a) for a in arrays), 0
     values = [plain(a) for a in arrays]
@@ -102,35 +102,34 @@ def _concatenate(arrays: Any, axis: Any = 0, out: Any = None, *, dtype: Any = No
 
 
 @composed(np.stack)
-def _stack(arrays: Any, axis: int = 0, out: Any = None, *, dtype: Any = None, casting: Any = None) -> Any:
-    return np.concatenate([np.expand_dims(traced(a), axis) for a in arrays], axis=axis, dtype=dtype)
+def _stack(arrays: Operands, axis: int = 0, out: Any = None, *, dtype: Any = None, casting: Any = None) -> Any:
+    return np.concatenate([np.expand_dims(a, axis) for a in arrays], axis=axis, dtype=dtype)
 
 
 @composed(np.vstack)
-def _vstack(arrays: Any, *, dtype: Any = None, casting: Any = None) -> Any:
-    return np.concatenate([np.atleast_2d(traced(a)) for a in arrays], axis=0, dtype=dtype)
+def _vstack(arrays: Operands, *, dtype: Any = None, casting: Any = None) -> Any:
+    return np.concatenate([np.atleast_2d(a) for a in arrays], axis=0, dtype=dtype)
 
 
 @composed(np.hstack)
-def _hstack(arrays: Any, *, dtype: Any = None, casting: Any = None) -> Any:
-    arrays = [np.atleast_1d(traced(a)) for a in arrays]
+def _hstack(arrays: Operands, *, dtype: Any = None, casting: Any = None) -> Any:
+    arrays = [np.atleast_1d(a) for a in arrays]
     return np.concatenate(arrays, axis=0 if arrays[0].ndim == 1 else 1, dtype=dtype)
 
 
 @composed(np.dstack)
-def _dstack(arrays: Any) -> Any:
-    return np.concatenate([np.atleast_3d(traced(a)) for a in arrays], axis=2)
+def _dstack(arrays: Operands) -> Any:
+    return np.concatenate([np.atleast_3d(a) for a in arrays], axis=2)
 
 
 @composed(np.column_stack)
-def _column_stack(arrays: Any) -> Any:
-    arrays = [traced(a) for a in arrays]
+def _column_stack(arrays: Operands) -> Any:
     return np.concatenate([a if a.ndim > 1 else a.reshape(-1, 1) for a in arrays], axis=1)
 
 
 @composed(np.append)
-def _append(array: Any, values: Any, axis: Any = None) -> Any:
-    return np.concatenate([array, values], axis=axis)
+def _append(arr: Operand, values: Operand, axis: Any = None) -> Any:
+    return np.concatenate([arr, values], axis=axis)
 
 
 # -- one array into several
@@ -144,39 +143,39 @@ def _pieces(a: Any, boundaries: Any, axis: int) -> list[Any]:
 
 
 @composed(np.array_split)
-def _array_split(a: Any, indices_or_sections: Any, axis: int = 0) -> Any:
+def _array_split(ary: Operand, indices_or_sections: Any, axis: int = 0) -> Any:
     if not np.isscalar(indices_or_sections):
-        return _pieces(a, tuple(indices_or_sections), axis)
-    quotient, longer = divmod(a.shape[axis], indices_or_sections)
+        return _pieces(ary, tuple(indices_or_sections), axis)
+    quotient, longer = divmod(ary.shape[axis], indices_or_sections)
     sizes = [quotient + 1] * longer + [quotient] * (indices_or_sections - longer)
-    return _pieces(a, tuple(sum(sizes[:i]) for i in range(1, len(sizes))), axis)
+    return _pieces(ary, tuple(sum(sizes[:i]) for i in range(1, len(sizes))), axis)
 
 
 @composed(np.split)
-def _split(a: Any, indices_or_sections: Any, axis: int = 0) -> Any:
-    if np.isscalar(indices_or_sections) and a.shape[axis] % indices_or_sections:
+def _split(ary: Operand, indices_or_sections: Any, axis: int = 0) -> Any:
+    if np.isscalar(indices_or_sections) and ary.shape[axis] % indices_or_sections:
         raise ValueError("array split does not result in an equal division")
-    return _array_split(a, indices_or_sections, axis)
+    return _array_split(ary, indices_or_sections, axis)
 
 
 @composed(np.vsplit)
-def _vsplit(a: Any, indices_or_sections: Any) -> Any:
-    return _split(a, indices_or_sections, 0)
+def _vsplit(ary: Operand, indices_or_sections: Any) -> Any:
+    return _split(ary, indices_or_sections, 0)
 
 
 @composed(np.hsplit)
-def _hsplit(a: Any, indices_or_sections: Any) -> Any:
-    return _split(a, indices_or_sections, 0 if a.ndim == 1 else 1)
+def _hsplit(ary: Operand, indices_or_sections: Any) -> Any:
+    return _split(ary, indices_or_sections, 0 if ary.ndim == 1 else 1)
 
 
 @composed(np.dsplit)
-def _dsplit(a: Any, indices_or_sections: Any) -> Any:
-    return _split(a, indices_or_sections, 2)
+def _dsplit(ary: Operand, indices_or_sections: Any) -> Any:
+    return _split(ary, indices_or_sections, 2)
 
 
 # -- more elements
 @composed(np.repeat)
-def _repeat(a: Any, repeats: Any, axis: Any = None) -> Any:
+def _repeat(a: Operand, repeats: Any, axis: Any = None) -> Any:
     if axis is None:
         a, axis = np.ravel(a), 0
     if isinstance(repeats, int):  # a new axis, and no gather
@@ -184,17 +183,17 @@ def _repeat(a: Any, repeats: Any, axis: Any = None) -> Any:
         longer = (*a.shape[: axis + 1], repeats, *a.shape[axis + 1 :])
         merged = (*a.shape[:axis], a.shape[axis] * repeats, *a.shape[axis + 1 :])
         return np.broadcast_to(np.expand_dims(a, axis + 1), longer).reshape(merged)
-    return np.take(a, np.asarray(np.repeat(np.arange(a.shape[axis]), repeats), like=plain(a)), axis=axis)
+    return np.take(a, own(np.asarray(np.repeat(np.arange(a.shape[axis]), repeats), like=plain(a))), axis=axis)
 
 
 @composed(np.tile)
-def _tile(a: Any, reps: Any) -> Any:
+def _tile(A: Operand, reps: Any) -> Any:  # noqa: N803  # NumPy's name
     reps = tuple(reps) if isinstance(reps, tuple | list) else (reps,)
-    shape = (1,) * (len(reps) - a.ndim) + tuple(a.shape)
+    shape = (1,) * (len(reps) - A.ndim) + tuple(A.shape)
     reps = (1,) * (len(shape) - len(reps)) + reps
     apart = [n for size in shape for n in (1, size)]
     blocks = [n for pair in zip(reps, shape, strict=True) for n in pair]
-    return np.broadcast_to(a.reshape(apart), blocks).reshape([r * n for r, n in zip(reps, shape, strict=True)])
+    return np.broadcast_to(A.reshape(apart), blocks).reshape([r * n for r, n in zip(reps, shape, strict=True)])
 
 
 def _pad_vjp(g: Any, y: Any, a: Any, pad_width: Any, mode: str = "constant", *, constant_values: Any = 0) -> Any:
@@ -206,18 +205,18 @@ _pad_constant = Primitive(np.pad, (_pad_vjp,))
 
 @composed(np.pad)
 def _pad(
-    a: Any, pad_width: Any, mode: str = "constant", *, constant_values: Any = 0, reflect_type: str = "even"
+    array: Operand, pad_width: Any, mode: str = "constant", *, constant_values: Any = 0, reflect_type: str = "even"
 ) -> Any:
-    widths = np.broadcast_to(np.asarray(pad_width), (a.ndim, 2)).tolist()
+    widths = np.broadcast_to(np.asarray(pad_width), (array.ndim, 2)).tolist()
     if mode == "constant":
-        return _pad_constant((a, widths), {"constant_values": constant_values})
+        return _pad_constant((array, widths), {"constant_values": constant_values})
     if mode not in ("edge", "reflect", "symmetric", "wrap") or reflect_type != "even":
         raise missing(f'numpy.pad with mode="{mode}", reflect_type="{reflect_type}"')
     for axis, width in enumerate(widths):
         if any(width):  # what is repeated is found by padding the indices
-            indices = np.pad(np.arange(a.shape[axis]), width, mode=mode)  # type: ignore[call-overload]
-            a = np.take(a, np.asarray(indices, like=plain(a)), axis=axis)
-    return a
+            indices = np.pad(np.arange(array.shape[axis]), width, mode=mode)  # type: ignore[call-overload]
+            array = np.take(array, own(np.asarray(indices, like=plain(array))), axis=axis)
+    return array if any(map(any, widths)) else np.copy(array)
 
 
 constant(np.broadcast_shapes)

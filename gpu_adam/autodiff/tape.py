@@ -3,6 +3,10 @@
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import numpy as np
+
+from gpu_adam.autodiff.constants import Constants, shown
+from gpu_adam.autodiff.lines import Line, add_line, caller
 from gpu_adam.autodiff.node import Node
 from gpu_adam.autodiff.rules import fit
 from gpu_adam.autodiff.sparse_cotangent import SparseCotangent
@@ -34,6 +38,7 @@ class Tape:
     def __init__(self, variables: Iterable[Any] | None = None) -> None:
         self.nodes: list[Node] = []
         self.leaves: dict[int, Node] = {}
+        self.constants = Constants()
         self.all = variables is None
         for variable in variables or ():
             self._watch(variable)
@@ -45,14 +50,21 @@ class Tape:
         leaf = self.leaves.get(id(variable))
         if leaf is None and self.all:
             leaf = self._watch(variable)
-        return variable.value if leaf is None else leaf
+        return self.constants.of_variable(variable._value) if leaf is None else leaf
+
+    def watches(self, variable: Any) -> bool:
+        """Whether the variable's gradient is wanted."""
+        return self.all or id(variable) in self.leaves
+
+    def shown(self, array: Any) -> Any:
+        """The array of a variable, to be looked at."""
+        return shown(array)
 
     def _watch(self, variable: Any) -> Node | None:
-        value = variable.value
-        if value.dtype.kind in "biu":
+        array = variable._value
+        if array.dtype.kind in "biu":
             return None
-        leaf = self.leaves[id(variable)] = Node(value, self, None)
-        return leaf
+        return self.leaves.setdefault(id(variable), Node(array, self, None))  # another thread may have been faster
 
     def refuse_overwrite(self, variable: Any) -> None:
         """Raise: the backward pass needs the values that the loss was computed with."""
@@ -63,28 +75,80 @@ class Tape:
             "move it out of the loss",
         )
 
-    def backward(self) -> None:
-        """From the gradients of the results to those of the leaves; every node is freed as soon as it is done."""
+    def overwrite(self, node: Node, result: Any) -> None:
+        """Let a node stand for a result, recorded last, from now on: an in-place operation.
+
+        What was computed with the node before gets a new node in its place, which stands for what the node stood for.
+
+        Raises:
+            TypeError: an array would change that other recorded values show as well.
+        """
+        if node.origin is None or any(np.may_share_memory(node.array, value) for value in _arrays(node.origin[1])):
+            raise _not_alone("a variable, or a view of another array")
         nodes = self.nodes
-        while nodes:
-            node = nodes.pop()
-            gradient = node.gradient
-            if gradient is not None:
-                if type(gradient) is SparseCotangent:
-                    gradient = gradient.dense()
-                sources, values, kwargs = node.origin
-                for vjp, source in sources:
-                    contribution = vjp(gradient, node.value, *values, **kwargs)
-                    value = source.value
-                    if contribution.dtype is not value.dtype or contribution.shape != value.shape:
-                        contribution = fit(contribution, value)
-                    source.gradient = contribution if source.gradient is None else source.gradient + contribution
-            node.origin = node.gradient = node.tape = None
+        first = len(nodes) - 1
+        while nodes[first] is not node:
+            first -= 1
+        later = nodes[first + 1 :]
+        if any(np.may_share_memory(node.array, other.array) for other in later):
+            raise _not_alone("an array of which views were taken")
+        former = Node(node.array, self, node.origin)
+        for other in later:
+            sources = other.origin[0]
+            sources[:] = [(vjp, former if source is node else source) for vjp, source in sources]
+        nodes[first] = former
+        if type(result) is Node and nodes[-1] is result:
+            nodes.pop()
+            node.array, node.origin = result.array, result.origin
+        else:  # a constant, as of a floor division
+            node.array, node.origin = result, ([], (), {}, np.copy, *caller())
+        nodes.append(node)
+
+    def backward(self) -> None:
+        """From the gradients of the results to those of the leaves; every node is freed as soon as it is done.
+
+        Raises:
+            ArgumentValueError: a constant has changed since the loss used it.
+            Exception: what a rule raises; its message names the line of the loss.
+        """
+        nodes = self.nodes
+        try:
+            while nodes:
+                node = nodes.pop()
+                gradient = node.gradient
+                if gradient is not None:
+                    if type(gradient) is SparseCotangent:
+                        gradient = gradient.dense()
+                    sources, values, kwargs, _, _, _ = node.origin
+                    for vjp, source in sources:
+                        contribution = vjp(gradient, node.array, *values, **kwargs)
+                        array = source.array
+                        if contribution.dtype is not array.dtype or contribution.shape != array.shape:
+                            contribution = fit(contribution, array)
+                        source.gradient = contribution if source.gradient is None else source.gradient + contribution
+                node.origin = node.gradient = node.tape = None
+        except Exception as error:
+            add_line(error, Line(*node.origin[3:]))
+            raise
+        self.constants.check()
 
     def close(self) -> None:
         """Take everything off the tape."""
         for node in (*self.nodes, *self.leaves.values()):
             node.origin = node.gradient = node.tape = None
+        self.all = False
         self.nodes.clear()
         self.leaves.clear()
         self.views.clear()
+        self.constants.clear()
+
+
+def _arrays(values: Any) -> list[Any]:
+    return [value for value in values if hasattr(value, "__array_function__")]
+
+
+def _not_alone(got: str) -> TypeError:
+    return TypeError(
+        f"an in-place operator must change an array that nothing else shows (got {got}); "
+        "write a = a + b instead of a += b."
+    )

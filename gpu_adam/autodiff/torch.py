@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from gpu_adam.autodiff.cotangent import check_kind, check_shape
+from gpu_adam.autodiff.node import Node
 from gpu_adam.autodiff.operations import namespace
 from gpu_adam.autodiff.rules import plain
 from gpu_adam.autodiff.sparse_cotangent import SparseCotangent
@@ -29,11 +30,11 @@ def view(variable: Variable) -> torch.Tensor:
     not be written to, and must not be kept: the next step changes its contents.
     """
     tape = current_tracer.get()
-    if not isinstance(tape, Tape) or tape.operand(variable) is variable.value:
-        return _tensor(variable.value)
+    if not isinstance(tape, Tape) or type(tape.operand(variable)) is not Node:
+        return _tensor(variable._value)
     views = tape.views.setdefault("torch", {})
     if id(variable) not in views:
-        views[id(variable)] = _tensor(variable.value).requires_grad_()
+        views[id(variable)] = _tensor(variable._value).requires_grad_()
     return views[id(variable)]
 
 
@@ -53,7 +54,7 @@ def pull_back(tape: Tape, losses: list[Any], seeds: list[Any]) -> list[Any]:
         for key, gradient in zip(keys, gradients, strict=True):
             if gradient is not None:
                 leaf = tape.leaves[key]
-                contribution = _gradient(gradient, leaf.value)
+                contribution = _gradient(gradient, leaf.array)
                 leaf.gradient = contribution if leaf.gradient is None else leaf.gradient + contribution
     return [loss.detach() for loss in losses]
 
@@ -73,14 +74,15 @@ def _tensor(array: Any) -> torch.Tensor:
 
 
 def _gradient(gradient: torch.Tensor, like: Any) -> Any:
-    if gradient.is_sparse:
+    if gradient.is_sparse and gradient.sparse_dim() == 1:
         indices, values = gradient._indices()[0], gradient._values()
         return SparseCotangent(like, _array(indices, like), _array(values, like), rows=True)
-    return _array(gradient.resolve_conj().resolve_neg().contiguous(), like)
+    return _array(gradient if gradient.layout is torch.strided else gradient.to_dense(), like)
 
 
 def _array(tensor: torch.Tensor, like: Any) -> Any:
     from_dlpack = namespace(like).from_dlpack
+    tensor = tensor.resolve_conj().resolve_neg().contiguous()  # which DLPack does not know of
     if tensor.dtype == torch.bfloat16:
         return from_dlpack(tensor.view(torch.int16)).view(like.dtype)
     return from_dlpack(tensor)

@@ -30,6 +30,7 @@ from gpu_adam.kernels import Kernel, Source
 from gpu_adam.uninterrupted import Call, all_of
 
 _LARGE = 2**20  # bytes
+_NOWHERE = nullcontext()
 
 
 class HostDevice(Device):
@@ -61,7 +62,7 @@ class HostDevice(Device):
 
     def activate(self) -> AbstractContextManager[Any]:
         """Nothing: there is one host."""
-        return nullcontext()
+        return _NOWHERE
 
     def array(self, values: Any, dtype: np.dtype | None = None) -> Array:
         """A new C-contiguous array with these values."""

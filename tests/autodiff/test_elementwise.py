@@ -152,3 +152,16 @@ def test_conversion_between_types(device: Device) -> None:
     _, gradient = value_and_grad(lambda: np.sum(x.astype(np.float64) * 3), x)
     assert gradient.dtype == np.float32
     assert gradient.tolist() == [3, 3, 3]
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-300, 1e-200, 1.0, 1e200])
+def test_angles_near_the_origin_and_far_from_it(device: Device, scale: float) -> None:
+    """At the origin 0, as torch has it; nowhere is a square of the radius taken, which would leave the range."""
+    y, x = Variable(np.array(3 * scale)), Variable(np.array(4 * scale))
+    z = Variable(np.array(complex(4 * scale, 3 * scale)))
+    _, (of_y, of_x) = value_and_grad(lambda: np.arctan2(y, x), [y, x])
+    _, of_z = value_and_grad(lambda: np.angle(z), z)
+    radius = np.hypot(3 * scale, 4 * scale)
+    expected = [0.0, 0.0] if not scale else [4 * scale / radius / radius, -3 * scale / radius / radius]
+    np.testing.assert_allclose([float(of_y), float(of_x)], expected, rtol=1e-12)
+    np.testing.assert_allclose([complex(of_z).imag, complex(of_z).real], expected, rtol=1e-12)

@@ -1,6 +1,8 @@
 """value_and_grad and gradients: what they take, give back and refuse."""
 
+import contextvars
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -255,6 +257,72 @@ def test_threads_do_not_see_each_other(device: Device) -> None:
         expected = np.exp(variables[i].numpy()) * variables[0].numpy()
         np.testing.assert_allclose(device.numpy(found[i][i]), expected)
         assert [g is None for g in found[i]] == [j != i for j in range(4)]
+
+
+# -- worker threads
+def in_a_thread(function: Any) -> Any:
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(function).result()
+
+
+@pytest.mark.parametrize(
+    "submitted",
+    [lambda pool, f, k: pool.submit(f, k), lambda pool, f, k: pool.submit(contextvars.copy_context().run, f, k)],
+    ids=["plainly", "with its context"],
+)
+def test_terms_of_worker_threads_are_recorded(device: Device, w: Variable, submitted: Any) -> None:
+    if getattr(device.xp, "__emulated__", False):
+        pytest.skip("needs a real GPU: an emulated driver keeps account of the memory of one thread")
+    with ThreadPoolExecutor(3) as pool:  # which is there before the loss
+
+        def loss() -> Any:
+            terms = [submitted(pool, lambda k: k * np.sum(w**2), k) for k in (1.0, 3.0, 10.0)]
+            return sum(term.result() for term in terms) + np.sum(w)
+
+        _, gradient = value_and_grad(loss, w)
+    assert gradient.tolist() == [29, 57, 85]
+
+
+def test_other_threads_take_the_value(device: Device, w: Variable, b: Variable) -> None:
+    """A thread that is no part of the loss: variables of no interest to the loss are plain, and so is `.value`."""
+    if getattr(device.xp, "__emulated__", False):
+        pytest.skip("needs a real GPU: an emulated driver keeps account of the memory of one thread")
+    found: list[Any] = []
+
+    def loss() -> Any:
+        found.append(in_a_thread(lambda: (float(np.sum(w.value)), float(b * 2), w.value is w._value)))
+        return np.sum(w)
+
+    value_and_grad(loss, w)
+    assert found == [(6, 1, True)]
+    assert in_a_thread(lambda: float(np.sum(w))) == 6
+
+
+def test_a_thread_that_could_work_for_two_losses(device: Device, w: Variable) -> None:
+    if getattr(device.xp, "__emulated__", False):
+        pytest.skip("needs a real GPU: an emulated driver keeps account of the memory of one thread")
+    barrier, messages = threading.Barrier(2), list[str]()
+
+    def loss() -> Any:
+        barrier.wait(10)
+        with pytest.raises(ArgumentValueError, match=r'"w" must not .*of several losses .*copy_context') as error:
+            in_a_thread(lambda: np.sum(w))
+        messages.append(str(error.value))
+        barrier.wait(10)
+        return np.sum(w)
+
+    with ThreadPoolExecutor(2) as pool:
+        for one in [pool.submit(value_and_grad, loss, w) for _ in range(2)]:
+            assert one.result()[1].tolist() == [1, 1, 1]
+    assert len(messages) == 2
+
+
+def test_a_failed_loss_is_over_for_other_threads(device: Device, w: Variable) -> None:
+    """Though its exception, and with it the frame of its call, is kept."""
+    with pytest.raises(ZeroDivisionError) as kept:
+        value_and_grad(lambda: np.sum(w) / (1 / 0), w)
+    assert kept.value.__traceback__ is not None
+    assert in_a_thread(lambda: float(np.sum(w))) == 6
 
 
 # -- libraries that a loss lacks

@@ -166,3 +166,30 @@ def test_spectral_norm_is_not_there(device: Device) -> None:
 def test_equal_eigenvalues(device: Device) -> None:
     _, gradient = value_and_grad(lambda: np.sum(np.linalg.eigh(a)[0]), a := Variable(np.eye(3)))
     np.testing.assert_allclose(device.numpy(gradient), np.eye(3), atol=1e-12)
+
+
+@pytest.mark.parametrize("ord", [None, 1, 2, np.inf, 3, 1.5, 0.5])
+@pytest.mark.parametrize("axis", [None, 0, 1])
+def test_norms_at_zero_have_no_slope(device: Device, ord: Any, axis: Any) -> None:
+    """As torch has it: in a row or vector of zeros, and for a single zero where the power's own slope is infinite."""
+    zero = Variable(np.zeros(3)) if axis is None else Variable(np.zeros((3, 3)))
+    value, gradient = value_and_grad(lambda: np.sum(np.linalg.norm(zero, ord, axis)), zero)
+    assert (float(value), np.abs(device.numpy(gradient)).sum()) == (0, 0)
+    some = Variable(np.array([0.0, 3.0, -4.0]))
+    with np.errstate(divide="ignore"):
+        _, gradient = value_and_grad(lambda: np.linalg.norm(some, -2), some)  # 0, as the first element has it
+    assert device.numpy(gradient).tolist() == [0, 0, 0]
+    _, gradient = value_and_grad(lambda: np.linalg.norm(some, ord), some)
+    found = device.numpy(gradient)
+    assert found[0] == 0
+    assert np.isfinite(found).all()
+    assert (np.sign(found) == [0, ord != np.inf, -1]).all()
+
+
+@pytest.mark.parametrize("ord", [3, 1.5, 0.5])
+def test_norms_of_numbers_whose_powers_leave_the_range(device: Device, ord: float) -> None:
+    for scale in (1e-80, 1.0, 1e80):
+        x = Variable(np.array([1.0, 2.0]) * scale)
+        _, gradient = value_and_grad(lambda: np.linalg.norm(x, ord), x)  # noqa: B023
+        ratio = np.array([1.0, 2.0]) / np.linalg.norm([1.0, 2.0], ord)
+        np.testing.assert_allclose(device.numpy(gradient), ratio ** (ord - 1), rtol=1e-12)

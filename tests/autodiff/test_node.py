@@ -1,12 +1,15 @@
 """The recorded value: how it stands in for an array."""
 
+import copy
 import math
+import pickle
 from typing import Any
 
 import numpy as np
 import pytest
 
 from gpu_adam import DeviceError, Variable
+from gpu_adam import np as on_device
 from gpu_adam.autodiff import value_and_grad
 from gpu_adam.autodiff.node import Node
 from gpu_adam.devices import Device
@@ -82,7 +85,84 @@ def test_cannot_be_written_to(device: Device, x: Variable) -> None:
         recorded(x, lambda n: np.add(n, 1, out=np.zeros((2, 2))))
 
 
-def test_in_place_operators_rebind(device: Device, x: Variable) -> None:
+def centre(array: Any) -> None:
+    array -= array.mean()
+
+
+IN_PLACE: dict[str, Any] = {
+    "for its effect": lambda y, w: centre(y),
+    "one after the other": lambda y, w: [y.__iadd__(w), y.__imul__(w), y.__itruediv__(2), y.__ipow__(2)],
+    "with a constant": lambda y, w: [y.__isub__([1.0, 2.0]), y.__imod__(1.5)],
+    "with itself": lambda y, w: [y.__imul__(y), y.__iadd__(y)],
+    "with a matrix": lambda y, w: y.__imatmul__(w),
+    "after other uses": lambda y, w: [y * 1, np.exp(y), y.__iadd__(w)],
+    "by a constant": lambda y, w: y.__ifloordiv__(1.5),
+}
+
+
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_in_place_operators_mean_what_they_do_in_numpy(device: Device, x: Variable, name: str) -> None:
+    """Every name of the array has the result; what was computed before has not."""
+    start = x.numpy() / 3
+
+    def loss(w: Any) -> Any:
+        y = w * 2
+        before, alias = y**2, y
+        IN_PLACE[name](y, w)
+        return np.sum(before * 3) + np.sum(alias**2) + np.sum(y * w)
+
+    found = Variable(start)
+    value, gradient = value_and_grad(lambda: loss(found), found)
+    assert float(value) == pytest.approx(float(loss(start.copy())))
+    step, expected = 1e-6, np.zeros_like(start)
+    for index in np.ndindex(start.shape):
+        delta = np.zeros_like(start)
+        delta[index] = step
+        expected[index] = (loss(start + delta) - loss(start - delta)) / (2 * step)
+    np.testing.assert_allclose(device.numpy(gradient), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda n: [n[:1].__iadd__(1)],
+        lambda n: [n.T.__iadd__(1)],
+        lambda n: [n.reshape(4), n.__iadd__(1)],
+        lambda n: [n[0], n[1], n.__iadd__(1)],
+        lambda n: [n.real.__iadd__(1)],
+        lambda n: [n.astype(n.dtype).__iadd__(1)],
+    ],
+)
+def test_in_place_operators_refuse_arrays_that_share_memory(device: Device, x: Variable, use: Any) -> None:
+    with pytest.raises(TypeError, match=r"must change an array that nothing else shows .*; write a = a \+ b"):
+        recorded(x, lambda n: use(n * 1))
+
+
+def test_in_place_operators_refuse_variables_and_other_shapes_and_dtypes(device: Device, x: Variable) -> None:
+    with pytest.raises(TypeError, match=r"nothing else shows \(got a variable"):
+        recorded(x, lambda n: on_device.asarray(x).__iadd__(1))
+    with pytest.raises(ValueError, match=r"must keep the shape \(2,\) \(got a result of shape \(2, 2\)\)"):
+        recorded(x, lambda n: (n[0] * 1).__iadd__(n))
+    with pytest.raises(TypeError, match=r"must keep the dtype float64 \(got a result of dtype complex128\)"):
+        recorded(x, lambda n: (n * 1).__imul__(1j))
+    narrow = Variable(np.ones(2, np.float32))
+    assert recorded(narrow, lambda n: (n * 1).__imul__(np.ones(2, like=narrow))).dtype == np.float32
+
+
+def test_copies_are_recorded(device: Device, x: Variable) -> None:
+    for duplicate in (copy.copy, copy.deepcopy, np.copy, lambda n: n.copy()):
+        _, gradient = value_and_grad(lambda: np.sum(duplicate(x * 2) * 3), x)  # noqa: B023
+        assert gradient.tolist() == [[6, 6], [6, 6]]
+        original = recorded(x, lambda n: (m := n * 1, duplicate(m).__iadd__(1))[0])  # noqa: B023
+        assert original.value.tolist() == [[1, 2], [3, 4]]
+    with pytest.raises(TypeError, match="must not become a pickle"):
+        recorded(x, pickle.dumps)
+    kept = recorded(x, lambda n: n * 2)
+    if device.xp is np:
+        assert pickle.loads(pickle.dumps(kept)).tolist() == [[2, 4], [6, 8]]
+
+
+def test_in_place_operators_rebind_numbers(device: Device, x: Variable) -> None:
     def loss() -> Any:
         total = 0.0
         total += np.sum(x)

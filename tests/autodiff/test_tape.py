@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from gpu_adam import Variable
-from gpu_adam.autodiff import value_and_grad
+from gpu_adam.autodiff import register_vjp, value_and_grad
 from gpu_adam.autodiff.node import Node
 from gpu_adam.devices import Device
 
@@ -49,7 +49,7 @@ def test_arrays_are_freed_with_the_tape(device: Device) -> None:
 
     def loss() -> Any:
         hidden: Any = np.exp(x)
-        kept.append(weakref.ref(hidden.value))
+        kept.append(weakref.ref(hidden.array))
         return np.sum(hidden * x)
 
     value_and_grad(loss, x)
@@ -62,7 +62,7 @@ def test_a_kept_result_keeps_its_value_only(device: Device, recorded_objects: Ca
 
     def loss() -> Any:
         hidden: Any = np.exp(x)
-        kept.extend([weakref.ref(hidden.value), np.sum(hidden * x)])
+        kept.extend([weakref.ref(hidden.array), np.sum(hidden * x)])
         return kept[1]
 
     value_and_grad(loss, x)
@@ -80,6 +80,28 @@ def test_a_failed_loss_leaves_nothing(device: Device, recorded_objects: Callable
     with contextlib.suppress(KeyError):
         value_and_grad(loss, x)
     assert recorded_objects() == 0
+
+
+def failing(x: Any) -> Any:
+    return x * 2
+
+
+def test_an_error_of_the_backward_pass_names_the_operation_and_the_line(device: Device) -> None:
+    x = Variable(np.ones((4, 8)))
+    own = register_vjp(failing, lambda g, y, x: g.nonsense)
+
+    def loss() -> Any:
+        hidden = np.exp(x) + 1
+        return np.sum(own(hidden))
+
+    with pytest.raises(AttributeError) as caught:
+        value_and_grad(loss, x)
+    notes = getattr(caught.value, "__notes__", caught.value.args)  # Python 3.10 has no notes
+    line = loss.__code__.co_firstlineno + 2
+    assert notes[-1] == (
+        "This is the derivative of what was recorded by autodiff.test_tape.failing "
+        f'in "{__file__}", line {line}, in loss.'
+    )
 
 
 def resident_bytes() -> int:

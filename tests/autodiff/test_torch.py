@@ -95,3 +95,22 @@ def test_gradient_is_not_copied() -> None:
 
     _, gradient = value_and_grad(loss, w)
     assert gradient.ctypes.data == tensors[0].data_ptr()
+
+
+def test_gradients_of_other_layouts() -> None:
+    """Sparse in all axes, as of a gather, or with elements still to be negated."""
+    w, index = Variable(np.ones((3, 2))), torch.tensor([[0, 1], [0, 0]])
+    _, gradient = value_and_grad(lambda: torch.sum(torch.gather(view(w), 0, index, sparse_grad=True)), w)
+    assert gradient.tolist() == [[2, 1], [0, 1], [0, 0]]
+
+    class Negated(torch.autograd.Function):  # type: ignore[name-defined, misc]
+        @staticmethod
+        def forward(ctx: Any, x: Any) -> Any:
+            return x.sum()
+
+        @staticmethod
+        def backward(ctx: Any, g: Any) -> Any:
+            return torch._neg_view(torch.full((3, 2), -2.0, dtype=torch.float64))
+
+    _, gradient = value_and_grad(lambda: Negated.apply(view(w)), w)
+    assert gradient.tolist() == [[2, 2]] * 3
