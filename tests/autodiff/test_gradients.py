@@ -319,10 +319,11 @@ def test_a_thread_that_could_work_for_two_losses(device: Device, w: Variable) ->
 
 def test_a_failed_loss_is_over_for_other_threads(device: Device, w: Variable) -> None:
     """Though its exception, and with it the frame of its call, is kept."""
-    with pytest.raises(ZeroDivisionError) as kept:
-        value_and_grad(lambda: np.sum(w) / (1 / 0), w)
-    assert kept.value.__traceback__ is not None
-    assert in_a_thread(lambda: float(np.sum(w))) == 6
+    for variables in (w, lambda: [w]):
+        with pytest.raises(ZeroDivisionError) as kept:
+            value_and_grad(lambda: np.sum(w) / (1 / 0), variables)
+        assert kept.value.__traceback__ is not None
+        assert in_a_thread(lambda: float(np.sum(w))) == 6
 
 
 # -- libraries that a loss lacks
