@@ -184,8 +184,8 @@ class Adam:
             loss: a function without arguments that computes with variables by NumPy or CuPy calls, or by PyTorch's or
                 JAX's; called once, while the device of the variables is CuPy's current one, unless `var_list` is a
                 function or they lie on several. What it returns is summed.
-            var_list: a Variable, any nesting of lists, tuples and dicts of them, or a function that returns such and is
-                called after the loss.
+            var_list: a Variable; any nesting of lists, tuples, dicts (in the order of their keys), generators and views
+                of dicts' values; or a function that returns such and is called after the loss.
             grad_loss: multiplies the gradient: a number, or an array of the loss's shape; None is 1. Not with
                 `grad_fn`.
             name: ignored, for compatibility with Keras.
@@ -201,6 +201,7 @@ class Adam:
                 loss depends on. Nothing has changed then.
             NotImplementedError: the loss uses an operation whose derivative is not known.
         """
+        var_list = _autodiff().structure(var_list)
         if grad_fn is None:
             with _device_of_all(var_list):
                 _, pairs = _autodiff().gradients(loss, var_list, grad_loss)
@@ -625,6 +626,7 @@ def _given_gradients(grad_fn: Any, grad_loss: Any) -> list[Any]:
 
 def _all_gradients(loss: Callable[[], Any], params: Any) -> list[tuple[Any, Variable]]:
     """(gradient, variable) pairs; raises where a variable has no gradient."""
+    params = _autodiff().structure(params)
     with _device_of_all(params):
         _, pairs = _autodiff().gradients(loss, params)
     without = [variable.name for gradient, variable in pairs if gradient is None]

@@ -253,6 +253,8 @@ def anything(value: Any) -> Any:
     return value
 
 
+N = Variable(np.array([1, 2, 3]), name="n", device="host")
+
 MISTAKES: list[tuple[type[Exception], str, Callable[[Adam, Variable, Variable], Any]]] = [
     (ArgumentTypeError, "not callable", lambda o, w, b: o.minimize(np.sum(w), [w])),
     (ArgumentTypeError, "not callable", lambda o, w, b: o.minimize(None, [w])),
@@ -265,7 +267,10 @@ MISTAKES: list[tuple[type[Exception], str, Callable[[Adam, Variable, Variable], 
     (ArgumentValueError, "got no pairs", lambda o, w, b: o.minimize(lambda: np.sum(w), [])),
     (ArgumentValueError, "Variables only", lambda o, w, b: o.minimize(lambda: np.sum(w), [w, w.value])),
     (ArgumentValueError, "Variables only", lambda o, w, b: o.minimize(lambda: np.sum(w), None)),
-    (ArgumentValueError, "Variables only", lambda o, w, b: o.minimize(lambda: np.sum(w), lambda: (x for x in [w]))),
+    (ArgumentValueError, "Variables only", lambda o, w, b: o.minimize(lambda: np.sum(w), lambda: (x for x in [3]))),
+    (ArgumentTypeError, "has no order", lambda o, w, b: o.minimize(lambda: np.sum(w), {w, b})),
+    (ArgumentTypeError, "can be sorted", lambda o, w, b: o.minimize(lambda: np.sum(w), {1: w, "b": b})),
+    (ArgumentTypeError, "variable 'n' must be of real", lambda o, w, b: o.minimize(lambda: np.sum(w), [w, N])),
     (ArgumentValueError, "Variables only", lambda o, w, b: o.get_updates(lambda: np.sum(w), [w, "b"])),
     (ArgumentValueError, "grad_loss", lambda o, w, b: o.minimize(lambda: w * w, [w], grad_loss=np.ones(2))),
     (ArgumentValueError, "overwritten", lambda o, w, b: o.minimize(lambda: overwriting(w), [w])),

@@ -13,7 +13,7 @@ Values never leave their device: everything is done by NumPy functions, which ha
 """
 
 from gpu_adam.autodiff import einsum, elementwise, fft, indexing, linalg, reductions, shapes  # noqa: F401  # fill the table
-from gpu_adam.autodiff.gradients import flatten, gradients, value_and_grad
+from gpu_adam.autodiff.gradients import flatten, gradients, structure, value_and_grad
 from gpu_adam.autodiff.rules import register_vjp
 
-__all__ = ["flatten", "gradients", "register_vjp", "value_and_grad"]
+__all__ = ["flatten", "gradients", "register_vjp", "structure", "value_and_grad"]

@@ -2,7 +2,7 @@
 
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set, ValuesView
 from typing import Any
 
 import numpy as np
@@ -59,6 +59,7 @@ def value_and_grad(loss: Loss, variables: Any) -> tuple[Any, Any]:
         >>> float(value), gradient
         (25.0, array([6.+8.j]))
     """
+    variables = structure(variables)
     value, pairs = gradients(loss, variables)
     return value, _in_structure(variables, iter([gradient for gradient, _ in pairs]))
 
@@ -68,8 +69,7 @@ def gradients(loss: Loss, variables: Any, grad_loss: Any = None) -> tuple[Any, l
 
     Args:
         loss: as for `value_and_grad`.
-        variables: a `Variable` or any nesting of lists, tuples and dicts of them (dicts in the order of their keys),
-            or a function returning such, called after the loss.
+        variables: as for `value_and_grad`, or a function returning such, called after the loss.
         grad_loss: the gradient of something further with respect to the loss, which multiplies it: a number, or an
             array of the shape of the loss; for a list of losses a list of such.  None is 1.
     """
@@ -138,18 +138,38 @@ def _called(loss: Loss, tape: Tape) -> Any:
     return call(loss, tape)
 
 
-def flatten(variables: Any) -> list[Variable]:
-    """The variables in a nested structure, dicts in the order of their keys.
+def structure(variables: Any) -> Any:
+    """A nesting of variables as lists and dicts in the order of their keys, which can be gone through again and again.
+
+    Args:
+        variables: a `Variable`, or any nesting of lists, tuples, dicts, iterators and views of dicts' values; or a
+            function that returns such, which stays as it is.
 
     Raises:
+        ArgumentTypeError: a set, which has no order; a dict whose keys have none; a variable without derivatives.
         ArgumentValueError: there is something else in it.
     """
+    return variables if callable(variables) else _ordered(variables)
+
+
+def _ordered(variables: Any) -> Any:
     if isinstance(variables, Variable):
-        return [variables]
-    if isinstance(variables, (list, tuple)):
-        return [variable for item in variables for variable in flatten(item)]
-    if isinstance(variables, dict):
-        return [variable for key in sorted(variables) for variable in flatten(variables[key])]
+        if variables.dtype.kind not in "fcV":  # "V": the dtypes of ml_dtypes
+            argument, rule = f"variable {variables.name!r}", "must be of real or complex floating-point numbers"
+            raise ArgumentTypeError(argument, rule, variables.dtype, "make it with dtype='float32', say")
+        return variables
+    if isinstance(variables, (list, tuple, Iterator, ValuesView)):
+        return [_ordered(item) for item in variables]
+    if isinstance(variables, Mapping):
+        try:
+            keys = sorted(variables)
+        except TypeError as error:
+            rule = "must have keys that can be sorted, where it is a dict"
+            raise ArgumentTypeError("var_list", rule, list(variables), "use texts only, say, or pass a list") from error
+        return {key: _ordered(variables[key]) for key in keys}
+    if isinstance(variables, Set):
+        got = f"a {type(variables).__name__}, which has no order"
+        raise ArgumentTypeError("var_list", "must hold the variables in an order", got, "pass a list")
     raise ArgumentValueError(
         "var_list",
         "must hold Variables only",
@@ -158,13 +178,26 @@ def flatten(variables: Any) -> list[Variable]:
     )
 
 
-def _in_structure(variables: Any, found: Iterator[Any]) -> Any:
-    if isinstance(variables, Variable):
+def flatten(variables: Any) -> list[Variable]:
+    """The variables in a nesting, in the order of `structure`, whose errors it raises."""
+    return list(_leaves(_ordered(variables)))
+
+
+def _leaves(ordered: Any) -> Iterator[Variable]:
+    if isinstance(ordered, Variable):
+        yield ordered
+    else:
+        for item in ordered.values() if isinstance(ordered, dict) else ordered:
+            yield from _leaves(item)
+
+
+def _in_structure(ordered: Any, found: Iterator[Any]) -> Any:
+    if isinstance(ordered, Variable):
         return next(found)
-    if isinstance(variables, (list, tuple)):
-        return [_in_structure(item, found) for item in variables]
-    if isinstance(variables, dict):
-        return {key: _in_structure(variables[key], found) for key in sorted(variables)}
+    if isinstance(ordered, list):
+        return [_in_structure(item, found) for item in ordered]
+    if isinstance(ordered, dict):
+        return {key: _in_structure(item, found) for key, item in ordered.items()}
     return list(found)  # a function returned them
 
 

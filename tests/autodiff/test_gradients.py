@@ -110,10 +110,32 @@ def test_independent_variables_have_no_gradient(device: Device, w: Variable, b: 
 
 
 def test_whole_numbers_have_no_gradient(device: Device, w: Variable) -> None:
-    n = Variable(np.array([1, 2, 3]))
-    _, (gw, gn) = value_and_grad(lambda: np.sum(w * n), [w, n])
-    assert gw.tolist() == [1, 2, 3]
-    assert gn is None
+    n = Variable(np.array([1, 2, 3]), name="n")
+    assert value_and_grad(lambda: np.sum(w * n), w)[1].tolist() == [1, 2, 3]
+    with pytest.raises(ArgumentTypeError, match=r"^variable 'n' must be of real or complex .* \(got int64\)"):
+        value_and_grad(lambda: np.sum(w * n), [w, n])
+
+
+def test_any_ordered_nesting_of_variables(device: Device, w: Variable) -> None:
+    """What can be gone through only once is gone through once."""
+    v = Variable(np.ones(3))
+    once: list[Any] = [iter([w, v]), (each for each in [w, v]), [iter([w]), (v,)], {"w": w, "v": v}.values()]
+    for nesting in [*once, [[w], {"v": v}.values()]]:
+        _, found = value_and_grad(lambda: np.sum(2 * w) + np.sum(3 * v), nesting)
+        assert [gradient.tolist() for gradient in leaves(found)] == [[2.0] * 3, [3.0] * 3]
+    _, found = value_and_grad(lambda: np.sum(2 * w) + np.sum(3 * v), {"b": iter([w]), "a": v})
+    assert list(found) == ["a", "b"]
+
+
+def test_nestings_without_an_order(device: Device, w: Variable) -> None:
+    nestings: list[tuple[Any, str]] = [({w}, "in an order"), ({1: w, "v": w}, "keys that can be sorted")]
+    for nesting, message in nestings:
+        with pytest.raises(ArgumentTypeError, match=f"^var_list must .*{message}"):
+            value_and_grad(lambda: np.sum(w), nesting)
+
+
+def leaves(nested: Any) -> list[Any]:
+    return [leaf for item in nested for leaf in leaves(item)] if isinstance(nested, list) else [nested]
 
 
 def test_gradients_are_arrays_of_their_own(device: Device, w: Variable) -> None:
@@ -198,7 +220,7 @@ def test_no_loss_at_all(device: Device, w: Variable) -> None:
         value_and_grad(list, w)
 
 
-@pytest.mark.parametrize("bad", [None, np.ones(3), "w", iter([])])
+@pytest.mark.parametrize("bad", [None, np.ones(3), "w", 3])
 def test_only_variables(device: Device, w: Variable, bad: Any) -> None:
     with pytest.raises(ArgumentValueError, match=r"must hold Variables only \(got an object of type <class"):
         value_and_grad(lambda: np.sum(w), [w, bad])
