@@ -4,10 +4,14 @@
 #include <stddef.h>
 #include <string.h>
 
-#include <utility>
-
 #if defined(__x86_64__)
 #include <immintrin.h>
+#endif
+
+// gpu_adam/devices/compiler.py asks for IEEE arithmetic; this is for a $CXX that adds words behind ours.
+#if defined(__FAST_MATH__) || (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__) || \
+    defined(__ASSOCIATIVE_MATH__) || defined(__RECIPROCAL_MATH__) || defined(__NO_SIGNED_ZEROS__)
+#error "the compiler relaxes arithmetic, and results would have other bits: leave out -ffast-math and its like"
 #endif
 
 #define __global__
@@ -16,9 +20,7 @@
 #define __launch_bounds__(...)
 
 static inline bool __isGlobal(const void*) { return true; }
-#ifndef __clang__
 #define __builtin_assume(condition)
-#endif
 
 static inline long long __double_as_longlong(double x) {
     long long bits;
@@ -71,14 +73,19 @@ struct FlushDenormals {
 #endif
 };
 
+// 0, 1, ..., N - 1 as a type: std::index_sequence, without the C++ library, which not every compiler has at hand.
+template <size_t...> struct Numbers {};
+template <size_t N, size_t... Found> struct Below : Below<N - 1, N - 1, Found...> {};
+template <size_t... Found> struct Below<0, Found...> { using Type = Numbers<Found...>; };
+
 // Call a kernel with arguments packed as for cuLaunchKernel: an array of pointers to them.
 template <typename... Parameters, size_t... Index>
-static inline void call(void (*kernel)(Parameters...), void** arguments, std::index_sequence<Index...>) {
+static inline void call(void (*kernel)(Parameters...), void** arguments, Numbers<Index...>) {
     kernel(*static_cast<Parameters*>(arguments[Index])...);
 }
 template <typename... Parameters>
 static inline void call(void (*kernel)(Parameters...), void** arguments) {
-    call(kernel, arguments, std::index_sequence_for<Parameters...>{});
+    call(kernel, arguments, typename Below<sizeof...(Parameters)>::Type());
 }
 
 // The entry point of a kernel, appended to its source text by gpu_adam/devices/compiler.py.

@@ -11,8 +11,6 @@
 #include <stdlib.h>
 #include <ucontext.h>
 
-#include <vector>
-
 #include "common.h"
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -40,10 +38,11 @@ namespace faithful {
 
 enum class State { runnable, at_barrier, at_shuffle, finished };
 constexpr size_t STACK = 256 * 1024;
+constexpr int MAX_THREADS = 1024;  // of a block, as on a GPU
 
 struct Fiber {
     ucontext_t context;
-    std::vector<char> stack;
+    char* stack;     // kept for later blocks
     State state;
     int line;        // of the barrier it waits at
     int shuffles;    // so far: picks one of two exchange buffers
@@ -51,13 +50,14 @@ struct Fiber {
     void* asan_stack;
 };
 
-static std::vector<Fiber> fibers;
+static Fiber fibers[MAX_THREADS];
+static int threads;  // of the block
 static ucontext_t scheduler;
 static void* scheduler_asan_stack;
 static const void* scheduler_bottom;
 static size_t scheduler_size;
 static int running;
-static uint64_t exchanged[2][1024];
+static uint64_t exchanged[2][MAX_THREADS];
 static void (*invoke)(void*);
 static void* invoked;
 
@@ -90,7 +90,7 @@ static void enter(int thread) {
     running = thread;
     threadIdx.x = static_cast<unsigned>(thread);
 #ifdef GPU_ADAM_ASAN
-    __sanitizer_start_switch_fiber(&scheduler_asan_stack, fibers[thread].stack.data(), STACK);
+    __sanitizer_start_switch_fiber(&scheduler_asan_stack, fibers[thread].stack, STACK);
 #endif
     swapcontext(&scheduler, &fibers[thread].context);
 #ifdef GPU_ADAM_ASAN
@@ -101,7 +101,6 @@ static void enter(int thread) {
 // Wake every warp whose lanes have all reached their shuffle.
 static bool release_warps() {
     bool released = false;
-    const int threads = static_cast<int>(fibers.size());
     for (int first = 0; first < threads; first += 32) {
         bool complete = false;
         for (int t = first; t < first + 32 && t < threads; ++t) complete |= fibers[t].state == State::at_shuffle;
@@ -117,11 +116,11 @@ static bool release_warps() {
 
 // Wake the block when all its threads wait at one barrier.
 static bool release_barrier() {
-    for (const Fiber& fiber : fibers) {
-        if (fiber.state != State::at_barrier) return false;
-        if (fiber.line != fibers[0].line) fail("its threads wait at different barriers");
+    for (int t = 0; t < threads; ++t) {
+        if (fibers[t].state != State::at_barrier) return false;
+        if (fibers[t].line != fibers[0].line) fail("its threads wait at different barriers");
     }
-    for (Fiber& fiber : fibers) fiber.state = State::runnable;
+    for (int t = 0; t < threads; ++t) fibers[t].state = State::runnable;
     return true;
 }
 
@@ -129,25 +128,28 @@ static void run_block(int block_size) {
     if (__start_gpu_adam_shared) {
         memset(__start_gpu_adam_shared, 0xff, static_cast<size_t>(__stop_gpu_adam_shared - __start_gpu_adam_shared));
     }
-    fibers.resize(static_cast<size_t>(block_size));
-    for (Fiber& fiber : fibers) {
-        fiber.stack.resize(STACK);
+    if (block_size > MAX_THREADS) fail("it has more threads than a block may have");
+    threads = block_size;
+    for (int t = 0; t < threads; ++t) {
+        Fiber& fiber = fibers[t];
+        if (!fiber.stack) fiber.stack = static_cast<char*>(malloc(STACK));
+        if (!fiber.stack) fail("there is no memory for the stacks of its threads");
         fiber.state = State::runnable;
         fiber.shuffles = 0;
         getcontext(&fiber.context);
-        fiber.context.uc_stack.ss_sp = fiber.stack.data();
+        fiber.context.uc_stack.ss_sp = fiber.stack;
         fiber.context.uc_stack.ss_size = STACK;
         fiber.context.uc_link = nullptr;
         makecontext(&fiber.context, body, 0);
     }
     for (int turn = 0;; ++turn) {
         int finished = 0;
-        for (int i = 0; i < block_size; ++i) {
-            const int thread = turn % 2 ? block_size - 1 - i : i;
+        for (int i = 0; i < threads; ++i) {
+            const int thread = turn % 2 ? threads - 1 - i : i;
             if (fibers[thread].state == State::runnable) enter(thread);
             finished += fibers[thread].state == State::finished;
         }
-        if (finished == block_size) return;
+        if (finished == threads) return;
         const bool warps = release_warps();
         if (!warps && !release_barrier()) fail("a barrier or shuffle is not reached by all of its threads");
     }

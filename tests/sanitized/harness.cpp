@@ -12,6 +12,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include <initializer_list>
+
 // The shim fills shared memory between and over the guards that the compiler may have put around shared arrays.
 __attribute__((no_sanitize("address"))) static void* fill(void* memory, int byte, size_t size) {
     for (volatile char* p = static_cast<volatile char*>(memory); size > 0; --size) *p++ = static_cast<char>(byte);
