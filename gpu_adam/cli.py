@@ -106,7 +106,8 @@ def info() -> None:
     for section, facts in sections:
         if section != "missing":
             for i, (label, value) in enumerate(facts):
-                table.add_row(Text("" if i else section, "bold"), label, Text(value))
+                # Paths may hold bytes that are no text, which no terminal takes.
+                table.add_row(Text("" if i else section, "bold"), label, Text(value.encode(errors="replace").decode()))
             table.add_section()
     console = Console()
     console.print(table)

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import gpu_adam
+from gpu_adam.devices import compiler
 
 ROOT = Path(gpu_adam.__file__).parents[1]
 
@@ -44,10 +45,20 @@ def environment(folders: tuple[Path, ...] = (), **variables: object) -> dict[str
     return {name: str(value) for name, value in chosen.items() if value is not None}
 
 
-def start(code: str, folders: tuple[Path, ...] = (), **variables: object) -> "subprocess.Popen[str]":
-    """Start a program with these environment variables."""
+def compiler_script(folder: Path, text: str) -> Path:
+    """A compiler of our own; "$@" are the arguments, `compile` the real one, in a hurry."""
+    path = folder / "compiler"
+    path.write_text(f'#!/bin/sh\ncompile() {{ {" ".join(compiler.command())} "$@" -O0; }}\n{text}\n')
+    path.chmod(0o755)
+    return path
+
+
+def start(
+    code: str, folders: tuple[Path, ...] = (), prefix: tuple[str | Path, ...] = (), **variables: object
+) -> "subprocess.Popen[str]":
+    """Start a program with these environment variables; `prefix` are the words of a command that runs it."""
     return subprocess.Popen(
-        [sys.executable, "-c", code],
+        [*prefix, sys.executable, "-c", code],
         env=environment(folders, **variables),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -63,6 +74,6 @@ def output_of(process: "subprocess.Popen[str]") -> str:
     return text.strip()
 
 
-def run(code: str, folders: tuple[Path, ...] = (), **variables: object) -> str:
+def run(code: str, folders: tuple[Path, ...] = (), prefix: tuple[str | Path, ...] = (), **variables: object) -> str:
     """What a program prints, which must succeed."""
-    return output_of(start(code, folders, **variables))
+    return output_of(start(code, folders, prefix, **variables))

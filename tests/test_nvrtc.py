@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from gpu_adam import kernels
-from gpu_adam.devices import compiler
+from gpu_adam.devices import libraries
 
 cupy = pytest.importorskip("cupy", reason="needs CuPy and NVRTC, of the extra cuda13 or cuda12", exc_type=ImportError)
 if getattr(cupy, "__emulated__", False):
@@ -46,10 +46,9 @@ QUICKLY = ("--Ofast-compile=max",) if VERSION[0] >= 13 else ()
 
 def kept(identity: str, suffix: str, make: Callable[[], bytes]) -> bytes:
     """What `make` returns, from the kernel cache or put there."""
-    path = compiler.cache_directory() / f"test-{hashlib.sha256(identity.encode()).hexdigest()[:32]}{suffix}"
+    path = libraries.directory() / f"test-{hashlib.sha256(identity.encode()).hexdigest()[:32]}{suffix}"
     if not path.exists():
         result = make()
-        path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f"{path.name}.{os.getpid()}")
         partial.write_bytes(result)
         partial.replace(path)

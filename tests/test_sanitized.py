@@ -14,7 +14,7 @@ from typing import NamedTuple
 import pytest
 
 from gpu_adam import kernels
-from gpu_adam.devices import compiler
+from gpu_adam.devices import compiler, libraries
 
 HARNESS = Path(__file__).parent / "sanitized" / "harness.cpp"
 
@@ -141,9 +141,8 @@ def built(cuda: Path, defines: list[str]) -> Path:
     texts = [path.read_text() for path in [HARNESS, *sorted(cuda.glob("*.cu*")), *sorted(cuda.glob("host/*.h"))]]
     call = [*compiler.command(), *flags(), *defines]
     identity = "\0".join([*texts, *call, compiler.compiler_version(tuple(compiler.command()))])
-    path = compiler.cache_directory() / f"test-{hashlib.sha256(identity.encode()).hexdigest()[:32]}"
+    path = libraries.directory() / f"test-{hashlib.sha256(identity.encode()).hexdigest()[:32]}"
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f"{path.name}.{os.getpid()}")
         call += [f"-I{cuda}", f"-I{cuda / 'host'}", "-o", str(partial), str(HARNESS)]
         compiled = subprocess.run(call, capture_output=True, text=True, check=False)

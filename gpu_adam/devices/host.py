@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from gpu_adam import kernels
-from gpu_adam.devices import compiler
+from gpu_adam.devices import compiler, libraries
 from gpu_adam.devices.base import Array, Device, Launch, StagedArray
 from gpu_adam.devices.native_pairs import (
     NUMPY,
@@ -148,7 +148,7 @@ class HostDevice(Device):
     def prepare_native(self, file: str, name: str, arguments: Sequence[np.ndarray]) -> Launch:
         """The same for an entry point in a C++ file of ``cuda/host/``, which the pool runs as it does a kernel's."""
         text = (kernels.directory() / "host" / file).read_text()
-        return _HostLaunch(self, _entry(ctypes.CDLL(compiler.library_file(text, file)), name), arguments)
+        return _HostLaunch(self, _entry(libraries.load(text, file), name), arguments)
 
     def is_capturing(self) -> bool:
         """Never."""
@@ -171,7 +171,7 @@ class HostDevice(Device):
             ("processor", compiler.processor_name()),
             ("threads", str(self.threads)),
             ("compiler", f"{shlex.join(command)}: {compiler.compiler_version(tuple(command))}"),
-            ("kernel cache", str(compiler.cache_directory())),
+            ("kernel cache", libraries.described()),
         ]
 
 
@@ -240,22 +240,20 @@ def _default_threads() -> int:
 
 
 @functools.cache
-def _library(source: Source, faithful: bool) -> ctypes.CDLL:
-    return ctypes.CDLL(
-        compiler.library_file(compiler.source_text(source, faithful=faithful), f"the kernels of {source.file}")
-    )
+def _library(source: Source, faithful: bool) -> Any:
+    return libraries.load(compiler.source_text(source, faithful=faithful), f"the kernels of {source.file}")
 
 
 @functools.cache
 def _pool() -> Any:
     text = (kernels.directory() / "host" / "pool.cpp").read_text()
-    launch = ctypes.CDLL(compiler.library_file(text, "the thread pool"))["launch_blocks"]
+    launch = libraries.load(text, "the thread pool")["launch_blocks"]
     launch.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_longlong, ctypes.c_int)
     launch.restype = None
     return launch
 
 
-def _entry(library: ctypes.CDLL, name: str) -> Any:
+def _entry(library: Any, name: str) -> Any:
     entry = library[f"{name}_entry"]
     entry.argtypes = (ctypes.c_void_p, ctypes.c_longlong, ctypes.c_longlong, ctypes.c_longlong, ctypes.c_int)
     entry.restype = None

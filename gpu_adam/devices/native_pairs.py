@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gpu_adam import kernels
-from gpu_adam.devices import compiler
+from gpu_adam.devices import libraries
 from gpu_adam.devices.pair_reader import ExpectedPairs
 from gpu_adam.devices.placement import placement_of
 from gpu_adam.devices.torch_tensors import TorchReader
@@ -187,7 +187,7 @@ def _layout_is_known() -> bool:
 def _library() -> Any:
     text = (kernels.directory() / "host" / "addresses.cpp").read_text()
     # PyDLL: the functions work on Python objects, under the interpreter's lock.
-    library = ctypes.PyDLL(compiler.library_file(text, "the address look-up"))
+    library = libraries.load(text, "the address look-up", ctypes.PyDLL)
     obj, pointer, size = ctypes.py_object, ctypes.c_void_p, ctypes.c_ssize_t
     library.read_pairs.argtypes, library.read_pairs.restype = (obj, pointer), ctypes.c_int
     library.array_addresses.argtypes = (obj, size, pointer, pointer)

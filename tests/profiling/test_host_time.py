@@ -5,11 +5,12 @@ import json
 import math
 import platform
 import sys
+from pathlib import Path
 
 import pytest
 
 import gpu_adam
-from gpu_adam.devices.compiler import library_file
+from gpu_adam.devices.compiler import compile_library
 from profiling import host_time
 
 
@@ -26,9 +27,10 @@ def test_the_best_round_of_each_checkout_counts() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads an ELF file")
-def test_functions_of_a_library_are_found() -> None:
-    path = library_file('extern "C" int one() { return 1; }\nextern "C" int one_ptsz() { return 1; }', "a test")
-    names = [name for name, offset in host_time._functions(path) if offset]
+def test_functions_of_a_library_are_found(tmp_path: Path) -> None:
+    text = 'extern "C" int one() { return 1; }\nextern "C" int one_ptsz() { return 1; }'
+    path = compile_library(text, "a test", tmp_path, tmp_path)
+    names = [name for name, offset in host_time._functions(str(path)) if offset]
     assert names.count("one") >= 2
 
 
