@@ -27,7 +27,7 @@ ADAM = {
     "weights",
 }  # fmt: skip
 VARIABLE = {
-    "assign", "assign_add", "assign_sub", "device", "dtype", "name", "ndim", "numpy", "over", "shape", "size",
+    "assign", "assign_add", "assign_sub", "constrain", "constraint", "device", "dtype", "name", "ndim", "numpy", "over", "shape", "size",
     "trainable", "value",
 }  # fmt: skip
 
@@ -64,9 +64,9 @@ def test_everything_public_says_what_it_does() -> None:
 def test_parameters() -> None:
     """Names and order of what users write by keyword or by position."""
     expected: dict[Any, list[str]] = {
-        gpu_adam.Adam.apply_gradients: ["self", "grads_and_vars", "name"],
+        gpu_adam.Adam.apply_gradients: ["self", "grads_and_vars", "name", "experimental_aggregate_gradients"],
         gpu_adam.Adam.build: ["self", "var_list"],
-        gpu_adam.Adam.add_slot: ["self", "var", "slot_name", "initializer"],
+        gpu_adam.Adam.add_slot: ["self", "var", "slot_name", "initializer", "shape"],
         gpu_adam.Adam.add_weight: [
             "self", "name", "shape", "dtype", "initializer", "trainable", "synchronization", "aggregation",
         ],
@@ -74,10 +74,12 @@ def test_parameters() -> None:
         gpu_adam.Adam.forget: ["self", "variable"],
         gpu_adam.Adam.replace: ["self", "old", "new", "index"],
         gpu_adam.Adam.set_weights: ["self", "weights"],
+        gpu_adam.Adam.export: ["self"],
+        gpu_adam.Adam.restore: ["self", "arrays"],
         gpu_adam.Adam.save: ["self", "path"],
         gpu_adam.Adam.load: ["self", "path"],
         gpu_adam.Adam.from_config: ["config", "custom_objects"],
-        gpu_adam.Variable: ["initial_value", "trainable", "name", "dtype", "device"],
+        gpu_adam.Variable: ["initial_value", "trainable", "name", "dtype", "device", "constraint"],
         gpu_adam.IndexedSlices: ["values", "indices", "dense_shape"],
         gpu_adam.set_device: ["device"],
         gpu_adam.get_device: [],
