@@ -27,8 +27,8 @@ ADAM = {
     "weights",
 }  # fmt: skip
 VARIABLE = {
-    "assign", "assign_add", "assign_sub", "constrain", "constraint", "device", "dtype", "name", "ndim", "numpy", "over", "shape", "size",
-    "trainable", "value",
+    "assign", "assign_add", "assign_sub", "constrain", "constraint", "device", "dtype", "name", "ndim", "numpy", "over",
+    "shape", "size", "trainable", "value",
 }  # fmt: skip
 
 
