@@ -118,13 +118,9 @@ def test_runs_without_a_row_in_common_say_so() -> None:
 
 
 @pytest.mark.usefixtures("small")
-@pytest.mark.parametrize(
-    ("only", "names"),
-    [("little", ["little", "little sparse"]), ("^little$", ["little"]), ("s[a-z]+$", ["little sparse"])],
-)
-def test_only_is_a_regular_expression(only: str, names: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(capsys, "bench", "--device", "host", "--only", only, "--json", "a.json")[0] == 0
-    assert [row.workload for row in Report.load(Path("a.json")).rows] == names
+def test_only_is_a_regular_expression(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(capsys, "bench", "--device", "host", "--only", "^little$", "--json", "a.json")[0] == 0
+    assert [row.workload for row in Report.load(Path("a.json")).rows] == ["little"]
 
 
 def test_the_documented_expression_finds_every_size_of_one_tensor() -> None:
