@@ -12,6 +12,17 @@
 //
 //     vhat_t  = max(vhat_{t-1}, v_t)                                           and takes the place of v_t in theta_t
 //
+// Around them, in this order:
+//
+//     g      <- sign g                            -1 to maximize, else 1
+//     g      <- g + l2 theta                      the gradient of l2/2 |theta|^2, as torch.optim.Adam's weight_decay
+//     theta  <- theta decay                       1 - lr weight_decay: AdamW, Loshchilov & Hutter, "Decoupled Weight
+//                                                 Decay Regularization", ICLR 2019 (arXiv:1711.05101), Algorithm 2
+//     average_t = momentum average_{t-1} + (1 - momentum) theta_t              of the updated theta
+//
+// sign and decay are 1.0 where they are not asked for, which changes no bit. 0.0 is not neutral for l2 (0 times infinity
+// is NaN), so the term is left out by a condition that is the same for all elements.
+//
 // The order of the operations, each rounded once, is that of tf.keras.optimizers.Adam: every device gives Keras' bits.
 #pragma once
 #include "slots.cuh"
@@ -21,11 +32,18 @@ struct StepScalars {
     StoredReal alpha;             // alpha_t
     StoredReal one_minus_beta_1;
     StoredReal one_minus_beta_2;
-    StoredReal epsilon;
+    StoredReal epsilon;           // "epsilon hat"
+    StoredReal sign;              // 1, or -1 to maximize
+    StoredReal l2;                // 0 where there is none
+    StoredReal decay;             // 1 where there is none
+    StoredReal momentum;          // of the average
+    StoredReal one_minus_momentum;
     StoredReal clip_value;        // bound of |g|, infinity where there is none
 };
 
 __device__ inline Element adam(Element e, Value g, const StepScalars& step) {
+    g = g * real(step.sign);
+    if (step.l2 != 0) g = g + e.theta * real(step.l2);
     e.m = e.m + (g - e.m) * real(step.one_minus_beta_1);
     e.v = e.v + (squared(g) - e.v) * real(step.one_minus_beta_2);
     Real second_moment = e.v;
@@ -33,7 +51,9 @@ __device__ inline Element adam(Element e, Value g, const StepScalars& step) {
         e.vhat = maximum(e.vhat, e.v);
         second_moment = e.vhat;
     }
+    e.theta = e.theta * real(step.decay);
     e.theta = e.theta - (e.m * real(step.alpha)) / (square_root(second_moment) + real(step.epsilon));
+    if constexpr (EMA) e.average = e.average * real(step.momentum) + e.theta * real(step.one_minus_momentum);
     return e;
 }
 

@@ -1,6 +1,7 @@
 // Dense update: every variable of one dtype in one launch.
 //
-// Scalars  of the step: by value, and `staged` is null; or, with GPU_ADAM_STAGED, from where `staged` points.
+// Scalars  of the step: by value, and `staged` is null; or, with GPU_ADAM_STAGED, those of the tensor's group from the
+//          array that `staged` points to.
 // Launch   any grid, any block of at most 256 threads in x; blocks stride over chunks, threads over a chunk's elements.
 // Memory   all slots of one tensor (slots.cuh) lie at one offset from a 16-byte boundary; no two tensors of a launch
 //          overlap. A gradient may equal, but not partly overlap, an array of its own tensor; it must not
@@ -14,10 +15,10 @@
 extern "C" __global__ void __launch_bounds__(256)
 dense(const TensorTable table, const double* factors, const long long factor_stride, const StepScalars scalars,
       const StepScalars* staged) {
-    const StepScalars step = STAGED ? *staged : scalars;
     for (long long index = blockIdx.x; index < table.chunks; index += gridDim.x) {
         const Chunk chunk = chunk_at(table, index);
         const Tensor tensor = table.tensors[chunk.tensor];
+        const StepScalars step = STAGED ? staged[tensor.group] : scalars;
         const Range range = {tensor.slots.at(chunk.begin), chunk.size};
         const Stored* const g = in_global_memory(table.gradients[chunk.tensor]) + chunk.begin;
         const bool packed = aligned(g + head_size(range.slots.theta, chunk.size));

@@ -7,6 +7,7 @@
 #include "numbers.cuh"
 
 constexpr bool AMSGRAD = GPU_ADAM_AMSGRAD;
+constexpr bool EMA = GPU_ADAM_EMA;  // an exponential moving average of the variable
 
 // A row: the slot's name, its type in memory, its type while computed with, whether this kernel has the slot. A macro,
 // because C++17 has no other way to go over the members of a struct by name; its users are five lines each.
@@ -14,7 +15,8 @@ constexpr bool AMSGRAD = GPU_ADAM_AMSGRAD;
     SLOT(theta, Stored, Value, true)                \
     SLOT(m, Stored, Value, true)                    \
     SLOT(v, StoredReal, Real, true)                 \
-    SLOT(vhat, StoredReal, Real, AMSGRAD)
+    SLOT(vhat, StoredReal, Real, AMSGRAD)           \
+    SLOT(average, Stored, Value, EMA)
 
 // The pointer `p`, which comes out of a table. Without this hint the compiler could not see that `p` points to global
 // memory, and would load through the slower generic path.

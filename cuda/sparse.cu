@@ -7,7 +7,7 @@
 //
 // Launch   any grid, any block of at most 256 threads in x.
 // Needs    keys sorted by sort.cu; all slots at one offset from a 16-byte boundary.
-// Scalars  as in dense.cu.
+// Scalars  by value, or with GPU_ADAM_STAGED from where `staged` points.
 // Order    rows that occur several times: 0 + first + second + ..., by position in the gradient. No atomics on numbers:
 //          the same bits for every launch shape.
 // count=0  every row moves by its momentum, as with a dense gradient of zeros. Rows out of range are not applied.

@@ -11,6 +11,7 @@ struct Tensor {
     Slots slots;
     long long size;         // elements, > 0
     long long first_chunk;
+    long long group;        // which of the staged scalars are its own
 };
 
 struct TensorTable {

@@ -22,9 +22,12 @@ from gpu_adam.hyperparameters import (
     DEFAULT_EPSILON,
     NO_CLIPPING,
     ClipAttribute,
+    Flavour,
     Hyperparameter,
     as_number,
     checked,
+    checked_flavour,
+    checked_patterns,
     evaluated,
 )
 from gpu_adam.kernels import COMPLEX_MODES, UpdateRule
@@ -40,7 +43,10 @@ from gpu_adam.step.controller import Controller
 from gpu_adam.uninterrupted import make_all
 from gpu_adam.variables import Variable, as_dtype, as_shape
 
-_KEYWORDS = ("clipnorm", "clipvalue", "global_clipnorm", "lr", "decay", "complex_mode")
+_KEYWORDS = (
+    *("clipnorm", "clipvalue", "global_clipnorm", "lr", "decay", "complex_mode", "weight_decay", "l2"),
+    *Flavour._fields,
+)
 
 
 class Adam:
@@ -51,6 +57,17 @@ class Adam:
         m    = m + (g - m) (1 - beta_1)
         v    = v + (g² - v) (1 - beta_2)             AMSGrad: vhat = max(vhat, v) takes the place of v below
         θ    = θ - α_t m / (√v + epsilon)            α_t = learning_rate √(1 - beta_2^t) / (1 - beta_1^t)
+
+    What the keywords add, in this order::
+
+        g    = clipped g, by value, then by norm     clipvalue, then clipnorm or global_clipnorm
+        g    = -g                                    maximize
+        g    = g + l2 θ                              l2: torch.optim.Adam's weight_decay
+        m, v as above
+        θ    = θ (1 - learning_rate weight_decay)    weight_decay: AdamW
+        θ    as above; with epsilon_form="paper"     θ = θ - learning_rate m' / (√v' + epsilon), where
+                                                     m' = m / (1 - beta_1^t), v' = v / (1 - beta_2^t)
+        average = ema_momentum average + (1 - ema_momentum) θ
 
     Args:
         learning_rate: finite; a number, a 0-d array or variable, a callable without arguments, or a schedule.
@@ -63,7 +80,11 @@ class Adam:
             norm, or ``global_clipnorm`` > 0 the L2 norm over all of them; ``decay`` >= 0 divides the learning rate by
             1 + decay (t - 1); ``lr`` >= 0 is an old name of learning_rate and wins over it; ``complex_mode`` is how
             complex variables are updated: "abs2" (default) with real v following |g|², so that rotating the phase of
-            all gradients rotates the steps, or "real_imag", the real and the imaginary part each as a real element.
+            all gradients rotates the steps, or "real_imag", the real and the imaginary part each as a real element;
+            ``weight_decay`` >= 0 and ``l2`` >= 0, None for none; ``maximize``; ``epsilon_form`` "hat" (default) or
+            "paper"; ``use_ema`` keeps each variable's moving average in the slot "average", which begins at the
+            variable's value, with ``ema_momentum`` in [0, 1] (0.99), and ``ema_overwrite_frequency``: after so many
+            steps the updated variables are overwritten by their averages.
 
     Callables and schedules are evaluated once per step; a schedule gets t - 1.
 
@@ -73,7 +94,7 @@ class Adam:
 
     References:
         Kingma & Ba, ICLR 2015, https://arxiv.org/abs/1412.6980; Reddi, Kale & Kumar, ICLR 2018,
-        https://arxiv.org/abs/1904.09237; https://www.tensorflow.org/versions/r2.0/api_docs/python/tf/keras/optimizers/Adam
+        https://arxiv.org/abs/1904.09237; Loshchilov & Hutter, ICLR 2019, https://arxiv.org/abs/1711.05101; https://www.tensorflow.org/versions/r2.0/api_docs/python/tf/keras/optimizers/Adam
     """
 
     def __init__(
@@ -106,7 +127,12 @@ class Adam:
             "beta_2": checked("beta_2", beta_2),
             "epsilon": DEFAULT_EPSILON if epsilon is None or _is_zero(epsilon) else checked("epsilon", epsilon),
             "decay": checked("decay", decay),
+            **{
+                name: 0.0 if kwargs.get(name) is None else checked(name, kwargs[name])
+                for name in ("weight_decay", "l2")
+            },
         }
+        self._flavour = checked_flavour(kwargs)
         self._amsgrad = truth_value("amsgrad", amsgrad)
         self._clip = NO_CLIPPING
         for keyword in ("clipvalue", "clipnorm", "global_clipnorm"):
@@ -117,7 +143,7 @@ class Adam:
             raise ArgumentValueError("complex_mode", rule, repr(complex_mode), "pass one of them")
         self._complex_mode: str = complex_mode
         self._state = AdamState(name or type(self).__name__, complex_mode)
-        self._controller = Controller(self._state)
+        self._controller = Controller(self._state, self._flavour)
 
     @property
     def amsgrad(self) -> bool:
@@ -167,7 +193,7 @@ class Adam:
     def _rule(self) -> UpdateRule:
         """Which update the present configuration asks for; the same object for the same configuration."""
         clip = self._clip
-        return _update_rule(self._complex_mode, self._amsgrad, clip.clips, clip.norm)
+        return _update_rule(self._complex_mode, self._amsgrad, clip.clips, clip.norm, self._flavour.use_ema)
 
     def minimize(
         self,
@@ -276,6 +302,8 @@ class Adam:
     beta_2 = Hyperparameter("beta_2", "Decay of the mean of squared gradients, in [0, 1).")
     epsilon = Hyperparameter("epsilon", "Added to the root of v, >= 0. Assigned here, 0 is 0.")
     decay = Hyperparameter("decay", "The learning rate is divided by 1 + decay (t - 1); >= 0.")
+    weight_decay = Hyperparameter("weight_decay", "Each step scales variables by 1 - learning_rate weight_decay; >= 0.")
+    l2 = Hyperparameter("l2", "So many times the variable is added to its gradient; >= 0.")
     clipvalue = ClipAttribute("clipvalue", "Bound of every gradient element's absolute value, > 0, or None.")
     clipnorm = ClipAttribute("clipnorm", "Bound of each gradient's L2 norm, > 0, or None. Applied after clipvalue.")
     global_clipnorm = ClipAttribute(
@@ -286,6 +314,56 @@ class Adam:
     def complex_mode(self) -> str:
         """How complex variables are updated: "abs2" or "real_imag"."""
         return self._complex_mode
+
+    @property
+    def flavour(self) -> Flavour:
+        """What the optimizer does besides plain Adam: maximize, epsilon_form, use_ema and its numbers."""
+        return self._flavour
+
+    def set_group(self, variables: Iterable[Any], **settings: Any) -> None:
+        """Give some variables numbers of their own; any number of groups takes one launch. Called again, it adds to it.
+
+        Args:
+            variables: those of the group; new ones are registered as by `build`.
+            **settings: ``learning_rate_multiplier``, ``weight_decay``, ``beta_1``, ``beta_2``, ``epsilon``: numbers, or
+                None for the optimizer's own.
+
+        Raises:
+            ArgumentTypeError, ArgumentValueError: what is no variable; an unknown name; a number outside its range.
+                Nothing has changed then.
+        """
+        self._controller.set_group(variables, self._rule(), settings)
+
+    def exclude_from_weight_decay(
+        self, var_list: Iterable[Any] | None = None, var_names: Iterable[str] | None = None
+    ) -> None:
+        """Let the weights of some variables not decay, whatever `weight_decay` and their group say.
+
+        Args:
+            var_list: variables; new ones are registered as by `build`.
+            var_names: regular expressions, searched for in the names of variables, also of those that come later.
+
+        Raises:
+            ArgumentTypeError, ArgumentValueError: what is no variable, or no regular expression. Nothing has changed
+                then.
+        """
+        patterns = checked_patterns(var_names)
+        self._controller.never_decay([] if var_list is None else var_list, self._rule(), patterns)
+
+    def overwrite_by_averages(self, var_list: Iterable[Any] | None = None) -> None:
+        """Overwrite variables by their moving averages, as at the end of a training.
+
+        Args:
+            var_list: which; default: all that have an average.
+
+        Raises:
+            ArgumentTypeError, ArgumentValueError, SlotNotFoundError: what is no variable of the optimizer, or has no
+                average. Nothing has changed then.
+        """
+        self._controller.overwrite_by_averages(var_list)
+
+    finalize_variable_values = overwrite_by_averages
+    """Keras's name."""
 
     # State.
 
@@ -556,6 +634,8 @@ class Adam:
             },
             "amsgrad": self.amsgrad,
             **({} if self.complex_mode == COMPLEX_MODES[0] else {"complex_mode": self.complex_mode}),
+            **{name: self._hyper[name] for name in ("weight_decay", "l2") if self._hyper[name]},
+            **self._flavour.config(),
         }
 
     @classmethod
@@ -587,7 +667,7 @@ class Adam:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._controller = Controller(self._state)
+        self._controller = Controller(self._state, self._flavour)
 
 
 _update_rule = functools.cache(UpdateRule)

@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from gpu_adam.errors import ArgumentValueError
-from gpu_adam.rules import BELOW_ONE, FINITE, FINITE_NOT_NEGATIVE, LIMITS, NOT_NEGATIVE, POSITIVE, Rule, real_number
+from gpu_adam.errors import ArgumentTypeError, ArgumentValueError
+from gpu_adam.rules import (
+    BELOW_ONE,
+    FINITE,
+    FINITE_NOT_NEGATIVE,
+    LIMITS,
+    NOT_NEGATIVE,
+    POSITIVE,
+    Rule,
+    real_number,
+    truth_value,
+)
 from gpu_adam.schedules import LearningRateSchedule
 from gpu_adam.variables import Variable
 
@@ -21,6 +33,10 @@ _RULES: dict[str, Rule] = {
     "beta_2": BELOW_ONE._replace(remedy="pass 0.999, say"),
     "epsilon": NOT_NEGATIVE._replace(remedy="pass 1e-7, say"),
     "decay": Rule("must be >= 0 and finite", FINITE_NOT_NEGATIVE.holds, "pass 0 for no decay"),
+    "weight_decay": Rule("must be >= 0 and finite", FINITE_NOT_NEGATIVE.holds, "pass 0 for no decay of weights"),
+    "l2": Rule("must be >= 0 and finite", FINITE_NOT_NEGATIVE.holds, "pass 0 for no penalty"),
+    "learning_rate_multiplier": FINITE._replace(remedy="pass 1 for the optimizer's learning rate"),
+    "ema_momentum": Rule("must lie in [0, 1]", lambda x: 0 <= x <= 1, "pass 0.99, say"),
     "clipnorm": _CLIPPING,
     "clipvalue": _CLIPPING,
     "global_clipnorm": _CLIPPING,
@@ -116,6 +132,124 @@ class Clip(NamedTuple):
 
 
 NO_CLIPPING = Clip(None, None, None)
+
+
+class Flavour(NamedTuple):
+    """What an optimizer does besides plain Adam, from its construction on.
+
+    Attributes:
+        maximize: whether it goes up along the gradient.
+        epsilon_form: one of EPSILON_FORMS.
+        use_ema: whether it keeps an exponential moving average of each variable, in the slot "average".
+        ema_momentum: share of the old average in the new one, in [0, 1].
+        ema_overwrite_frequency: after so many steps each variable is overwritten by its average; None for never.
+    """
+
+    maximize: bool = False
+    epsilon_form: str = "hat"
+    use_ema: bool = False
+    ema_momentum: float = 0.99
+    ema_overwrite_frequency: int | None = None
+
+    def config(self) -> dict[str, Any]:
+        """The constructor's arguments that are not the default ones."""
+        return {name: value for name, value in self._asdict().items() if value != getattr(PLAIN, name)}
+
+    def overwrites_at(self, step: int) -> bool:
+        """Whether step t ends with the averages in the variables' places."""
+        return self.ema_overwrite_frequency is not None and step % self.ema_overwrite_frequency == 0
+
+
+PLAIN = Flavour()
+EPSILON_FORMS = ("hat", "paper")
+"""To what epsilon is added: the root of v ("epsilon hat" of the paper's section 2), or that of v / (1 - beta_2^t)."""
+
+
+def checked_flavour(arguments: Mapping[str, Any]) -> Flavour:
+    """The flavour that the constructor's arguments ask for.
+
+    Raises:
+        ArgumentTypeError, ArgumentValueError: a value of the wrong kind or outside its range; a frequency of
+            overwriting without averages.
+    """
+    given = {name: value for name, value in arguments.items() if name in Flavour._fields}
+    for name in ("maximize", "use_ema"):
+        if name in given:
+            given[name] = truth_value(name, given[name])
+    if "ema_momentum" in given:
+        given["ema_momentum"] = as_number("ema_momentum", given["ema_momentum"])
+    flavour = Flavour(**given)
+    if flavour.epsilon_form not in EPSILON_FORMS:
+        rule = f"must be one of {', '.join(EPSILON_FORMS)}"
+        raise ArgumentValueError("epsilon_form", rule, repr(flavour.epsilon_form), "pass one of them")
+    frequency = flavour.ema_overwrite_frequency
+    if frequency is not None:
+        if isinstance(frequency, bool) or not isinstance(frequency, (int, np.integer)) or frequency < 1:
+            rule = "must be a whole number >= 1, or None"
+            raise ArgumentValueError("ema_overwrite_frequency", rule, repr(frequency), "pass a number of steps")
+        if not flavour.use_ema:
+            rule = "must be None without use_ema=True"
+            raise ArgumentValueError("ema_overwrite_frequency", rule, frequency, "pass use_ema=True too")
+        flavour = flavour._replace(ema_overwrite_frequency=int(frequency))
+    return flavour
+
+
+def checked_patterns(patterns: Any) -> list[str]:
+    """Regular expressions as a list; None is none.
+
+    Raises:
+        ArgumentTypeError, ArgumentValueError: something that is no text, or no regular expression.
+    """
+    if patterns is None:
+        return []
+    if isinstance(patterns, (str, bytes)) or not hasattr(patterns, "__iter__"):
+        raise ArgumentTypeError("var_names", "must be a list of regular expressions", repr(patterns), "pass a list")
+    listed = list(patterns)
+    for number, pattern in enumerate(listed):
+        argument, rule = f"var_names[{number}]", "must be a regular expression"
+        if not isinstance(pattern, str):
+            raise ArgumentTypeError(argument, rule, type(pattern).__name__, "pass a text")
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ArgumentValueError(argument, rule, f"{pattern!r}: {error}", "correct it") from error
+    return listed
+
+
+class Settings(NamedTuple):
+    """What the updates of some variables take in place of the optimizer's hyperparameters; None where they take those.
+
+    Attributes:
+        learning_rate_multiplier: times the optimizer's learning rate.
+        weight_decay, beta_1, beta_2, epsilon: as the optimizer's.
+    """
+
+    learning_rate_multiplier: float = 1.0
+    weight_decay: float | None = None
+    beta_1: float | None = None
+    beta_2: float | None = None
+    epsilon: float | None = None
+
+    def updated(self, given: Mapping[str, Any]) -> Settings:
+        """These settings with others in place of some: numbers, or None for the optimizer's values.
+
+        Raises:
+            ArgumentTypeError, ArgumentValueError: an unknown name, no number, or one outside its range.
+        """
+        for name in given:
+            if name not in self._fields:
+                rule = f"must be one of {', '.join(self._fields)}"
+                raise ArgumentTypeError(f"keyword {name!r}", rule, "another", "correct or drop it")
+        numbers: dict[str, Any] = {
+            name: None if value is None else as_number(name, value) for name, value in given.items()
+        }
+        if numbers.get("learning_rate_multiplier", 1.0) is None:
+            numbers["learning_rate_multiplier"] = 1.0
+        return self._replace(**numbers)
+
+
+OWN_SETTINGS = Settings()
+"""Those of a variable for which nothing was set."""
 
 
 class PresentValue(float):

@@ -26,6 +26,8 @@ class Adam:
         learning_rate, beta_1, beta_2, epsilon, decay: Python numbers; may be changed between steps.
         amsgrad: whether vhat takes the place of v.
         iterations: steps done before.
+        weight_decay, l2, maximize, paper, ema: what the keywords of gpu_adam.Adam add; `paper` for the paper's form of
+            epsilon, `ema` the momentum of the averages.
     """
 
     def __init__(
@@ -38,6 +40,12 @@ class Adam:
         amsgrad: bool = False,
         decay: float = 0.0,
         iterations: int = 0,
+        *,
+        weight_decay: float = 0.0,
+        l2: float = 0.0,
+        maximize: bool = False,
+        paper: bool = False,
+        ema: float | None = None,
     ) -> None:
         self.variables: list[Array] = [np.array(value) for value in initial]
         self.m = [np.zeros_like(variable) for variable in self.variables]
@@ -45,6 +53,8 @@ class Adam:
         self.vhat = [np.zeros_like(variable) for variable in self.variables]
         self.learning_rate, self.beta_1, self.beta_2, self.epsilon = learning_rate, beta_1, beta_2, epsilon
         self.amsgrad, self.decay, self.iterations = amsgrad, decay, iterations
+        self.weight_decay, self.l2, self.maximize, self.paper, self.ema = weight_decay, l2, maximize, paper, ema
+        self.average = [variable.copy() for variable in self.variables]
 
     def step(self, gradients: Iterable[Any]) -> None:
         """One step with a gradient for each variable, or None."""
@@ -62,13 +72,27 @@ class Adam:
         real = theta.dtype.type
         g, theta, m, v = flushed(g), flushed(theta), flushed(m), flushed(v)
         one, beta_1, beta_2 = real(1), real(self.beta_1), real(self.beta_2)
+        g = -g if self.maximize else g
+        if self.l2:
+            g = flushed(g + flushed(theta * real(self.l2)))
         m = flushed(m + flushed(flushed(g - m) * (one - beta_1)))
         v = flushed(v + flushed(flushed(flushed(g * g) - v) * (one - beta_2)))
         self.m[k], self.v[k] = m, v
         if self.amsgrad:
             self.vhat[k] = v = np.where(self.vhat[k] < v, v, self.vhat[k])
-        divisor = flushed(flushed(np.sqrt(v)) + flushed(real(self.epsilon)))
+        epsilon = real(self.epsilon) * self._root(real) if self.paper else real(self.epsilon)
+        divisor = flushed(flushed(np.sqrt(v)) + flushed(epsilon))
+        if self.weight_decay:
+            rate = float(self.learning_rate) / (1 + self.decay * self.iterations)
+            theta = flushed(theta * real(1 - rate * self.weight_decay))
         self.variables[k] = flushed(theta - flushed(flushed(m * flushed(self._alpha(real))) / divisor))
+        if self.ema is not None:
+            kept = flushed(flushed(self.average[k]) * real(self.ema))
+            self.average[k] = flushed(kept + flushed(self.variables[k] * real(1 - self.ema)))
+
+    def _root(self, real: Any) -> Any:
+        power = _powf if real is np.float32 else math.pow
+        return np.sqrt(real(1) - real(power(real(self.beta_2), float(self.iterations + 1))))
 
     def _alpha(self, real: Any) -> Any:
         """(lr sqrt(1 - beta_2^t)) / (1 - beta_1^t), by the C library's power functions."""
@@ -77,8 +101,7 @@ class Adam:
         rate = real(self.learning_rate)
         if self.decay > 0:
             rate = rate / (one + real(self.decay) * real(self.iterations))
-        root = np.sqrt(one - real(power(real(self.beta_2), t)))
-        return (rate * root) / (one - real(power(real(self.beta_1), t)))
+        return (rate * self._root(real)) / (one - real(power(real(self.beta_1), t)))
 
 
 def flushed(x: Any) -> Array:

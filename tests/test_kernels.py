@@ -112,10 +112,11 @@ def output_of(statements: list[str], rule: kernels.UpdateRule, dtype: str, folde
 # Slots.
 
 
+@pytest.mark.parametrize("ema", [False, True])
 @pytest.mark.parametrize("amsgrad", [False, True])
-def test_the_two_lists_of_slots_agree(amsgrad: bool, tmp_path: Path) -> None:
+def test_the_two_lists_of_slots_agree(amsgrad: bool, ema: bool, tmp_path: Path) -> None:
     """Name, order, size of an element and presence; complex64, whose real and complex elements differ in size."""
-    rule = kernels.UpdateRule(amsgrad=amsgrad)
+    rule = kernels.UpdateRule(amsgrad=amsgrad, ema=ema)
     show = "#define SHOW(slot, Memory, Register, present) "
     show += 'printf(#slot " %zu %zu %d\\n", sizeof(Memory), sizeof(Register), bool(present));'
     lines = output_of([show, "GPU_ADAM_SLOTS(SHOW)"], rule, "complex64", tmp_path).splitlines()
@@ -130,16 +131,21 @@ def test_moved_slots_and_absent_ones(tmp_path: Path) -> None:
     """A slot that a kernel has moves by elements; one that it has not stays null."""
     statements = [
         "alignas(16) static ComplexFloat complex[8]; static float real[8];",
-        "const Slots slots = {complex, complex, real, nullptr}, moved = slots.at(3);",
+        "const Slots slots = {complex, complex, real, nullptr, nullptr}, moved = slots.at(3);",
         'printf("%ld %ld %ld ", moved.theta - complex, moved.m - complex, moved.v - real);',
-        'printf("%d", moved.vhat == nullptr);',
+        'printf("%d %d", moved.vhat == nullptr, moved.average == nullptr);',
     ]
-    assert output_of(statements, kernels.UpdateRule(), "complex64", tmp_path) == "3 3 3 1"
+    assert output_of(statements, kernels.UpdateRule(), "complex64", tmp_path) == "3 3 3 1 1"
 
 
 def test_slots_of_a_rule() -> None:
-    names = {rule.amsgrad: [spec.name for spec in kernels.slots_of(rule)] for rule in kernels.update_rules()}
-    assert names == {False: ["m", "v"], True: ["m", "v", "vhat"]}
+    names = {(r.amsgrad, r.ema): [spec.name for spec in kernels.slots_of(r)] for r in kernels.update_rules()}
+    assert names == {
+        (False, False): ["m", "v"],
+        (True, False): ["m", "v", "vhat"],
+        (False, True): ["m", "v", "average"],
+        (True, True): ["m", "v", "vhat", "average"],
+    }
     assert kernels.slot_spec("vhat") is kernels.SLOT_SPECS[2]
     assert kernels.slot_spec("theta") is kernels.slot_spec("a user's") is None
 
@@ -157,12 +163,13 @@ def test_slots_of_a_rule() -> None:
 def test_dtypes_of_slots(dtype: str, mode: str, v: str) -> None:
     """Moving averages of |g|^2 are real in the mode "abs2"; a dtype that the kernels do not know gives itself."""
     variable = np.dtype(dtype)
-    assert [spec.dtype(variable, mode) for spec in kernels.SLOT_SPECS] == [variable, np.dtype(v), np.dtype(v)]
+    dtypes = {spec.name: spec.dtype(variable, mode) for spec in kernels.SLOT_SPECS}
+    assert dtypes == {"m": variable, "v": np.dtype(v), "vhat": np.dtype(v), "average": variable}
 
 
 def test_addresses_of_slots_that_are_missing_are_null() -> None:
-    assert kernels.slot_pointers({"m": 2, "theta": 1, "v": 3}) == (1, 2, 3, 0)
-    assert kernels.struct(kernels.SLOT_POINTERS, *kernels.slot_pointers({"vhat": 4})).tolist() == [(0, 0, 0, 4)]
+    assert kernels.slot_pointers({"m": 2, "theta": 1, "v": 3}) == (1, 2, 3, 0, 0)
+    assert kernels.struct(kernels.SLOT_POINTERS, *kernels.slot_pointers({"vhat": 4})).tolist() == [(0, 0, 0, 4, 0)]
 
 
 # Sources.
@@ -247,8 +254,8 @@ def test_kernel_names_are_all_global_functions(file: str) -> None:
 def test_variants_are_distinct_and_complete() -> None:
     variants = kernels.variants()
     assert len(set(variants)) == len(variants)
-    choices = itertools.product((False, True), repeat=2)
-    assert {(rule.amsgrad, rule.clips) for rule in kernels.update_rules()} == set(choices)
+    choices = [(a, c, e) for a, c, e in itertools.product((False, True), repeat=3) if not e or a == c]
+    assert {(rule.amsgrad, rule.clips, rule.ema) for rule in kernels.update_rules()} == set(choices)
     updates = {
         update(dtype, rule).source
         for dtype, update in itertools.product(DTYPES, (kernels.dense, kernels.sparse))
@@ -524,14 +531,14 @@ def test_fast_mode_gives_the_reference_bits(dtype: str, mode: str) -> None:
 
 def test_staged_scalars_give_the_same_bits() -> None:
     """Read through the pointer, and not from the argument, which holds other numbers."""
-    scalars = kernels.struct(kernels.step_scalars("float32"), 0.01, 0.1, 0.001, 1e-7, 0.75)
+    scalars = kernels.struct(kernels.step_scalars("float32"), 0.01, 0.1, 0.001, 1e-7, -1, 0.5, 0.9, 0, 1, 0.75)
     garbage, null = np.full_like(scalars, np.nan), kernels.pointer(0)
     results = []
     for staged in (False, True):
         rng = np.random.default_rng(1)
         theta, m, v, g = (np.abs(numbers(rng, 37, "float32")) for _ in range(4))
         addresses = {name: array.ctypes.data for name, array in (("theta", theta), ("m", m), ("v", v))}
-        tensor = kernels.struct(kernels.TENSOR, kernels.slot_pointers(addresses), 37, 0)
+        tensor = kernels.struct(kernels.TENSOR, kernels.slot_pointers(addresses), 37, 0, 0)
         gradients, chunk_tensor = np.array([g.ctypes.data], np.uint64), np.zeros(1, np.int32)
         places = [array.ctypes.data for array in (tensor, gradients, chunk_tensor)]
         table = kernels.struct(kernels.TENSOR_TABLE, *places, 1)

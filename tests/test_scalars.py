@@ -36,6 +36,9 @@ def some_beta(draw: random.Random) -> float:
     return draw.choice([draw.choice(special), draw.random(), 1 - 10 ** draw.uniform(-7, 0)])
 
 
+NONE = {"weight_decay": 0.0, "l2": 0.0}
+
+
 def some_count(draw: random.Random, *betas: float) -> int:
     """Steps done: any number, and often one near which a power of a beta stops to matter."""
     beta = draw.choice(betas)
@@ -55,9 +58,11 @@ def test_bits_of_the_plain_formula(dtype: str) -> None:
             "beta_2": beta_2,
             "epsilon": draw.choice([0.0, 10 ** draw.uniform(-37, 3)]),
             "decay": draw.choice([0.0, 10 ** draw.uniform(-10, 3)]),
+            **NONE,
         }
         count = some_count(draw, beta_1, beta_2)
-        found = Scalars(hyper, count).for_real(dtype)
+        *found, sign, l2, scale, _, _ = Scalars(hyper, count).for_real(dtype)
+        assert (sign, l2, scale) == (1, 0, 1)
         assert_same_bits(np.array(found, dtype), expected(hyper, count, dtype), f"{hyper} after {count} steps")
         assert all(type(number) is float for number in found)
         assert [float(np.dtype(dtype).type(number)) for number in found] == list(found)
@@ -66,7 +71,7 @@ def test_bits_of_the_plain_formula(dtype: str) -> None:
 @pytest.mark.parametrize("decay", [0.0, 1e38])
 def test_an_overflow_warns(decay: float) -> None:
     """alpha_t beyond float32's range is infinite as in float32 arithmetic, and so is what decay divides by."""
-    hyper = {"learning_rate": 3e38, "beta_1": 0.9, "beta_2": 0.0, "epsilon": 1e-7, "decay": decay}
+    hyper = {"learning_rate": 3e38, "beta_1": 0.9, "beta_2": 0.0, "epsilon": 1e-7, "decay": decay, **NONE}
     with pytest.warns(RuntimeWarning, match="overflow"):
         alpha = Scalars(hyper, 5).for_real("float32")[0]
     assert alpha == (0.0 if decay else math.inf)
@@ -86,7 +91,7 @@ def test_each_value_is_read_once() -> None:
         return read
 
     names = ["learning_rate", "beta_1", "beta_2", "epsilon"]
-    scalars = Scalars({**{name: reading(name) for name in names}, "decay": 0.0}, 3)
+    scalars = Scalars({**{name: reading(name) for name in names}, "decay": 0.0, **NONE}, 3)
     assert scalars.for_real("float32") == scalars.for_real("float32")
     scalars.for_real("float64")
     assert calls == names

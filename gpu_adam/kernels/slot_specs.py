@@ -24,11 +24,13 @@ class SlotSpec:
         name: of the slot, as in the paper and in C++.
         is_real: whether an element is real where the variable's is complex, as the moving averages of |g|^2 are.
         exists: whether the update of a rule has the slot.
+        begins_at_variable: whether a new slot holds the variable's values, else zeros.
     """
 
     name: str
     is_real: bool
     exists: Callable[[UpdateRule], bool]
+    begins_at_variable: bool = False
 
     def dtype(self, variable_dtype: np.dtype, complex_mode: str) -> np.dtype:
         """The slot's dtype beside a variable of that dtype.
@@ -46,6 +48,7 @@ SLOT_SPECS = (
     SlotSpec("m", is_real=False, exists=lambda rule: True),
     SlotSpec("v", is_real=True, exists=lambda rule: True),
     SlotSpec("vhat", is_real=True, exists=lambda rule: rule.amsgrad),
+    SlotSpec("average", is_real=False, exists=lambda rule: rule.ema, begins_at_variable=True),
 )
 
 

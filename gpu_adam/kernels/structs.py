@@ -19,14 +19,17 @@ _POINTER, _INTEGER = np.uint64, np.int64
 @functools.cache
 def step_scalars(real_dtype: str) -> np.dtype:
     """``StepScalars`` of adam_math.cuh, for a dtype whose real numbers are of `real_dtype`."""
-    names = ("alpha", "one_minus_beta_1", "one_minus_beta_2", "epsilon", "clip_value")
-    return np.dtype([(name, real_dtype) for name in names], align=True)
+    adam = ("alpha", "one_minus_beta_1", "one_minus_beta_2", "epsilon")
+    others = ("sign", "l2", "decay", "momentum", "one_minus_momentum", "clip_value")
+    return np.dtype([(name, real_dtype) for name in (*adam, *others)], align=True)
 
 
 SLOT_POINTERS = np.dtype([(name, _POINTER) for name in ("theta", *(spec.name for spec in SLOT_SPECS))], align=True)
 """``Slots`` of slots.cuh: where a variable and its slots lie; a slot that the rule has not is null."""
 
-TENSOR = np.dtype([("slots", SLOT_POINTERS), ("size", _INTEGER), ("first_chunk", _INTEGER)], align=True)
+TENSOR = np.dtype(
+    [("slots", SLOT_POINTERS), *((name, _INTEGER) for name in ("size", "first_chunk", "group"))], align=True
+)
 """``Tensor`` of tensor_table.cuh."""
 
 TENSOR_TABLE = np.dtype(

@@ -40,12 +40,14 @@ class UpdateRule(NamedTuple):
         amsgrad: whether the update keeps and uses the maximum of ``v``.
         clips: whether gradients are clipped in any way, by value or by norm.
         norm: which norm gradients are clipped by: None, "each" variable's own, or the "global" one over all variables.
+        ema: whether the update keeps an exponential moving average of the variable.
     """
 
     complex_mode: str = "abs2"
     amsgrad: bool = False
     clips: bool = False
     norm: str | None = None
+    ema: bool = False
 
     def layout(self, dtype: np.dtype) -> Layout:
         """How a variable of that dtype appears to the kernels."""
@@ -53,10 +55,14 @@ class UpdateRule(NamedTuple):
             return Layout(DTYPES[dtype.name].real_dtype, 2)
         return Layout(dtype.name, 1)
 
+    @property
+    def switches(self) -> tuple[tuple[str, bool], ...]:
+        """What chooses the variant of an update: a name of the preprocessor, and whether it is on."""
+        return ("AMSGRAD", self.amsgrad), ("EMA", self.ema), ("CLIP", self.clips)
 
-def _switches(*, amsgrad: bool, clips: bool, staged: bool) -> tuple[str, ...]:
-    switches = {"AMSGRAD": amsgrad, "CLIP": clips, "STAGED": staged}
-    return (*(f"GPU_ADAM_{name}={int(on)}" for name, on in switches.items()), f"GPU_ADAM_CHUNK={CHUNK}")
+
+def _definitions(*switches: tuple[str, bool]) -> tuple[str, ...]:
+    return (*(f"GPU_ADAM_{name}={int(on)}" for name, on in switches), f"GPU_ADAM_CHUNK={CHUNK}")
 
 
 def tile_size(dtype_name: str) -> int:
@@ -73,17 +79,17 @@ def dense(dtype_name: str, rule: UpdateRule, *, staged: bool = False) -> Kernel:
         staged: whether the scalars of the step are read through the argument ``staged``, a pointer to device memory,
             instead of from the argument ``scalars``.
     """
-    return _update("dense", dtype_name, rule.amsgrad, rule.clips, staged)
+    return _update("dense", dtype_name, rule.switches, staged)
 
 
 def sparse(dtype_name: str, rule: UpdateRule, *, staged: bool = False) -> Kernel:
     """The update of one variable by some of its rows. Arguments as for dense."""
-    return _update("sparse", dtype_name, rule.amsgrad, rule.clips, staged)
+    return _update("sparse", dtype_name, rule.switches, staged)
 
 
 @functools.cache  # by what chooses the variant: rules that differ in nothing else have one kernel object
-def _update(name: str, dtype_name: str, amsgrad: bool, clips: bool, staged: bool) -> Kernel:
-    defines = (*DTYPES[dtype_name].defines, *_switches(amsgrad=amsgrad, clips=clips, staged=staged))
+def _update(name: str, dtype_name: str, switches: tuple[tuple[str, bool], ...], staged: bool) -> Kernel:
+    defines = (*DTYPES[dtype_name].defines, *_definitions(*switches, ("STAGED", staged)))
     if name == "sparse":
         defines += (f"GPU_ADAM_TILE={tile_size(dtype_name)}", f"GPU_ADAM_SORT_RUN={SORT_RUN}")
     return Kernel(Source(f"{name}.cu", defines), name)
@@ -92,7 +98,8 @@ def _update(name: str, dtype_name: str, amsgrad: bool, clips: bool, staged: bool
 @functools.cache
 def norm(dtype_name: str, kernel_name: str) -> Kernel:
     """A pass of the norms of gradients: square_sums, square_sums_of, clip_by_norm or clip_by_global_norm."""
-    defines = (*DTYPES[dtype_name].defines, *_switches(amsgrad=False, clips=True, staged=False))
+    switches = UpdateRule(clips=True).switches
+    defines = (*DTYPES[dtype_name].defines, *_definitions(*switches, ("STAGED", False)))
     return Kernel(Source("norm.cu", defines), kernel_name)
 
 
@@ -103,12 +110,16 @@ def sort(kernel_name: str) -> Kernel:
 
 
 def update_rules() -> list[UpdateRule]:
-    """One rule for each variant of the updates."""
-    return [UpdateRule(amsgrad=amsgrad, clips=clips) for amsgrad in (False, True) for clips in (False, True)]
+    """Rules for the variants of the updates that tests compile and profiling lists.
+
+    Each switch is on and off beside each choice of the others, but for the average, which is on alone and with all.
+    """
+    plain = [UpdateRule(amsgrad=amsgrad, clips=clips) for amsgrad in (False, True) for clips in (False, True)]
+    return [*plain, UpdateRule(ema=True), UpdateRule(amsgrad=True, clips=True, ema=True)]
 
 
 def variants() -> list[Source]:
-    """Every source that a step can ask for, once: tests compile these, and profiling lists them."""
+    """Sources that a step can ask for, each once, by these rules: tests compile them, and profiling lists them."""
     updates = [update(dtype, rule) for dtype in DTYPES for update in (dense, sparse) for rule in update_rules()]
     others = [*(norm(dtype, "square_sums") for dtype in DTYPES), sort("sort_rows")]
     return [kernel.source for kernel in (*updates, *others)]

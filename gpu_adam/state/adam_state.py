@@ -6,6 +6,7 @@ the values of all weights (`get_weights`, `set_weights`, files) does so by name,
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 
 from gpu_adam.devices import Array, Device
 from gpu_adam.errors import ArgumentValueError, SlotNotFoundError
+from gpu_adam.hyperparameters import OWN_SETTINGS, Settings
 from gpu_adam.kernels import UpdateRule, slots_of
 from gpu_adam.state.counter import checked_count
 from gpu_adam.state.door import Door
@@ -38,6 +40,8 @@ class AdamState:
         names: slot names in order of first creation. The same list for ever.
         registry: which object stands for which variable.
         slots: for each slot name the slots by variable, in order of creation.
+        settings: what was set for variables of their own, by `Adam.set_group`.
+        never_decayed: patterns of the names of variables whose weights do not decay.
         counter: the counter of steps done, an int64 on the host; one of `weights` from the first step or look at it on.
         index_errors: for each variable with a sparse gradient, where the kernels note rows out of range.
         layout: another object whenever a slot or a variable comes to lie elsewhere, or goes. Who has their addresses
@@ -52,6 +56,8 @@ class AdamState:
         self.names: list[str] = []
         self.registry = Registry()
         self.slots: dict[str, dict[Variable, Variable]] = {}
+        self.settings: dict[Variable, Settings] = {}
+        self.never_decayed: tuple[str, ...] = ()
         self.counter = Variable(np.int64(0), trainable=False, name=f"{name}/iter", device="host")
         self.index_errors: dict[Variable, Any] = {}
         self.layout = object()
@@ -99,6 +105,13 @@ class AdamState:
                 "call build([variable]) or apply_gradients first",
             )
         return found
+
+    def settings_of(self, variable: Variable) -> Settings:
+        """What a variable's updates take in place of the optimizer's hyperparameters."""
+        settings = self.settings.get(variable, OWN_SETTINGS)
+        if any(re.search(pattern, variable.name) for pattern in self.never_decayed):
+            return settings._replace(weight_decay=0.0)
+        return settings
 
     def slots_at(self, variables: Sequence[Variable], rule: UpdateRule) -> dict[str, list[Array]]:
         """For each slot of an update, in the order of the kernels' structs, the variables' arrays."""
@@ -188,6 +201,7 @@ class AdamState:
             del state[name]
         # As lists: a copied dict of variables would be filled before the variables are.
         state["slots"] = {name: list(owned.items()) for name, owned in self.slots.items()}
+        state["settings"] = list(self.settings.items())
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -195,6 +209,7 @@ class AdamState:
         self.alone = Door(self.name)
         self.index_errors, self.layout = {}, object()
         self.slots = {name: dict(owned) for name, owned in state["slots"].items()}
+        self.settings = dict(state["settings"])
         for owned in self.slots.values():
             for variable, slot in owned.items():
                 if not is_beside(slot, variable):

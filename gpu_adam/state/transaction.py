@@ -12,6 +12,7 @@ import numpy as np
 
 from gpu_adam.devices import Array, Device
 from gpu_adam.errors import ArgumentValueError
+from gpu_adam.hyperparameters import OWN_SETTINGS
 from gpu_adam.kernels import UpdateRule, slot_spec, slots_of
 from gpu_adam.state.adam_state import AdamState
 from gpu_adam.state.registry import News
@@ -66,6 +67,8 @@ class Transaction:
                 (state, "slots", tables),
                 (state, "counter", state.counter),
                 (state, "index_errors", dict(state.index_errors)),
+                (state, "settings", dict(state.settings)),
+                (state, "never_decayed", state.never_decayed),
                 *((state.registry, name, table) for name, table in state.registry.tables().items()),
             ]
             self._before = [
@@ -129,8 +132,11 @@ class Transaction:
             arrays: dict[Variable, Array] = {}
             for (device, variable_dtype), same in by_kind.items():
                 dtype = spec.dtype(variable_dtype, state.complex_mode)
-                zeros = device.zeros_beside([variable.value for variable in same], dtype)
-                arrays.update(zip(same, zeros, strict=True))
+                values = [variable.value for variable in same]
+                made = device.zeros_beside(values, dtype)
+                if spec.begins_at_variable:
+                    make_all([device.copy_call(made, values)])
+                arrays.update(zip(same, made, strict=True))
             self._add(missing, spec.name, [arrays[variable] for variable in missing])
 
     def add_slot(self, variable: Variable, name: str, initializer: Any, shape: tuple[int, ...] | None) -> Variable:
@@ -165,6 +171,20 @@ class Transaction:
         if name not in state.names:
             state.names.append(name)
 
+    def set_settings(self, variables: Sequence[Variable], given: Mapping[str, Any]) -> None:
+        """Let the updates of variables take other numbers than the optimizer's; see `Settings.updated`."""
+        self._remember()
+        state = self._state
+        settings = {variable: state.settings.get(variable, OWN_SETTINGS).updated(given) for variable in variables}
+        state.settings.update(settings)
+        state.layout = object()
+
+    def never_decay(self, patterns: Sequence[str]) -> None:
+        """Let the weights of variables whose names match one of these patterns not decay."""
+        self._remember()
+        self._state.never_decayed = tuple(dict.fromkeys([*self._state.never_decayed, *patterns]))
+        self._state.layout = object()
+
     def forget(self, variable: Variable) -> None:
         """Drop the slots of a variable, and what stands for it."""
         self._remember()
@@ -172,6 +192,7 @@ class Transaction:
         dropped = {id(owned.pop(variable)) for owned in state.slots.values() if variable in owned}
         state.weights[:] = [weight for weight in state.weights if id(weight) not in dropped]
         state.index_errors.pop(variable, None)
+        state.settings.pop(variable, None)
         state.registry.drop(variable)
         state.layout = object()
 
@@ -196,5 +217,7 @@ class Transaction:
             }
         state.weights[:] = [successors.get(id(weight), weight) for weight in state.weights]
         state.index_errors.pop(old, None)
+        if old in state.settings:
+            state.settings[new] = state.settings.pop(old)
         state.registry.drop(old)
         state.layout = object()

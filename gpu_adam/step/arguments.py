@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 import struct
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from gpu_adam import kernels
+from gpu_adam.devices import Device
 from gpu_adam.kernels import Layout
 
 
@@ -17,26 +19,38 @@ class UpdateArguments:
 
     Args:
         layout: how the variables' elements appear to the kernels.
+        device: where the kernel runs.
+        settings: how many different settings the variables have.
+        captured: whether the launch becomes part of a graph.
 
     Attributes:
         scalars: StepScalars, by value.
-        staged: address of StepScalars in device memory that take the place of `scalars`; null here.
+        is_staged: whether the kernel is to read its scalars from `staged`: one for each of several settings.
+        staged: address of an array of StepScalars in device memory that takes the place of `scalars`, or null.
         factors: address of the clip factors, null where gradients are not clipped by norm.
         factor_stride: 1 where each tensor has a factor of its own, 0 where one factor serves all.
         clip_value: bound of every element's absolute value, infinite where there is none; the last of `scalars`.
         sums: address of the partial sums of squares.
     """
 
-    def __init__(self, layout: Layout) -> None:
+    def __init__(self, layout: Layout, device: Device, settings: int = 1, *, captured: bool = False) -> None:
         real_dtype = kernels.DTYPES[layout.dtype].real_dtype
-        self.scalars = np.zeros(1, kernels.step_scalars(real_dtype))
+        self.is_staged = settings > 1
+        self._all = np.zeros(settings, kernels.step_scalars(real_dtype))
+        self.scalars = self._all[:1]
         self.staged, self.factors, self.factor_stride = kernels.pointer(0), kernels.pointer(0), kernels.scalar(0)
+        if self.is_staged:
+            self._table = device.staged(settings, self._all.dtype, captured=captured)
+            self.staged[0] = self._table.address
         numbers = self.scalars.view(real_dtype)
         self.clip_value, self.sums = numbers[-1:], kernels.pointer(0)
         # A third of the time of an assignment to NumPy's struct.
         form = struct.Struct(f"={len(numbers)}{numbers.dtype.char}")
         self._write = functools.partial(form.pack_into, numbers.data.cast("B"), 0)
 
-    def set_scalars(self, scalars: tuple[Any, ...]) -> None:
-        """Use the scalars of a step: alpha_t, 1 - beta_1, 1 - beta_2, epsilon, clip value."""
-        self._write(*scalars)
+    def set_scalars(self, scalars: Sequence[tuple[Any, ...]]) -> None:
+        """Use the scalars of a step: the fields of StepScalars, for each of the settings."""
+        self._write(*scalars[0])
+        if self.is_staged:
+            self._all[1:] = scalars[1:]
+            self._table.write(self._all)

@@ -10,13 +10,14 @@ from __future__ import annotations
 import functools
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from gpu_adam.devices import Device
 from gpu_adam.errors import ArgumentValueError
-from gpu_adam.hyperparameters import Clip
+from gpu_adam.hyperparameters import OWN_SETTINGS, Clip, Flavour
 from gpu_adam.kernels import UpdateRule
 from gpu_adam.nvtx import stage
 from gpu_adam.state.adam_state import AdamState
@@ -25,11 +26,11 @@ from gpu_adam.state.registry import News
 from gpu_adam.state.replace import successors
 from gpu_adam.state.transaction import Transaction
 from gpu_adam.step import request as requests
-from gpu_adam.step.capture import Graphs
+from gpu_adam.step.capture import Graph, Graphs
 from gpu_adam.step.plan import Plan, check_updatable
 from gpu_adam.step.request import Memo, Request
 from gpu_adam.step.scalars import Scalars
-from gpu_adam.uninterrupted import make_all
+from gpu_adam.uninterrupted import Call, make_all
 from gpu_adam.variables import Variable
 
 _enqueue = stage("update")(make_all)
@@ -41,10 +42,11 @@ class Controller:
 
     Args:
         state: what the steps change.
+        flavour: what they do besides plain Adam.
     """
 
-    def __init__(self, state: AdamState) -> None:
-        self._state = state
+    def __init__(self, state: AdamState, flavour: Flavour) -> None:
+        self._state, self._flavour = state, flavour
         self._graphs = Graphs()
         self._memos: OrderedDict[Any, Memo] = OrderedDict()
         self._memo: Memo | None = None
@@ -81,7 +83,7 @@ class Controller:
                     graph.check(pairs, is_first=not plan.is_launched)
                 gradients = plan.check(pairs, addresses)
                 done = check_countable(state.counter)
-                now = Scalars(hyper, done)
+                now = Scalars(hyper, done, self._flavour)
                 if now.are_called:
                     done = self._checked_after_calls(memo, pairs, addresses)
                 scalars = plan.scalars(now, clip)
@@ -96,7 +98,10 @@ class Controller:
                     change.note(plan.index_errors)
                     launches.bind(pairs, gradients)
                     count = functools.partial(state.counter.value.fill, done + 1)
-                    _enqueue([*launches.calls(scalars, clip), *memo.written_calls, count, *change.commit])
+                    calls = launches.calls(scalars, clip)
+                    if self._flavour.overwrites_at(done + 1):
+                        calls += self._overwriting(plan.variables, graph)
+                    _enqueue([*calls, *memo.written_calls, count, *change.commit])
                 if graph is None:
                     launches.release()
                 for variable in plan.constrained:
@@ -126,7 +131,8 @@ class Controller:
         if known is not None and known.is_of(request):
             memo = known
         else:
-            plan = Plan(request.variables, request.sparse, rule, moved) if known is None else known.plan
+            settings = self._state.settings_of
+            plan = Plan(request.variables, request.sparse, rule, moved, settings) if known is None else known.plan
             memo = Memo(plan, request, self._state.registry)
         addresses = memo.read(request.pairs)
         return request, memo, requests.unknown_addresses(len(request.pairs)) if addresses is None else addresses
@@ -147,17 +153,68 @@ class Controller:
             self._memos.clear()
             self._layout = self._state.layout
 
+    def _overwriting(self, variables: Sequence[Variable], graph: Graph | None) -> list[Call]:
+        """The calls that overwrite variables by their averages."""
+        if graph is not None:
+            rule = "must not overwrite variables by their averages, as every replay would do again"
+            remedy = "capture another step, or leave ema_overwrite_frequency out and call overwrite_by_averages()"
+            raise ArgumentValueError("a step captured in a graph", rule, "such a step", remedy)
+        by_device: dict[Device, list[Variable]] = {}
+        for variable in dict.fromkeys(variables):
+            by_device.setdefault(variable.device, []).append(variable)
+        averages = self._state.slots.get("average", {})
+        return [
+            device.copy_call([each.value for each in there], [averages[each].value for each in there])
+            for device, there in by_device.items()
+        ]
+
+    def overwrite_by_averages(self, objects: Iterable[Any] | None) -> None:
+        """Overwrite variables, all those with an average if none are named, by their averages."""
+        with self._state.alone():
+            if objects is None:
+                variables = list(self._state.slots.get("average", ()))
+            else:
+                variables = [self._known(obj, f"var_list[{number}]", News()) for number, obj in enumerate(objects)]
+            for variable in variables:
+                self._state.slot(variable, "average")  # which raises where there is none
+            make_all(self._overwriting(variables, None))
+
+    def set_group(self, objects: Iterable[Any], rule: UpdateRule, given: Mapping[str, Any]) -> None:
+        """Let the updates of variables take other numbers than the optimizer's; new ones are built."""
+        OWN_SETTINGS.updated(given)
+        self._build(objects, rule, "variables", lambda change, found: change.set_settings(found, given))
+
+    def never_decay(self, objects: Iterable[Any], rule: UpdateRule, patterns: Sequence[str]) -> None:
+        """Let the weights of variables, new ones among them, and of those with such names not decay."""
+
+        def exclude(change: Transaction, found: Sequence[Variable]) -> None:
+            change.set_settings(found, {"weight_decay": 0.0})
+            change.never_decay(patterns)
+
+        self._build(objects, rule, "var_list", exclude)
+
     def build(self, variables: Iterable[Any], rule: UpdateRule) -> None:
         """Create the slots of `variables` ahead of their first step."""
+        self._build(variables, rule, "var_list", lambda change, found: None)
+
+    def _build(
+        self,
+        objects: Iterable[Any],
+        rule: UpdateRule,
+        argument: str,
+        also: Callable[[Transaction, Sequence[Variable]], None],
+    ) -> None:
         with self._state.alone():
             news = News()
             find = self._state.registry.find
-            found = [find(obj, f"var_list[{number}]", news) for number, obj in enumerate(variables)]
+            found = [find(obj, f"{argument}[{number}]", news) for number, obj in enumerate(objects)]
             check_updatable(found, news.moved)
             with Transaction(self._state) as change:
                 change.ensure_counter()
                 change.adopt(news)
                 change.ensure_slots(found, rule)
+                also(change, found)
+            self._drop_what_moved()
 
     def add_slot(self, obj: Any, name: str, initializer: Any, shape: tuple[int, ...] | None) -> Variable:
         """A slot of a variable, created from an initializer where it does not exist."""

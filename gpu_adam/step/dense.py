@@ -36,6 +36,7 @@ class DenseTable:
         chunks = -(-table["size"] // kernels.CHUNK)
         ends = np.cumsum(chunks)
         table["first_chunk"] = ends - chunks
+        table["group"] = group.setting_numbers[filled]
         self.chunks = int(ends[-1]) if len(ends) else 0
         self.chunk_ends = device.array(ends)
         self._tensors = device.array(table.view(np.uint8))
@@ -59,9 +60,9 @@ class DenseLaunch:
         self._gradients = group.device.staged(max(1, self.tensors), np.dtype(np.uint64), captured=captured)
         tensor_table = kernels.struct(kernels.TENSOR_TABLE, *table.struct)
         tensor_table["gradients"] = self._gradients.address
-        self.arguments = arguments = UpdateArguments(group.layout)
+        self.arguments = arguments = UpdateArguments(group.layout, group.device, len(group.settings), captured=captured)
         self._launch = self.device.prepare(
-            kernels.dense(self.dtype, group.rule),
+            kernels.dense(self.dtype, group.rule, staged=arguments.is_staged),
             [tensor_table, arguments.factors, arguments.factor_stride, arguments.scalars, arguments.staged],
         )
         self._square_sums = None

@@ -9,6 +9,7 @@ import numpy as np
 
 from gpu_adam.devices import Array
 from gpu_adam.errors import ArgumentValueError
+from gpu_adam.hyperparameters import Settings
 from gpu_adam.kernels import UpdateRule
 from gpu_adam.step.gradients import as_array, check_shape, on_device
 from gpu_adam.step.index_errors import index_error
@@ -24,9 +25,12 @@ class DenseGroup:
         variables: the variables, none overlapping another.
         numbers: which pairs of the step are theirs.
         rule: of the update.
+        settings: of each variable.
 
     Attributes:
         variables, numbers, rule: as above.
+        settings: the different ones.
+        setting_numbers: which of them each variable has.
         device: where all of the variables lie.
         layout: how their elements appear to the kernels.
         filled: which of the variables have elements.
@@ -34,8 +38,13 @@ class DenseGroup:
         nbytes: size of each gradient.
     """
 
-    def __init__(self, variables: Sequence[Variable], numbers: Sequence[int], rule: UpdateRule) -> None:
+    def __init__(
+        self, variables: Sequence[Variable], numbers: Sequence[int], rule: UpdateRule, settings: Sequence[Settings]
+    ) -> None:
         self.variables, self.numbers, self.rule = list(variables), np.array(numbers, np.intp), rule
+        self.settings = list(dict.fromkeys(settings))
+        places = {each: place for place, each in enumerate(self.settings)}
+        self.setting_numbers = np.array([places[each] for each in settings], np.int64)
         self.device = variables[0].device
         self.layout = rule.layout(variables[0].dtype)
         sizes = np.array([variable.size for variable in variables], np.uint64)
@@ -107,13 +116,17 @@ class SparseGroup:
         variables: the variable, alone; at least one-dimensional.
         numbers: which pair of the step is its own, alone.
         rule: of the update.
+        settings: of the variable, alone.
 
     Raises:
         ArgumentValueError: a variable without rows.
     """
 
-    def __init__(self, variables: Sequence[Variable], numbers: Sequence[int], rule: UpdateRule) -> None:
+    def __init__(
+        self, variables: Sequence[Variable], numbers: Sequence[int], rule: UpdateRule, settings: Sequence[Settings]
+    ) -> None:
         self.variables, self.numbers, self.rule = list(variables), np.array(numbers, np.intp), rule
+        self.settings = list(settings)
         (self.variable,), (self.number,) = self.variables, numbers
         if self.variable.ndim == 0:
             raise ArgumentValueError(

@@ -140,7 +140,7 @@ class Launches:
             for update in self._updates:
                 update.release()
 
-    def calls(self, scalars: Sequence[tuple[Any, ...]], clip: Clip) -> list[Call]:
+    def calls(self, scalars: Sequence[Sequence[tuple[Any, ...]]], clip: Clip) -> list[Call]:
         """The calls that enqueue the whole step with the gradients bound last; to be made at once, and once."""
         for update, numbers in zip(self._updates, scalars, strict=True):
             update.arguments.set_scalars(numbers)

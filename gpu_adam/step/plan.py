@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,7 +11,7 @@ import numpy as np
 from gpu_adam import kernels
 from gpu_adam.devices import Array, Device
 from gpu_adam.errors import ArgumentValueError
-from gpu_adam.hyperparameters import Clip
+from gpu_adam.hyperparameters import Clip, Settings
 from gpu_adam.kernels import UpdateRule, dtype_row
 from gpu_adam.nvtx import stage
 from gpu_adam.state.adam_state import AdamState
@@ -35,8 +36,10 @@ class Plan:
         sparse: whether each pair's gradient names rows.
         rule: of the update.
         moved: the arrays that variables are about to move to, where their memory has moved.
+        settings: gives those of a variable.
 
     Attributes:
+        variables, rule: as above.
         index_errors: the note of rows out of range of each variable with a sparse gradient.
         constrained: the variables with a constraint, which is applied after the update.
 
@@ -46,10 +49,15 @@ class Plan:
     """
 
     def __init__(
-        self, variables: Sequence[Variable], sparse: Sequence[bool], rule: UpdateRule, moved: Mapping[Variable, Array]
+        self,
+        variables: Sequence[Variable],
+        sparse: Sequence[bool],
+        rule: UpdateRule,
+        moved: Mapping[Variable, Array],
+        settings: Callable[[Variable], Settings],
     ) -> None:
         check_updatable(variables, moved)
-        self.rule = rule
+        self.rule, self.variables = rule, list(variables)
         rounds: dict[Variable, int] = {}
         members: dict[Any, list[int]] = {}
         for number, variable in enumerate(variables):
@@ -58,7 +66,9 @@ class Plan:
             members.setdefault(key, []).append(number)
         in_order = sorted(members.items(), key=lambda item: item[0][0])
         self.groups = [
-            (SparseGroup if sparse[numbers[0]] else DenseGroup)([variables[n] for n in numbers], numbers, rule)
+            (SparseGroup if sparse[numbers[0]] else DenseGroup)(
+                [variables[n] for n in numbers], numbers, rule, [settings(variables[n]) for n in numbers]
+            )
             for _, numbers in in_order
         ]
         # One group has all pairs, in order: their addresses are its own.
@@ -75,8 +85,11 @@ class Plan:
             _check_constrained(
                 variable, [is_sparse for v, is_sparse in zip(variables, sparse, strict=True) if v is variable]
             )
-        self._real_dtypes = [kernels.DTYPES[group.layout.dtype].real_dtype for group in self.groups]
-        self._different = set(self._real_dtypes)
+        self._kinds = [
+            [(kernels.DTYPES[group.layout.dtype].real_dtype, settings) for settings in group.settings]
+            for group in self.groups
+        ]
+        self._different = list(dict.fromkeys(itertools.chain(*self._kinds)))
         self.index_errors: dict[Variable, IndexErrors] = {}
         self._launches: Launches | None = None
 
@@ -105,13 +118,17 @@ class Plan:
         return found
 
     @stage("read")
-    def scalars(self, now: Scalars, clip: Clip) -> list[tuple[Any, ...]]:
-        """The scalars that each group gets, in its dtype. Raises where they break a rule in that dtype."""
-        if len(self._different) == 1:
-            dtype = self._real_dtypes[0]
-            return [(*now.for_real(dtype), clip.value_in(dtype))] * len(self._real_dtypes)
-        by_dtype = {dtype: (*now.for_real(dtype), clip.value_in(dtype)) for dtype in self._different}
-        return [by_dtype[dtype] for dtype in self._real_dtypes]
+    def scalars(self, now: Scalars, clip: Clip) -> list[list[tuple[Any, ...]]]:
+        """The scalars of each group for each of its settings, in its dtype.
+
+        Raises:
+            ArgumentValueError: a value breaks its rule in that dtype.
+        """
+        if len(self._different) == 1:  # then a group has no more than one
+            dtype, settings = self._different[0]
+            return [[(*now.under(settings).for_real(dtype), clip.value_in(dtype))]] * len(self.groups)
+        by_kind = {kind: (*now.under(kind[1]).for_real(kind[0]), clip.value_in(kind[0])) for kind in self._different}
+        return [[by_kind[kind] for kind in kinds] for kinds in self._kinds]
 
     @property
     def is_launched(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import ctypes.util
 import functools
@@ -12,20 +13,22 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gpu_adam.errors import ArgumentValueError
-from gpu_adam.hyperparameters import as_number, evaluated
+from gpu_adam.hyperparameters import OWN_SETTINGS, PLAIN, Flavour, Settings, as_number, evaluated
 from gpu_adam.rules import LIMITS
 from gpu_adam.schedules import LearningRateSchedule
 
 _ONE = np.float32(1)
 _TINY, _LARGEST = LIMITS["float32"]
+_NEUTRAL = (1.0, 0.0, 1.0, 0.0, 1.0)
 
 
 class Scalars:
     """The hyperparameters' values at one step, each evaluated once.
 
     Args:
-        hyper: the stored values by name: learning_rate, beta_1, beta_2, epsilon, decay.
+        hyper: the stored values by name: learning_rate, beta_1, beta_2, epsilon, decay, weight_decay, l2.
         iterations: steps done before this one, t - 1.
+        flavour: what the optimizer does besides plain Adam.
 
     Attributes:
         are_called: whether one of the values came from code that is not ours: a callable, a schedule, an array.
@@ -34,10 +37,14 @@ class Scalars:
         ArgumentTypeError, ArgumentValueError: a callable's or schedule's value breaks its rule.
     """
 
-    __slots__ = ("are_called", "beta_1", "beta_2", "decay", "epsilon", "iterations", "learning_rate")
+    __slots__ = (
+        *("are_called", "beta_1", "beta_2", "decay", "epsilon", "iterations", "l2", "learning_rate", "weight_decay"),
+        "flavour",
+    )
 
-    def __init__(self, hyper: dict[str, Any], iterations: int) -> None:
-        self.iterations, self.decay = iterations, hyper["decay"]
+    def __init__(self, hyper: dict[str, Any], iterations: int, flavour: Flavour = PLAIN) -> None:
+        self.iterations, self.decay, self.flavour = iterations, hyper["decay"], flavour
+        self.weight_decay, self.l2 = hyper["weight_decay"], hyper["l2"]
         rate, beta_1, beta_2, epsilon = hyper["learning_rate"], hyper["beta_1"], hyper["beta_2"], hyper["epsilon"]
         self.are_called = not type(rate) is type(beta_1) is type(beta_2) is type(epsilon) is float
         self.learning_rate: float = rate if type(rate) is float else _rate_now(rate, iterations)
@@ -45,28 +52,65 @@ class Scalars:
         self.beta_2: float = beta_2 if type(beta_2) is float else evaluated("beta_2", beta_2)
         self.epsilon: float = epsilon if type(epsilon) is float else evaluated("epsilon", epsilon)
 
-    def for_real(self, dtype: str) -> tuple[float, ...]:
-        """(alpha_t, 1 - beta_1, 1 - beta_2, epsilon), every operation rounded in `dtype` as the reference does.
+    def under(self, settings: Settings) -> Scalars:
+        """The values for variables with settings of their own."""
+        if settings is OWN_SETTINGS:
+            return self
+        own = copy.copy(self)
+        own.learning_rate = self.learning_rate * settings.learning_rate_multiplier
+        for name in ("weight_decay", "beta_1", "beta_2", "epsilon"):
+            value = getattr(settings, name)
+            if value is not None:
+                setattr(own, name, value)
+        return own
 
-        alpha_t = (lr_t sqrt(1 - beta_2^t)) / (1 - beta_1^t) with lr_t = lr / (1 + decay (t - 1)).
+    def for_real(self, dtype: str) -> tuple[float, ...]:
+        """What the kernels take, every operation rounded in `dtype` as the reference does.
+
+            alpha_t = (lr_t sqrt(1 - beta_2^t)) / (1 - beta_1^t)      lr_t = lr / (1 + decay (t - 1))
+            epsilon, or epsilon sqrt(1 - beta_2^t) in the paper's form
+            1 - lr_t weight_decay, in float64, rounded once
 
         Args:
             dtype: "float32" or "float64".
 
         Returns:
-            Python floats that `dtype` holds exactly.
+            The fields of StepScalars but the last, which bounds gradients: alpha_t, 1 - beta_1, 1 - beta_2, epsilon,
+            sign, l2, decay, momentum, 1 - momentum, as Python floats that `dtype` holds exactly.
 
         Raises:
             ArgumentValueError: rounding a value to `dtype` breaks its rule.
         """
-        return self._float64() if dtype == "float64" else self._float32()
+        adam = self._float64() if dtype == "float64" else self._float32()
+        if self.flavour is PLAIN and not self.weight_decay and not self.l2:
+            return adam + _NEUTRAL
+        return adam + self._others(dtype)
+
+    def _others(self, dtype: str) -> tuple[float, ...]:
+        """sign, l2, decay, momentum, 1 - momentum."""
+        flavour, decay = self.flavour, 1.0
+        if self.weight_decay:
+            rate = self.learning_rate
+            if self.decay > 0:
+                rate = rate / (1.0 + self.decay * float(self.iterations))
+            decay = 1.0 - rate * self.weight_decay
+        numbers: tuple[float, ...] = (self.l2, decay, flavour.ema_momentum, 1.0 - flavour.ema_momentum)
+        if dtype == "float32":
+            for name, number in zip(("l2", "weight_decay"), numbers, strict=False):
+                if not -_LARGEST <= number <= _LARGEST:
+                    rule = "must be finite in float32, times the learning rate"
+                    raise ArgumentValueError(name, rule, number, "pass less, or use float64 variables")
+            numbers = tuple([c_float(number).value for number in numbers])
+        return (-1.0 if flavour.maximize else 1.0, *numbers)
 
     def _float64(self) -> tuple[float, ...]:
         t, rate = float(self.iterations + 1), self.learning_rate
         if self.decay > 0:
             rate = rate / (1.0 + self.decay * float(self.iterations))
-        alpha = (rate * math.sqrt(1.0 - math.pow(self.beta_2, t))) / (1.0 - math.pow(self.beta_1, t))
-        return alpha, 1.0 - self.beta_1, 1.0 - self.beta_2, self.epsilon
+        root = math.sqrt(1.0 - math.pow(self.beta_2, t))
+        alpha = (rate * root) / (1.0 - math.pow(self.beta_1, t))
+        epsilon = self.epsilon * root if self.flavour.epsilon_form == "paper" else self.epsilon
+        return alpha, 1.0 - self.beta_1, 1.0 - self.beta_2, epsilon
 
     def _float32(self) -> tuple[float, ...]:
         """In doubles, each result rounded once more by storing it in a C float: a fifth of the time of NumPy's scalars.
@@ -93,6 +137,8 @@ class Scalars:
             rate = stored.value
             stored.value = 1.0 - power_2
             stored.value = math.sqrt(stored.value)
+            if self.flavour.epsilon_form == "paper":
+                others = (*others[:2], c_float(others[2] * stored.value).value)
             stored.value = rate * stored.value
         if power_1:
             dividend = stored.value

@@ -62,7 +62,7 @@ class SparseLaunch:
         self.group, self.table = group, table
         self.device, self.dtype = group.device, group.layout.dtype
         self._errors = errors
-        self.arguments = arguments = UpdateArguments(group.layout)
+        self.arguments = arguments = UpdateArguments(group.layout, group.device)
         self._values, self._size = kernels.pointer(0), kernels.scalar(0)
         self._sorter = RowSorter(self.device, group.variable.shape[0], errors)
         sorter = self._sorter

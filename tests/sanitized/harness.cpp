@@ -101,10 +101,14 @@ static const StoredReal CLIP_VALUE = static_cast<StoredReal>(sizeof(Stored) == s
 template <typename T> static T bounded(T x) { return x < -CLIP_VALUE ? -CLIP_VALUE : x > CLIP_VALUE ? CLIP_VALUE : x; }
 template <typename T> static Complex<T> bounded(Complex<T> x) { return x; }
 
-static const StepScalars STEP = {StoredReal(0.01), StoredReal(0.1), StoredReal(0.001), StoredReal(1e-7), CLIP_VALUE};
+static const StepScalars STEP = {StoredReal(0.01), StoredReal(0.1),   StoredReal(0.001), StoredReal(1e-7), StoredReal(-1),
+                                 StoredReal(0.25), StoredReal(0.875), StoredReal(0.7),   StoredReal(0.3),  CLIP_VALUE};
+static const StepScalars NOTHING = {NAN, NAN, NAN, NAN, NAN, NAN, NAN, NAN, NAN, NAN};
 
 // How a kernel is given them: a staged one must not look at the argument, another one not at the pointer.
-static const StepScalars SCALARS = STAGED ? StepScalars{NAN, NAN, NAN, NAN, NAN} : STEP;
+static const StepScalars SCALARS = STAGED ? NOTHING : STEP;
+static const StepScalars GROUPS[] = {NOTHING, STEP};  // tensors are of the second
+static const StepScalars* const STAGED_GROUPS = STAGED ? GROUPS : nullptr;
 static const StepScalars* const STAGED_STEP = STAGED ? &STEP : nullptr;
 
 template <typename T> static T times(T x, double factor) { return static_cast<T>(static_cast<double>(x) * factor); }
@@ -120,30 +124,44 @@ template <typename T> static void average(T& m, T g, StoredReal rate) { m += (g 
 template <typename T> static void average(Complex<T>& m, Complex<T> g, StoredReal rate) {
     average(m.re, g.re, rate), average(m.im, g.im, rate);
 }
-template <typename T> static void descend(T& theta, T m, StoredReal divisor) { theta -= m * STEP.alpha / divisor; }
+template <typename T> static void descend(T& theta, T m, StoredReal divisor) {
+    theta *= STEP.decay;
+    theta -= m * STEP.alpha / divisor;
+}
 template <typename T> static void descend(Complex<T>& theta, Complex<T> m, StoredReal divisor) {
     descend(theta.re, m.re, divisor), descend(theta.im, m.im, divisor);
+}
+
+template <typename T> static T penalized(T g, T theta) { return g * STEP.sign + theta * STEP.l2; }
+template <typename T> static Complex<T> penalized(Complex<T> g, Complex<T> theta) {
+    return {penalized(g.re, theta.re), penalized(g.im, theta.im)};
+}
+template <typename T> static T smoothed(T old, T theta) { return old * STEP.momentum + theta * STEP.one_minus_momentum; }
+template <typename T> static Complex<T> smoothed(Complex<T> old, Complex<T> theta) {
+    return {smoothed(old.re, theta.re), smoothed(old.im, theta.im)};
 }
 
 // A variable with its slots, updated by the kernel, and the same one updated here.
 struct Pair {
     Buffer<Stored> theta, m;
     Buffer<StoredReal> v, vhat;
-    Buffer<Stored> expected_theta, expected_m;
+    Buffer<Stored> averaged, expected_theta, expected_m, expected_averaged;
     Buffer<StoredReal> expected_v, expected_vhat;
 
     Pair(long long n, int offset)
-        : theta(n, offset), m(n, offset), v(n, offset), vhat(n, offset), expected_theta(n), expected_m(n),
-          expected_v(n), expected_vhat(n) {
-        randomize(theta), randomize(m), randomize(v), randomize(vhat);
+        : theta(n, offset), m(n, offset), v(n, offset), vhat(n, offset), averaged(n, offset), expected_theta(n),
+          expected_m(n), expected_averaged(n), expected_v(n), expected_vhat(n) {
+        randomize(theta), randomize(m), randomize(v), randomize(vhat), randomize(averaged);
         for (long long i = 0; i < n; ++i) {
             v[i] = v[i] < 0 ? -v[i] : v[i];
             vhat[i] = vhat[i] < 0 ? -vhat[i] : vhat[i];
             expected_theta[i] = theta[i], expected_m[i] = m[i], expected_v[i] = v[i], expected_vhat[i] = vhat[i];
+            expected_averaged[i] = averaged[i];
         }
     }
 
     void update(long long i, Stored g) {
+        g = penalized(g, expected_theta[i]);
         average(expected_m[i], g, STEP.one_minus_beta_1);
         average(expected_v[i], norm_squared(g), STEP.one_minus_beta_2);
         StoredReal second_moment = expected_v[i];
@@ -153,9 +171,10 @@ struct Pair {
         }
         // The root of a float in float64 and rounded is the float nearest to the root.
         descend(expected_theta[i], expected_m[i], static_cast<StoredReal>(sqrt(second_moment)) + STEP.epsilon);
+        if (EMA) expected_averaged[i] = smoothed(expected_averaged[i], expected_theta[i]);
     }
 
-    Slots slots() { return {theta.data, m.data, v.data, AMSGRAD ? vhat.data : nullptr}; }
+    Slots slots() { return {theta.data, m.data, v.data, AMSGRAD ? vhat.data : nullptr, EMA ? averaged.data : nullptr}; }
 
     void check(const char* what) {
         for (long long i = 0; i < theta.size; ++i) {
@@ -163,6 +182,7 @@ struct Pair {
             compare(m[i], expected_m[i], what, theta.size, i);
             compare(v[i], expected_v[i], what, theta.size, i);
             compare(vhat[i], expected_vhat[i], what, theta.size, i);
+            compare(averaged[i], expected_averaged[i], what, theta.size, i);
         }
     }
 };
@@ -187,7 +207,7 @@ struct Tensors {
             gradients[t] = new Buffer<Stored>(SIZES[t], (t + 2 * shift + 1) % 4);
             randomize(*gradients[t]);
             gradient_pointers[t] = gradients[t]->data;
-            tensors[t] = {{}, SIZES[t], chunks};
+            tensors[t] = {{}, SIZES[t], chunks, 1};
             chunks += (SIZES[t] + GPU_ADAM_CHUNK - 1) / GPU_ADAM_CHUNK;
             ends[t] = chunks;
         }
@@ -215,10 +235,10 @@ static void test_dense() {
             const double factor = shift == 0 ? 1.0 : factors[shift % 2 ? t : 0];
             for (long long i = 0; i < SIZES[t]; ++i) pair.update(i, clipped_reference((*all.gradients[t])[i], factor));
         }
-        launch(all.table.chunks, dense, all.table, shift == 0 ? nullptr : factors.data, shift % 2, SCALARS, STAGED_STEP);
+        launch(all.table.chunks, dense, all.table, shift == 0 ? nullptr : factors.data, shift % 2, SCALARS, STAGED_GROUPS);
         for (Pair* pair : pairs) pair->check("dense"), delete pair;
     }
-    launch(2, dense, TensorTable{nullptr, nullptr, nullptr, 0}, nullptr, 0, SCALARS, STAGED_STEP);
+    launch(2, dense, TensorTable{nullptr, nullptr, nullptr, 0}, nullptr, 0, SCALARS, STAGED_GROUPS);
 }
 
 static const IndexErrors NO_ERRORS = {0, ~0ULL, 0, 0};
