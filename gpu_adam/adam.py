@@ -24,6 +24,7 @@ from gpu_adam.hyperparameters import (
     ClipAttribute,
     Flavour,
     Hyperparameter,
+    Settings,
     as_number,
     checked,
     checked_flavour,
@@ -333,6 +334,14 @@ class Adam:
                 Nothing has changed then.
         """
         self._controller.set_group(variables, self._rule(), settings)
+
+    def get_group(self, variable: Any) -> Settings:
+        """What the updates of a variable take in place of the optimizer's numbers; None where they take those.
+
+        Raises:
+            ArgumentTypeError: no variable.
+        """
+        return self._state.settings_of(self._state.registry.find(variable, "variable", News()))
 
     def exclude_from_weight_decay(
         self, var_list: Iterable[Any] | None = None, var_names: Iterable[str] | None = None

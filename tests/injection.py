@@ -89,7 +89,8 @@ class World:
                 self._refused = [weakref.ref(self.successor)]
             self.successor = None
         weights = [(weight.name, contents(weight)) for weight in self.optimizer.weights]
-        return weights, list(self.optimizer.get_slot_names()), [contents(target) for target in self.targets]
+        settings = [self.optimizer.get_group(target) for target in self.targets]
+        return weights, list(self.optimizer.get_slot_names()), [contents(target) for target in self.targets], settings
 
     def identities(self) -> tuple[int, list[int]]:
         """The list of weights and its members as objects."""
@@ -424,6 +425,10 @@ def _restore(world: World) -> None:
     world.optimizer.restore({name: array + 1 for name, array in world.optimizer.export().items()})
 
 
+def _set_group(world: World) -> None:
+    world.optimizer.set_group([world.targets[0]], learning_rate_multiplier=2.0, weight_decay=0.1)
+
+
 def _set_iterations(world: World) -> None:
     world.optimizer.iterations = 41
 
@@ -499,6 +504,7 @@ SCENARIOS: dict[str, Callable[[Device], Factory]] = {
     "build, one more": _calls(_build, newcomers=1),
     "set_weights": _calls(_set_weights),
     "restore": _calls(_restore),
+    "set_group": _calls(_set_group),
     "load": lambda device: state_scenario(device, _saved(device)),
     "iterations =": _calls(_set_iterations),
     "iterations =, fresh": _calls(_set_iterations, steps=0),

@@ -394,6 +394,44 @@ def test_what_a_graph_would_do_anew_at_every_replay_is_refused(gpu: Device, firs
         np.testing.assert_allclose(variable.numpy(), 1 - 0.1 * (1 + (first != "step")), rtol=1e-5)
 
 
+@pytest.mark.parametrize("flavour", [{}, {"use_ema": True, "weight_decay": 0.1, "maximize": True}], ids=str)
+def test_a_captured_step_of_groups(gpu: Device, flavour: dict[str, Any]) -> None:
+    """Each replay uses the scalars of each group as they were when the step was captured."""
+    states = []
+    for device in (gpu, HOST):
+        variables = [Variable(np.linspace(-1, 1, 5000 + k, dtype=np.float32), device=device) for k in range(4)]
+        optimizer, gradients = gpu_adam.Adam(0.05, **flavour), [device.array(v.numpy() * 3) for v in variables]
+        for k, variable in enumerate(variables[1:]):
+            optimizer.set_group([variable], learning_rate_multiplier=k + 2, beta_1=0.5)
+        pairs = list(zip(gradients, variables, strict=True))
+        if device is HOST:
+            for t in (0, 1, 1, 1):
+                optimizer.iterations = t
+                optimizer.apply_gradients(pairs)
+        else:
+            stream, graphs = gpu.xp.cuda.Stream(non_blocking=True), list[Any]()
+            gpu.xp.cuda.Device().synchronize()
+            with stream:
+                optimizer.apply_gradients(pairs)
+                with captured(stream, graphs):
+                    optimizer.apply_gradients(pairs)
+                for _ in range(3):
+                    graphs[0].launch(stream)
+            stream.synchronize()
+        states.append(state(optimizer, variables))
+    assert_same_state(*states)
+
+
+def test_a_step_that_overwrites_by_averages_is_not_captured(gpu: Device) -> None:
+    variable, optimizer = Variable(np.ones(3, np.float32)), gpu_adam.Adam(use_ema=True, ema_overwrite_frequency=2)
+    pairs, stream = [(gpu.array(np.ones(3, np.float32)), variable)], gpu.xp.cuda.Stream(non_blocking=True)
+    with stream:
+        optimizer.apply_gradients(pairs)
+        with captured(stream, []), pytest.raises(ValueError, match="must not overwrite variables by their averages"):
+            optimizer.apply_gradients(pairs)
+    assert int(optimizer.iterations) == 1
+
+
 def test_a_captured_step_is_constrained_at_each_replay(gpu: Device) -> None:
     start = np.array([0.5, 0.25], np.float32)
     variable = Variable(start, constraint=lambda v: np.maximum(v, 0))

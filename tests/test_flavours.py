@@ -281,6 +281,7 @@ def test_a_group_may_change_at_any_time(device: Device) -> None:
         if step == 2:
             optimizer.set_group([y], learning_rate_multiplier=3, beta_1=0.5)
             oracles[1].learning_rate, oracles[1].beta_1 = 0.05 * 3, 0.5
+            assert optimizer.get_group(y)[:3] == (3.0, None, 0.5)
         if step == 4:
             optimizer.set_group([y], learning_rate_multiplier=None)  # beta_1 stays
             oracles[1].learning_rate = 0.05
@@ -396,6 +397,8 @@ def test_arguments_that_are_refused(arguments: dict[str, Any], message: str) -> 
         (lambda o, x: o.set_group([x], beta_1=1.0), r"beta_1 must lie in \[0, 1\)"),
         (lambda o, x: o.set_group([x], learning_rate=0.1), "keyword 'learning_rate' must be one of learning_rate_mult"),
         (lambda o, x: o.set_group([x], epsilon=lambda: 1), "epsilon must be a real number"),
+        (lambda o, x: o.set_group({x}, beta_1=0.5), r"variables must hold variables in an order \(got a set\)"),
+        (lambda o, x: o.set_group(3, beta_1=0.5), r"variables must hold variables in an order \(got a int\)"),
         (lambda o, x: o.set_group([x, "y"], beta_1=0.5), r"variables\[1\] must be a Variable"),
         (lambda o, x: o.set_group([x, Variable([1])], beta_1=0.5), "variable 'Variable' must have one of the dtypes"),
         (lambda o, x: o.exclude_from_weight_decay(var_names="bias"), "var_names must be a list"),

@@ -81,7 +81,7 @@ class Door:
     def __enter__(self) -> None:
         """Nothing: the call is inside already."""
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
         self._inside.pop("call", None)
 
 

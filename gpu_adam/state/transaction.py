@@ -40,10 +40,12 @@ class Transaction:
             undone, once all changes are made. A block that ends without error needs none.
     """
 
+    __slots__ = ("_before", "_committed", "_state", "commit")
+
     def __init__(self, state: AdamState) -> None:
         self._state = state
         self._before: list[Call] = []
-        self._committed: list[bool] = []
+        self._committed: Sequence[bool] = ()
         self.commit: Sequence[Call] = ()
 
     def __enter__(self) -> Transaction:
@@ -60,7 +62,8 @@ class Transaction:
         if not self._before:
             state = self._state
             state.forget_names()
-            self.commit = (partial(self._committed.append, True),)
+            self._committed = committed = list[bool]()
+            self.commit = (partial(committed.append, True),)
             tables = {name: dict(owned) for name, owned in state.slots.items()}
             replace_items = [(a_list, list(a_list)) for a_list in (state.weights, state.names)]
             attributes = [

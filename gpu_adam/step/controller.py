@@ -10,13 +10,13 @@ from __future__ import annotations
 import functools
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
 
 from gpu_adam.devices import Device
-from gpu_adam.errors import ArgumentValueError
+from gpu_adam.errors import ArgumentTypeError, ArgumentValueError
 from gpu_adam.hyperparameters import OWN_SETTINGS, Clip, Flavour
 from gpu_adam.kernels import UpdateRule
 from gpu_adam.nvtx import stage
@@ -99,7 +99,7 @@ class Controller:
                     launches.bind(pairs, gradients)
                     count = functools.partial(state.counter.value.fill, done + 1)
                     calls = launches.calls(scalars, clip)
-                    if self._flavour.overwrites_at(done + 1):
+                    if self._flavour.use_ema and self._flavour.overwrites_at(done + 1):
                         calls += self._overwriting(plan.variables, graph)
                     _enqueue([*calls, *memo.written_calls, count, *change.commit])
                 if graph is None:
@@ -174,7 +174,8 @@ class Controller:
             if objects is None:
                 variables = list(self._state.slots.get("average", ()))
             else:
-                variables = [self._known(obj, f"var_list[{number}]", News()) for number, obj in enumerate(objects)]
+                listed = enumerate(_in_order(objects, "var_list"))
+                variables = [self._known(obj, f"var_list[{number}]", News()) for number, obj in listed]
             for variable in variables:
                 self._state.slot(variable, "average")  # which raises where there is none
             make_all(self._overwriting(variables, None))
@@ -207,7 +208,9 @@ class Controller:
         with self._state.alone():
             news = News()
             find = self._state.registry.find
-            found = [find(obj, f"{argument}[{number}]", news) for number, obj in enumerate(objects)]
+            found = [
+                find(obj, f"{argument}[{number}]", news) for number, obj in enumerate(_in_order(objects, argument))
+            ]
             check_updatable(found, news.moved)
             with Transaction(self._state) as change:
                 change.ensure_counter()
@@ -273,6 +276,14 @@ class Controller:
         """Raise what the kernels have noted. Waits for the device."""
         for errors in self._state.index_errors.values():
             errors.check()
+
+
+def _in_order(objects: Iterable[Any], argument: str) -> Iterable[Any]:
+    """The objects; ArgumentTypeError where they come in no order, which the weights would follow, or are one alone."""
+    if isinstance(objects, Set) or not hasattr(objects, "__iter__"):
+        got = f"a {type(objects).__name__}"
+        raise ArgumentTypeError(argument, "must hold variables in an order", got, "pass a list")
+    return objects
 
 
 def _key(request: Request, rule: UpdateRule) -> Any:

@@ -142,9 +142,9 @@ class Launches:
 
     def calls(self, scalars: Sequence[Sequence[tuple[Any, ...]]], clip: Clip) -> list[Call]:
         """The calls that enqueue the whole step with the gradients bound last; to be made at once, and once."""
-        for update, numbers in zip(self._updates, scalars, strict=True):
-            update.arguments.set_scalars(numbers)
         calls: list[Call] = []
+        for number, update in enumerate(self._updates):
+            update.arguments.set_scalars(scalars[number])
         for norm in self._norms:
             assert clip.limit is not None
             calls += norm.sums()

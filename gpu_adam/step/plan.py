@@ -11,7 +11,7 @@ import numpy as np
 from gpu_adam import kernels
 from gpu_adam.devices import Array, Device
 from gpu_adam.errors import ArgumentValueError
-from gpu_adam.hyperparameters import Clip, Settings
+from gpu_adam.hyperparameters import OWN_SETTINGS, Clip, Settings
 from gpu_adam.kernels import UpdateRule, dtype_row
 from gpu_adam.nvtx import stage
 from gpu_adam.state.adam_state import AdamState
@@ -126,7 +126,9 @@ class Plan:
         """
         if len(self._different) == 1:  # then a group has no more than one
             dtype, settings = self._different[0]
-            return [[(*now.under(settings).for_real(dtype), clip.value_in(dtype))]] * len(self.groups)
+            if settings is not OWN_SETTINGS:
+                now = now.under(settings)
+            return [[(*now.for_real(dtype), clip.value_in(dtype))]] * len(self._kinds)
         by_kind = {kind: (*now.under(kind[1]).for_real(kind[0]), clip.value_in(kind[0])) for kind in self._different}
         return [[by_kind[kind] for kind in kinds] for kinds in self._kinds]
 

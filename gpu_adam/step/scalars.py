@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gpu_adam.errors import ArgumentValueError
-from gpu_adam.hyperparameters import OWN_SETTINGS, PLAIN, Flavour, Settings, as_number, evaluated
+from gpu_adam.hyperparameters import PLAIN, Flavour, Settings, as_number, evaluated
 from gpu_adam.rules import LIMITS
 from gpu_adam.schedules import LearningRateSchedule
 
@@ -54,8 +54,6 @@ class Scalars:
 
     def under(self, settings: Settings) -> Scalars:
         """The values for variables with settings of their own."""
-        if settings is OWN_SETTINGS:
-            return self
         own = copy.copy(self)
         own.learning_rate = self.learning_rate * settings.learning_rate_multiplier
         for name in ("weight_decay", "beta_1", "beta_2", "epsilon"):
@@ -82,9 +80,8 @@ class Scalars:
             ArgumentValueError: rounding a value to `dtype` breaks its rule.
         """
         adam = self._float64() if dtype == "float64" else self._float32()
-        if self.flavour is PLAIN and not self.weight_decay and not self.l2:
-            return adam + _NEUTRAL
-        return adam + self._others(dtype)
+        is_plain = self.flavour is PLAIN and not self.weight_decay and not self.l2
+        return adam + (_NEUTRAL if is_plain else self._others(dtype))
 
     def _others(self, dtype: str) -> tuple[float, ...]:
         """sign, l2, decay, momentum, 1 - momentum."""
