@@ -32,7 +32,7 @@ template <typename T> static T* ones(long long n) {
     for (long long i = 0; i < n; ++i) p[i] = T{1};
     return p;
 }
-static StepScalars scalars = {1, 1, 1, 1, 1};
+static StepScalars scalars = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
 static const StepScalars* staged = nullptr;
 static Slots slots(long long n) {
 #define ONES(slot, Memory, Register, present) ones<Memory>(n),
@@ -119,8 +119,8 @@ def _kernels() -> Iterator[tuple[str, kernels.Kernel]]:
     for dtype in kernels.DTYPES:
         for name, make in (("dense", kernels.dense), ("sparse", kernels.sparse)):
             for rule in kernels.update_rules():
-                label = f"{name} {dtype}{' amsgrad' * rule.amsgrad}{' clip' * rule.clips}"
-                yield label, make(dtype, rule)
+                words = [word.lower() for word, is_on in rule.switches if is_on]
+                yield " ".join([name, dtype, *words]), make(dtype, rule)
         yield f"square_sums {dtype}", kernels.norm(dtype, "square_sums")
 
 

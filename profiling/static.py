@@ -81,9 +81,11 @@ def description(source: Source) -> str:
     """Dtype and switches of a source in words."""
     defines = set(source.defines)
     words = [dtype for dtype, row in kernels.DTYPES.items() if set(row.defines) <= defines]
-    words += [word for word in ("amsgrad", "clip", "staged") if f"GPU_ADAM_{word.upper()}=1" in defines]
+    words += [
+        word for word in ("amsgrad", "ema", "adjust", "clip", "staged") if f"GPU_ADAM_{word.upper()}=1" in defines
+    ]
     known = {define for row in kernels.DTYPES.values() for define in row.defines}
-    constants = ("CHUNK", "TILE", "SORT_RUN", "AMSGRAD", "CLIP", "STAGED")
+    constants = ("CHUNK", "TILE", "SORT_RUN", "AMSGRAD", "EMA", "ADJUST", "CLIP", "STAGED")
     words += [d for d in source.defines if d not in known and not re.match(rf"GPU_ADAM_({'|'.join(constants)})=", d)]
     return " ".join(words)
 
@@ -133,7 +135,7 @@ def stored_per_element(name: str, source: Source) -> int:
         return 0
     wide = np.dtype(dtypes[0]).itemsize if dtypes[0] in np.sctypeDict else 2
     real = np.dtype(kernels.DTYPES[dtypes[0]].real_dtype).itemsize
-    rule = kernels.UpdateRule(amsgrad="GPU_ADAM_AMSGRAD=1" in source.defines)
+    rule = kernels.UpdateRule(amsgrad="GPU_ADAM_AMSGRAD=1" in source.defines, ema="GPU_ADAM_EMA=1" in source.defines)
     return wide + sum(real if spec.is_real else wide for spec in kernels.slots_of(rule))
 
 

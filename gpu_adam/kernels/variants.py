@@ -5,8 +5,8 @@ kernel with ``vhat`` moves one array more than a kernel without, so AMSGrad is a
 changes no bit of the result (a factor of 1.0: ``x * 1.0`` is ``x``) is an argument of a kernel that is there anyway.
 (0.0 is no neutral element of the sum: ``x + 0.0`` turns -0.0 into 0.0.) Variants multiply, arguments do not.
 
-Two switches are exceptions, because measurements say so: ``GPU_ADAM_CLIP`` and ``GPU_ADAM_STAGED``. adam_math.cuh has
-the reasons beside them.
+Three switches are exceptions, because measurements say so: ``GPU_ADAM_CLIP``, ``GPU_ADAM_ADJUST`` and
+``GPU_ADAM_STAGED``. adam_math.cuh has the reasons beside them.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ class UpdateRule(NamedTuple):
         clips: whether gradients are clipped in any way, by value or by norm.
         norm: which norm gradients are clipped by: None, "each" variable's own, or the "global" one over all variables.
         ema: whether the update keeps an exponential moving average of the variable.
+        adjusts: whether it changes the gradient's sign, adds a penalty's gradient or lets weights decay.
     """
 
     complex_mode: str = "abs2"
@@ -48,6 +49,7 @@ class UpdateRule(NamedTuple):
     clips: bool = False
     norm: str | None = None
     ema: bool = False
+    adjusts: bool = False
 
     def layout(self, dtype: np.dtype) -> Layout:
         """How a variable of that dtype appears to the kernels."""
@@ -58,7 +60,7 @@ class UpdateRule(NamedTuple):
     @property
     def switches(self) -> tuple[tuple[str, bool], ...]:
         """What chooses the variant of an update: a name of the preprocessor, and whether it is on."""
-        return ("AMSGRAD", self.amsgrad), ("EMA", self.ema), ("CLIP", self.clips)
+        return ("AMSGRAD", self.amsgrad), ("EMA", self.ema), ("ADJUST", self.adjusts), ("CLIP", self.clips)
 
 
 def _definitions(*switches: tuple[str, bool]) -> tuple[str, ...]:
@@ -112,10 +114,11 @@ def sort(kernel_name: str) -> Kernel:
 def update_rules() -> list[UpdateRule]:
     """Rules for the variants of the updates that tests compile and profiling lists.
 
-    Each switch is on and off beside each choice of the others, but for the average, which is on alone and with all.
+    AMSGrad and clipping are on and off beside each other; averages and adjustments are on alone, and all together.
     """
     plain = [UpdateRule(amsgrad=amsgrad, clips=clips) for amsgrad in (False, True) for clips in (False, True)]
-    return [*plain, UpdateRule(ema=True), UpdateRule(amsgrad=True, clips=True, ema=True)]
+    everything = UpdateRule(amsgrad=True, clips=True, ema=True, adjusts=True)
+    return [*plain, UpdateRule(ema=True), UpdateRule(adjusts=True), everything]
 
 
 def variants() -> list[Source]:

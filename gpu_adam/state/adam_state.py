@@ -41,6 +41,7 @@ class AdamState:
         registry: which object stands for which variable.
         slots: for each slot name the slots by variable, in order of creation.
         settings: what was set for variables of their own, by `Adam.set_group`.
+        settings_decay: whether some of these settings let weights decay.
         never_decayed: patterns of the names of variables whose weights do not decay.
         counter: the counter of steps done, an int64 on the host; one of `weights` from the first step or look at it on.
         index_errors: for each variable with a sparse gradient, where the kernels note rows out of range.
@@ -58,6 +59,7 @@ class AdamState:
         self.slots: dict[str, dict[Variable, Variable]] = {}
         self.settings: dict[Variable, Settings] = {}
         self.never_decayed: tuple[str, ...] = ()
+        self.settings_decay = False
         self.counter = Variable(np.int64(0), trainable=False, name=f"{name}/iter", device="host")
         self.index_errors: dict[Variable, Any] = {}
         self.layout = object()

@@ -71,6 +71,7 @@ class Transaction:
                 (state, "counter", state.counter),
                 (state, "index_errors", dict(state.index_errors)),
                 (state, "settings", dict(state.settings)),
+                (state, "settings_decay", state.settings_decay),
                 (state, "never_decayed", state.never_decayed),
                 *((state.registry, name, table) for name, table in state.registry.tables().items()),
             ]
@@ -180,6 +181,7 @@ class Transaction:
         state = self._state
         settings = {variable: state.settings.get(variable, OWN_SETTINGS).updated(given) for variable in variables}
         state.settings.update(settings)
+        state.settings_decay = any(each.weight_decay for each in state.settings.values())
         state.layout = object()
 
     def never_decay(self, patterns: Sequence[str]) -> None:

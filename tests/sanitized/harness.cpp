@@ -125,7 +125,7 @@ template <typename T> static void average(Complex<T>& m, Complex<T> g, StoredRea
     average(m.re, g.re, rate), average(m.im, g.im, rate);
 }
 template <typename T> static void descend(T& theta, T m, StoredReal divisor) {
-    theta *= STEP.decay;
+    if (ADJUSTS) theta *= STEP.decay;
     theta -= m * STEP.alpha / divisor;
 }
 template <typename T> static void descend(Complex<T>& theta, Complex<T> m, StoredReal divisor) {
@@ -161,7 +161,7 @@ struct Pair {
     }
 
     void update(long long i, Stored g) {
-        g = penalized(g, expected_theta[i]);
+        if (ADJUSTS) g = penalized(g, expected_theta[i]);
         average(expected_m[i], g, STEP.one_minus_beta_1);
         average(expected_v[i], norm_squared(g), STEP.one_minus_beta_2);
         StoredReal second_moment = expected_v[i];
