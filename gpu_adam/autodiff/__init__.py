@@ -7,12 +7,22 @@ A loss computes with `Variable`s as if they were arrays.  While it runs, a varia
 looks like an array and enters every NumPy function called on it, with its derivative, on a `Tape` (tape.py).  The tape
 is read backwards once and thrown away.  What each function's derivative is stands in a table, `OPERATIONS`
 (operations.py; rules.py says how to add to it), filled by one module per kind: elementwise, reductions, shapes,
-indexing, linalg, einsum, fft.
+indexing, linalg, decompositions, norms, einsum, fft.
 
 Values never leave their device: everything is done by NumPy functions, which hand CuPy arrays to CuPy.
 """
 
-from gpu_adam.autodiff import einsum, elementwise, fft, indexing, linalg, reductions, shapes  # noqa: F401  # fill the table
+from gpu_adam.autodiff import (  # noqa: F401  # fill the table
+    decompositions,
+    einsum,
+    elementwise,
+    fft,
+    indexing,
+    linalg,
+    norms,
+    reductions,
+    shapes,
+)
 from gpu_adam.autodiff.gradients import flatten, gradients, structure, value_and_grad
 from gpu_adam.autodiff.rules import register_vjp
 

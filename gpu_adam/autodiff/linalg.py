@@ -1,7 +1,9 @@
-"""Derivatives of products and of linear algebra.
+"""Derivatives of products, inverses and determinants of matrices.
 
 The matrix formulas are those of M. Giles, "Collected matrix derivative results for forward and reverse mode algorithmic
-differentiation" (2008), with conjugates for complex matrices.
+differentiation" (2008), with conjugates for complex matrices; that of the pseudo-inverse is equation 4.12 of G. Golub
+and V. Pereyra, "The differentiation of pseudo-inverses and nonlinear least squares problems whose variables separate"
+(1973).
 """
 
 # the arguments of NumPy's functions, in their order
@@ -11,11 +13,12 @@ from typing import Any
 import numpy as np
 
 from gpu_adam.autodiff.operations import OPERATIONS, missing
-from gpu_adam.autodiff.reductions import with_axes
-from gpu_adam.autodiff.rules import Operand, Primitive, composed, conj, constant, derivative, own, plain
+from gpu_adam.autodiff.reductions import products_of_others
+from gpu_adam.autodiff.rules import Operand, Operands, Primitive, composed, conj, constant, derivative, plain
 
 
-def _adjoint(a: Any) -> Any:
+def adjoint(a: Any) -> Any:
+    """The conjugate transpose of the matrices in the last two axes."""
     return conj(a).swapaxes(-1, -2)
 
 
@@ -25,15 +28,15 @@ def _matmul_left(g: Any, y: Any, a: Any, b: Any) -> Any:
         return g[..., None] * conj(b) if a.ndim > 1 else g * conj(b)
     if a.ndim == 1:
         return np.matmul(conj(b), g[..., None])[..., 0]
-    return np.matmul(g, _adjoint(b))
+    return np.matmul(g, adjoint(b))
 
 
 def _matmul_right(g: Any, y: Any, a: Any, b: Any) -> Any:
     if a.ndim == 1:
         return conj(a)[:, None] * g[..., None, :] if b.ndim > 1 else g * conj(a)
     if b.ndim == 1:
-        return np.matmul(_adjoint(a), g[..., None])[..., 0]
-    return np.matmul(_adjoint(a), g)
+        return np.matmul(adjoint(a), g[..., None])[..., 0]
+    return np.matmul(adjoint(a), g)
 
 
 derivative(np.matmul, _matmul_left, _matmul_right)
@@ -99,11 +102,9 @@ def _tensordot(a: Operand, b: Operand, axes: Any = 2) -> Any:
     return np.matmul(left, right).reshape((*rows, *columns))
 
 
-if hasattr(np, "vecdot"):
-
-    @composed(np.vecdot)
-    def _vecdot(a: Operand, b: Operand, *, axis: int = -1) -> Any:
-        return np.sum(np.conjugate(a) * b, axis=axis)
+@composed(np.vecdot)
+def _vecdot(a: Operand, b: Operand, *, axis: int = -1) -> Any:
+    return np.sum(np.conjugate(a) * b, axis=axis)
 
 
 if hasattr(np, "matvec"):
@@ -137,18 +138,18 @@ def _trace(a: Operand, offset: int = 0, axis1: int = 0, axis2: int = 1, dtype: A
 derivative(np.diag, lambda g, y, a, k=0: np.diag(g, k) if a.ndim == 1 else _diagonal_vjp(g, y, a, k))
 
 # -- inverses and determinants
-derivative(np.linalg.inv, lambda g, y, a: -np.matmul(_adjoint(y), np.matmul(g, _adjoint(y))))
+derivative(np.linalg.inv, lambda g, y, a: -np.matmul(adjoint(y), np.matmul(g, adjoint(y))))
 
 
 def _solve_right(g: Any, y: Any, a: Any, b: Any) -> Any:
-    return np.linalg.solve(_adjoint(a), g[..., None])[..., 0] if b.ndim == 1 else np.linalg.solve(_adjoint(a), g)
+    return np.linalg.solve(adjoint(a), g[..., None])[..., 0] if b.ndim == 1 else np.linalg.solve(adjoint(a), g)
 
 
 def _solve_matrix(g: Any, y: Any, a: Any, b: Any) -> Any:
     outer = _solve_right(g, y, a, b)
     if b.ndim == 1:
         return -outer[..., :, None] * conj(y)[..., None, :]
-    return -np.matmul(outer, _adjoint(y))
+    return -np.matmul(outer, adjoint(y))
 
 
 _recorded_solve = Primitive(np.linalg.solve, (_solve_matrix, _solve_right))
@@ -163,20 +164,83 @@ def _solve(a: Operand, b: Operand) -> Any:
     return _recorded_solve((a, b), {})
 
 
-derivative(np.linalg.det, lambda g, y, a: (g * conj(y))[..., None, None] * _adjoint(np.linalg.inv(a)))
+# -- pseudo-inverses, of matrices whose rank stays what it is
+def _pinv_vjp(g: Any, y: Any, a: Any, rcond: Any = None) -> Any:
+    back = adjoint(g)
+    from_rows = np.matmul(back, np.matmul(y, adjoint(y)))
+    from_columns = np.matmul(np.matmul(adjoint(y), y), back)
+    return (
+        (from_rows - np.matmul(a, np.matmul(y, from_rows)))  # 0 for independent rows
+        + (from_columns - np.matmul(np.matmul(from_columns, y), a))  # 0 for independent columns
+        - np.matmul(adjoint(y), np.matmul(g, adjoint(y)))
+    )
+
+
+_recorded_pinv = Primitive(np.linalg.pinv, (_pinv_vjp,))
+
+
+@composed(np.linalg.pinv)
+def _pinv(a: Operand, rcond: Any = None, hermitian: bool = False, *, rtol: Any = 1e-15) -> Any:
+    if hermitian:
+        raise missing("numpy.linalg.pinv with hermitian=True")
+    if rtol is None:
+        rtol = max(a.shape[-2:]) * float(np.finfo(a.dtype).eps)
+    return _recorded_pinv((a,), {"rcond": rtol if rcond is None else rcond})
+
+
+@composed(np.linalg.lstsq)
+def _lstsq(a: Operand, b: Operand, rcond: Any = None) -> Any:
+    _, residuals, rank, values = np.linalg.lstsq(plain(a), plain(b), rcond)
+    eps = float(np.finfo(values.dtype).eps)
+    cutoff = max(a.shape) * eps if rcond is None else eps if rcond == -1 else rcond
+    solution = np.matmul(np.linalg.pinv(a, cutoff), b)
+    if residuals.size:
+        error = np.absolute(b - np.matmul(a, solution))
+        residuals = np.sum(error * error, axis=0, keepdims=b.ndim == 1)
+    return solution, residuals, rank, np.linalg.svd(a, compute_uv=False)
+
+
+# -- determinants
+def _regular(a: Any, singular: Any) -> Any:
+    """The matrices, and in place of those that are known to be singular one that has an inverse."""
+    return np.where(singular[..., None, None], np.eye(a.shape[-1], dtype=a.dtype, like=a), a)
+
+
+def _cofactors(a: Any) -> Any:
+    """The conjugate of the derivative of the determinant, from singular values."""
+    u, s, vh = np.linalg.svd(a)
+    turn = conj(np.linalg.det(u) * np.linalg.det(vh))[..., None, None]
+    return turn * np.matmul(u * products_of_others(s)[..., None, :], vh)
+
+
+def _det_vjp(g: Any, y: Any, a: Any) -> Any:
+    g = g[..., None, None]
+    # The host waits here for the device: singular values take many times as long as an inverse.
+    if (y == 0).any():
+        return g * _cofactors(a)
+    return g * conj(y)[..., None, None] * adjoint(np.linalg.inv(a))
 
 
 def _sign_of_determinant_vjp(g: Any, sign: Any, a: Any) -> Any:
-    turning = (g * conj(sign)).imag[..., None, None]  # a real sign stays what it is
-    return 1j * turning * _adjoint(np.linalg.inv(a))
+    turning = (g * conj(sign)).imag[..., None, None]  # a real sign stays what it is, and so does 0
+    return 1j * turning * adjoint(np.linalg.inv(_regular(a, sign == 0)))
 
 
-_log_of_determinant = Primitive(np.linalg.slogdet, (lambda g, y, a: g[..., None, None] * _adjoint(np.linalg.inv(a)),))
+def _log_of_determinant_vjp(g: Any, y: Any, a: Any) -> Any:
+    singular = np.isneginf(y)
+    # Infinitely steep, in directions that depend on the way there; but not where the loss does not look at it.
+    g = np.where(singular & (g != 0), np.nan, g)
+    return g[..., None, None] * adjoint(np.linalg.inv(_regular(a, singular)))
+
+
+derivative(np.linalg.det, _det_vjp)
+_log_of_determinant = Primitive(np.linalg.slogdet, (_log_of_determinant_vjp,))
 _sign_of_determinant = Primitive(np.linalg.slogdet, (_sign_of_determinant_vjp,))
 
 
-def _like_pair(pair: Any, first: Any, second: Any) -> Any:
-    return type(pair)(first, second) if hasattr(pair, "_fields") else (first, second)
+def like(results: Any, *found: Any) -> Any:
+    """Recorded values in a tuple of the kind that NumPy or CuPy returned."""
+    return type(results)(*found) if hasattr(results, "_fields") else found
 
 
 @composed(np.linalg.slogdet)
@@ -184,117 +248,7 @@ def _slogdet(a: Operand) -> Any:
     pair = np.linalg.slogdet(plain(a))
     logarithm = _log_of_determinant((a,), {}, pair[1])
     sign = _sign_of_determinant((a,), {}, pair[0]) if pair[0].dtype.kind == "c" else pair[0]
-    return _like_pair(pair, sign, logarithm)
-
-
-# -- factorisations; of a matrix that is taken to be Hermitian, and so is its gradient
-def _hermitian(a: Any) -> Any:
-    return (a + _adjoint(a)) / 2
-
-
-def _cholesky_vjp(g: Any, lower: Any, a: Any) -> Any:
-    inner = np.matmul(_adjoint(lower), np.tril(g))
-    inner = (np.tril(inner) + np.tril(inner, -1)) / 2  # the lower half, and of the diagonal a half
-    inverse = np.linalg.inv(lower)
-    return _hermitian(np.matmul(_adjoint(inverse), np.matmul(inner, inverse)))
-
-
-_lower_cholesky = Primitive(np.linalg.cholesky, (_cholesky_vjp,))
-
-
-@composed(np.linalg.cholesky)
-def _cholesky(a: Operand, *, upper: bool = False) -> Any:
-    lower = _lower_cholesky((a,), {})
-    return conj(lower).swapaxes(-1, -2) if upper else lower
-
-
-def _eigenvalues_vjp(g: Any, values: Any, a: Any, vectors: Any) -> Any:
-    return np.matmul(vectors * g[..., None, :], _adjoint(vectors))
-
-
-def _eigenvectors_vjp(g: Any, vectors: Any, a: Any, values: Any) -> Any:
-    gaps = values[..., None, :] - values[..., :, None]
-    # Equal eigenvalues: only what does not depend on the choice of their vectors has a gradient, and it needs no term.
-    equal = gaps == 0
-    # Not a division by infinity: of a complex number that is NaN in CuPy.
-    inner = np.matmul(_adjoint(vectors), g) * np.where(equal, 0, 1 / np.where(equal, 1, gaps))
-    return _hermitian(np.matmul(vectors, np.matmul(inner, _adjoint(vectors))))
-
-
-_eigenvalues = Primitive(np.linalg.eigh, (_eigenvalues_vjp,))
-_eigenvectors = Primitive(np.linalg.eigh, (_eigenvectors_vjp,))
-
-
-@composed(np.linalg.eigh)
-def _eigh(a: Operand, UPLO: Any = "L") -> Any:  # noqa: N803  # NumPy's name
-    pair = np.linalg.eigh(plain(a), UPLO)
-    values, vectors = pair
-    found = _eigenvalues((a, own(vectors)), {}, values), _eigenvectors((a, own(values)), {}, vectors)
-    return _like_pair(pair, *found)
-
-
-@composed(np.linalg.eigvalsh)
-def _eigvalsh(a: Operand, UPLO: Any = "L") -> Any:  # noqa: N803
-    return _eigh(a, UPLO)[0]
-
-
-# -- norms
-def _euclidean(a: Any, axis: Any = None, keepdims: bool = False) -> Any:
-    return np.sqrt(
-        np.sum(np.square(a.real) + np.square(a.imag) if a.dtype.kind == "c" else a * a, axis=axis, keepdims=keepdims)
-    )
-
-
-def _euclidean_vjp(g: Any, y: Any, a: Any, axis: Any = None, keepdims: bool = False) -> Any:
-    return with_axes(g / np.where(y == 0, 1, y), a, axis) * a  # 0 at the tip of the cone
-
-
-def _power_norm(a: Any, ord: Any, axis: Any, keepdims: bool) -> Any:
-    return np.sum(np.absolute(a) ** ord, axis=axis, keepdims=keepdims) ** (1.0 / ord)
-
-
-def _power_norm_vjp(g: Any, y: Any, a: Any, ord: Any, axis: Any, keepdims: bool) -> Any:
-    size, norm = np.absolute(a), with_axes(y, a, axis)
-    # 0 where an element is, as torch has it: where the norm is 0 too, and for powers whose slope there is infinite.
-    flat = (size == 0) | (norm == 0)
-    ratio = np.where(flat, 1, size) / np.where(norm == 0, 1, norm)
-    return with_axes(g, a, axis) * np.where(flat, 0, np.sign(a)) * ratio ** (ord - 1)
-
-
-_recorded_power_norm = Primitive(_power_norm, (_power_norm_vjp,), of=np.linalg.norm)
-_recorded_euclidean = Primitive(_euclidean, (_euclidean_vjp,), of=np.linalg.norm)
-
-
-@composed(np.linalg.norm)
-def _norm(x: Operand, ord: Any = None, axis: Any = None, keepdims: bool = False) -> Any:
-    count = x.ndim if axis is None else len(axis) if isinstance(axis, tuple | list) else 1
-    axis = tuple(axis) if isinstance(axis, list) else axis
-    if ord is None or (ord == 2 and count == 1) or (ord == "fro" and count == 2):
-        return _recorded_euclidean((x,), {"axis": axis, "keepdims": keepdims})
-    if count == 1:
-        return _vector_norm(x, ord, axis, keepdims)
-    if ord in (1, -1, np.inf, -np.inf):
-        return _matrix_norm(x, ord, axis or (0, 1), keepdims)
-    raise missing(f"numpy.linalg.norm of a matrix with ord={ord!r}")
-
-
-def _vector_norm(x: Any, ord: Any, axis: Any, keepdims: bool) -> Any:
-    if ord == np.inf:
-        return np.max(np.absolute(x), axis=axis, keepdims=keepdims)
-    if ord == -np.inf:
-        return np.min(np.absolute(x), axis=axis, keepdims=keepdims)
-    if ord == 1:
-        return np.sum(np.absolute(x), axis=axis, keepdims=keepdims)
-    if ord == 0:
-        return np.linalg.norm(plain(x), 0, axis, keepdims)
-    return _recorded_power_norm((x,), {"ord": ord, "axis": axis, "keepdims": keepdims})
-
-
-def _matrix_norm(x: Any, ord: Any, axis: Any, keepdims: bool) -> Any:
-    rows, columns = axis if abs(ord) == 1 else axis[::-1]
-    sums = np.sum(np.absolute(x), axis=rows, keepdims=True)
-    extreme = (np.max if ord > 0 else np.min)(sums, axis=columns, keepdims=True)
-    return extreme if keepdims else np.squeeze(extreme, axis=tuple(axis))
+    return like(pair, sign, logarithm)
 
 
 @composed(np.linalg.matrix_power)
@@ -310,7 +264,63 @@ def _matrix_power(a: Operand, n: int) -> Any:
     return np.matmul(squared, a) if n % 2 else squared
 
 
+@composed(np.linalg.multi_dot)
+def _multi_dot(arrays: Operands, *, out: Any = None) -> Any:
+    # A first vector is a row, a last one a column, as for a product of two.
+    shapes = [(1, *a.shape)[-2:] if i == 0 else (*a.shape, 1)[:2] for i, a in enumerate(arrays)]
+    sizes = [rows for rows, _ in shapes] + [shapes[-1][1]]
+    return _product(arrays, _best_splits(sizes), 0, len(arrays))
+
+
+def _product(arrays: Any, splits: Any, start: int, stop: int) -> Any:
+    if stop - start == 1:
+        return arrays[start]
+    middle = splits[start, stop]
+    return np.matmul(_product(arrays, splits, start, middle), _product(arrays, splits, middle, stop))
+
+
+def _best_splits(sizes: list[int]) -> dict[tuple[int, int], int]:
+    """Where to split each part of a chain of matrices, so that there are the fewest multiplications.
+
+    Reference: T. H. Cormen et al., "Introduction to Algorithms", section "Matrix-chain multiplication".
+    """
+    count = len(sizes) - 1
+    costs = {(i, i + 1): 0 for i in range(count)}
+    splits = {}
+    for length in range(2, count + 1):
+        for start in range(count - length + 1):
+            stop = start + length
+            costs[start, stop], splits[start, stop] = min(
+                (costs[start, middle] + costs[middle, stop] + sizes[start] * sizes[middle] * sizes[stop], middle)
+                for middle in range(start + 1, stop)
+            )
+    return splits
+
+
 constant(np.linalg.matrix_rank)
-for _name in ("matmul", "outer", "tensordot", "matrix_transpose", "vecdot"):
-    if hasattr(np.linalg, _name) and getattr(np, _name, None) in OPERATIONS:
-        OPERATIONS[getattr(np.linalg, _name)] = OPERATIONS[getattr(np, _name)]
+
+# -- the functions of numpy.linalg that are those of numpy, for matrices in the last axes
+for _name in ("matmul", "outer", "tensordot", "vecdot"):
+    OPERATIONS[getattr(np.linalg, _name)] = OPERATIONS[getattr(np, _name)]
+
+
+@composed(np.linalg.diagonal)
+def _diagonal_of_matrices(x: Operand, *, offset: int = 0) -> Any:
+    return np.diagonal(x, offset, -2, -1)
+
+
+@composed(np.linalg.trace)
+def _trace_of_matrices(x: Operand, *, offset: int = 0, dtype: Any = None) -> Any:
+    return np.trace(x, offset, -2, -1, dtype)
+
+
+@composed(np.linalg.cross)
+def _cross(x1: Operand, x2: Operand, *, axis: int = -1) -> Any:
+    if x1.shape[axis] != 3 or x2.shape[axis] != 3:
+        raise ValueError(
+            f"Both input arrays must be (arrays of) 3-dimensional vectors, but they are {x1.shape[axis]} and "
+            f"{x2.shape[axis]} dimensional instead."
+        )
+    a, b = np.moveaxis(x1, axis, -1), np.moveaxis(x2, axis, -1)
+    product = np.roll(a, -1, -1) * np.roll(b, -2, -1) - np.roll(a, -2, -1) * np.roll(b, -1, -1)
+    return np.moveaxis(product, -1, axis)

@@ -109,19 +109,24 @@ def _extreme_vjp(g: Any, y: Any, a: Any, axis: Any = None, out: Any = None, keep
     return np.where(chosen, with_axes(g, a, axis) / ties, 0)
 
 
+def products_of_others(a: Any) -> Any:
+    """For each element the product of all others along the last axis."""
+    # From both sides: the product of all, divided by the element, would be 0/0 where that is 0.
+    one = np.ones_like(a[..., :1])
+    before = np.cumprod(np.concatenate((one, a[..., :-1]), axis=-1), axis=-1)
+    after = np.cumprod(np.concatenate((one, a[..., :0:-1]), axis=-1), axis=-1)[..., ::-1]
+    return before * after
+
+
 def _prod_vjp(
     g: Any, y: Any, a: Any, axis: Any = None, dtype: Any = None, out: Any = None, keepdims: Any = False
 ) -> Any:
-    # The product of all others, from both sides: y / a would be 0/0 where a is 0.
     axes = _axes(axis, a.ndim)
     rest = [i for i in range(a.ndim) if i not in axes]
     order = (*rest, *axes)
     moved = a.transpose(order)
     flat = moved.reshape((*moved.shape[: len(rest)], math.prod(moved.shape[len(rest) :])))
-    one = np.ones_like(flat[..., :1])
-    before = np.cumprod(np.concatenate((one, flat[..., :-1]), axis=-1), axis=-1)
-    after = np.cumprod(np.concatenate((one, flat[..., :0:-1]), axis=-1), axis=-1)[..., ::-1]
-    others = (before * after).reshape(moved.shape).transpose(tuple(np.argsort(order)))
+    others = products_of_others(flat).reshape(moved.shape).transpose(tuple(np.argsort(order)))
     return with_axes(g, a, axis) * conj(others)
 
 

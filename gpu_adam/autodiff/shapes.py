@@ -41,6 +41,7 @@ derivative(np.transpose, _transpose_vjp)
 derivative(np.swapaxes, lambda g, y, a, axis1, axis2: np.swapaxes(g, axis1, axis2))
 derivative(np.moveaxis, lambda g, y, a, source, destination: np.moveaxis(g, destination, source))
 derivative(np.matrix_transpose, lambda g, y, a: np.swapaxes(g, -1, -2))
+OPERATIONS[np.linalg.matrix_transpose] = OPERATIONS[np.matrix_transpose]
 derivative(np.broadcast_to, lambda g, y, a, shape: g)
 derivative(np.flip, lambda g, y, a, axis=None: np.flip(g, axis))
 derivative(np.roll, _roll_vjp)

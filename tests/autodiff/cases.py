@@ -66,6 +66,25 @@ def both(name: str, function: Callable[..., Any], *shapes: Any, **options: Any) 
     return [case(name, function, *shapes, **options), Case(f"{name}-complex", function, complex_inputs, **options)]
 
 
+def regular(*shape: int, is_complex: bool = False) -> Any:
+    """Well-conditioned matrices."""
+    return random(shape, is_complex, "regular") + 4 * np.eye(shape[-1])
+
+
+def of_matrix(name: str, function: Any, *more: Any, **options: Any) -> list[Case]:
+    """One matrix and a stack of them, real and complex."""
+    return [
+        Case(
+            f"{name}{'-stack' * (len(shape) > 2)}{'-complex' * c}",
+            function,
+            (regular(*shape, is_complex=c), *more),
+            **options,
+        )
+        for shape in ((3, 3), (2, 3, 3))
+        for c in (False, True)
+    ]
+
+
 def differentiate(case: Case, arrays: Any, cotangent: Any) -> list[Any]:
     """The gradients by the tape, dense."""
     variables = [variable(a) for a in arrays]

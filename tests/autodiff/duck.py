@@ -25,7 +25,7 @@ CUPY_HAS = {
         broadcast_arrays broadcast_to cbrt clip concatenate conjugate copy copysign cos cosh cumprod cumsum
         deg2rad degrees diag diagonal divide divmod dot einsum equal exp exp2 expand_dims expm1 empty_like eye
         fabs flip float_power floor floor_divide fmax fmin fmod frexp full_like greater greater_equal hypot
-        imag invert isfinite isinf isnan ldexp less less_equal log log10 log1p log2 logaddexp logaddexp2
+        imag invert isfinite isinf isnan isneginf ldexp less less_equal log log10 log1p log2 logaddexp logaddexp2
         matmul matrix_transpose max maximum mean min minimum mod modf moveaxis multiply nan_to_num ndim
         negative nextafter not_equal ones_like outer pad positive power prod rad2deg radians ravel real
         reciprocal remainder reshape rint roll shape sign signbit sin sinc size sinh sort sqrt square squeeze
@@ -34,7 +34,7 @@ CUPY_HAS = {
     ),
     "numpy.linalg": _words(
         """
-        cholesky det eigh inv matrix_power norm slogdet solve
+        cholesky det eig eigh inv lstsq matrix_power norm pinv qr slogdet solve svd
         """
     ),
     "numpy.fft": _words(
@@ -102,6 +102,9 @@ class DuckArray:
 
     def __len__(self) -> int:
         return len(self._array)
+
+    def __bool__(self) -> bool:
+        return bool(self._array)
 
     def __getitem__(self, key: Any) -> DuckArray:
         return DuckArray(self._array[_index(key)])

@@ -1,5 +1,6 @@
 """Products and linear algebra."""
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -7,32 +8,10 @@ import pytest
 
 from gpu_adam import Variable
 from gpu_adam.autodiff import value_and_grad
+from gpu_adam.autodiff_seam import current_tracer
 from gpu_adam.devices import Device
 
-from .cases import Case, DerivativeTests, both, case, random
-
-
-def regular(*shape: int, is_complex: bool = False) -> Any:
-    """Well-conditioned matrices."""
-    return random(shape, is_complex, "regular") + 4 * np.eye(shape[-1])
-
-
-def hermitian(np: Any, a: Any) -> Any:
-    return a + np.conj(np.swapaxes(a, -1, -2))
-
-
-def of_matrix(name: str, function: Any, *more: Any, **options: Any) -> list[Case]:
-    """On one matrix and on a stack of them, real and complex."""
-    return [
-        Case(
-            f"{name}{'-stack' * (len(shape) > 2)}{'-complex' * c}",
-            function,
-            (regular(*shape, is_complex=c), *more),
-            **options,
-        )
-        for shape in ((3, 3), (2, 3, 3))
-        for c in (False, True)
-    ]
+from .cases import Case, DerivativeTests, both, case, of_matrix, random, regular
 
 
 class TestProducts(DerivativeTests):
@@ -86,6 +65,29 @@ class TestProducts(DerivativeTests):
         *both("diagonal", lambda np, x: np.diagonal(x, 1) * (x * 2).diagonal(-1)[..., :1], (4, 3), hips=False),
         *both("diagonal-axes", lambda np, x: np.diagonal(x, 0, -1, 0), (3, 2, 4), hips=False),
         *both("diag", lambda np, x: np.diag(np.diag(x, 1), -1), (3, 4), hips=False),
+        *both(
+            "multi_dot",
+            lambda np, *arrays: np.linalg.multi_dot(arrays),
+            *((5, 2), (2, 6), (6, 3), (3, 4)),
+            hips=False,
+        ),
+        *both("multi_dot-vectors", lambda np, *arrays: np.linalg.multi_dot(arrays), (2,), (2, 6), (6,), hips=False),
+        *both(
+            "of-linalg",
+            lambda np, x, y: (
+                np.linalg.diagonal(x, offset=1)
+                + np.linalg.trace(x, offset=-1)[:, None]
+                + np.linalg.cross(y, x[..., :3])[:, 0, :2]
+                + np.linalg.cross(np.linalg.matrix_transpose(y), x[0, :3, :3], axis=-2)[:, 0, :2]
+                + np.linalg.vecdot(y, y)[:, :2]
+                + np.linalg.matmul(y, x)[:, 1, :2]
+                + np.linalg.tensordot(y, x, axes=([1, 2], [2, 1]))[:, :1]
+                + np.linalg.outer(x[0, 0], y[0, 0])[:2, :2]
+            ),
+            (2, 3, 3),
+            (2, 3, 3),
+            hips=False,
+        ),
     )
 
 
@@ -104,92 +106,96 @@ class TestLinearAlgebra(DerivativeTests):
             lambda np, a, b: np.linalg.solve(a, b),
             (regular(2, 3, 3, is_complex=True), random((2, 3, 2), True)),
         ),
-        *of_matrix("cholesky", lambda np, a: np.linalg.cholesky(hermitian(np, a)), hips=False),
-        *of_matrix("cholesky-upper", lambda np, a: np.linalg.cholesky(hermitian(np, a), upper=True), hips=False),
-        *of_matrix("eigvalsh", lambda np, a: np.linalg.eigvalsh(hermitian(np, a)), hips=False),
-        *of_matrix("eigh-values", lambda np, a: np.linalg.eigh(hermitian(np, a))[0], hips=False),
-        # A phase of the eigenvectors is arbitrary: only what does not depend on it has a derivative.
-        *of_matrix("eigh-vectors", lambda np, a: np.abs(np.linalg.eigh(hermitian(np, a))[1]) ** 2, hips=False),
-        *of_matrix(
-            "eigh-both",
-            lambda np, a: np.abs(
-                np.linalg.eigh(hermitian(np, a))[1] * np.linalg.eigh(hermitian(np, a))[0][..., None, :]
-            ),
-            hips=False,
-        ),
         *of_matrix(
             "matrix_power", lambda np, a: np.linalg.matrix_power(a, 5) + np.linalg.matrix_power(a, -2), hips=False
         ),
-        *of_matrix("norm", lambda np, a: np.linalg.norm(a)),
-    )
-
-
-class TestNorms(DerivativeTests):
-    """Norms of vectors and matrices."""
-
-    cases = (
-        *both("vector", lambda np, x: np.linalg.norm(x), (4,)),
-        *both("axis", lambda np, x: np.linalg.norm(x, axis=1), (3, 4)),
+        *(
+            Case(f"pinv-{label}{'-complex' * c}", function, (random(shape, c, "pinv"),), hips=False)
+            for label, shape in {"tall": (5, 3), "wide": (3, 5), "stack": (2, 4, 3)}.items()
+            for function in (lambda np, a: np.linalg.pinv(a, rcond=1e-6),)
+            for c in (False, True)
+        ),
+        *of_matrix("pinv-rtol", lambda np, a: np.linalg.pinv(a, rtol=None) + np.linalg.pinv(a, rtol=1e-5), hips=False),
+        # A product of two narrow matrices has their rank however they change.
+        *both("pinv-rank-2", lambda np, a, b: np.linalg.pinv(np.matmul(a, b), 1e-5), (5, 2), (2, 4), hips=False),
         *both(
-            "kept",
-            lambda np, x: np.linalg.norm(x, axis=-1, keepdims=True) * np.linalg.norm(x, axis=(0, 1), keepdims=True),
-            (3, 4),
+            "lstsq",
+            lambda np, a, b: np.sum(np.linalg.lstsq(a, b)[0] ** 2) + np.sum(np.linalg.lstsq(a, b)[1] ** 2),
+            (5, 3),
+            (5, 2),
             hips=False,
         ),
-        *both("frobenius", lambda np, x: np.linalg.norm(x, "fro", axis=(0, 2)), (2, 3, 4), hips=False),
-        *(
-            one
-            for order in (1, 2, 3, 0.5, np.inf, -np.inf)
-            for one in both(
-                f"order-{order}", lambda np, x, order=order: np.linalg.norm(x, order, axis=0), (3, 4), hips=False
-            )
+        *both(
+            "lstsq-vector",
+            lambda np, a, b: np.linalg.lstsq(a, b)[0] * np.linalg.lstsq(a, b, -1)[1] + np.linalg.lstsq(a, b, 1e-3)[3],
+            (5, 3),
+            (5,),
+            hips=False,
         ),
-        *(
-            one
-            for order in (1, -1, np.inf, -np.inf)
-            for one in both(f"matrix-{order}", lambda np, x, order=order: np.linalg.norm(x, order), (3, 4), hips=False)
-        ),
+        *both("lstsq-wide", lambda np, a, b: np.linalg.lstsq(a, b)[0], (3, 5), (3,), hips=False),
     )
 
 
-def test_norm_of_zero(device: Device) -> None:
-    _, gradient = value_and_grad(lambda: np.linalg.norm(x), x := Variable(np.zeros(3)))
-    assert gradient.tolist() == [0, 0, 0]
+def test_determinant_of_singular_matrices(device: Device) -> None:
+    """The gradient is the matrix of cofactors; of rank n - 2 it is 0."""
+    start = np.stack([np.arange(9.0).reshape(3, 3) + np.eye(3), np.diag([2.0, 0.0, 3.0]), np.diag([0.0, 0.0, 3.0])])
+    a = Variable(start)
+    with np.errstate(all="raise"):
+        _, gradient = value_and_grad(lambda: np.sum(np.linalg.det(a)), a)
+    expected = [np.linalg.det(start[0]) * np.linalg.inv(start[0]).T, np.diag([0.0, 6.0, 0.0]), np.zeros((3, 3))]
+    np.testing.assert_allclose(device.numpy(gradient), expected, atol=1e-12)
 
 
-def test_spectral_norm_is_not_there(device: Device) -> None:
-    x = Variable(np.ones((2, 2)))
-    with pytest.raises(NotImplementedError, match="norm of a matrix with ord=2"):
-        value_and_grad(lambda: np.linalg.norm(x, 2), x)
+@pytest.mark.parametrize("is_complex", [False, True])
+def test_determinant_of_a_singular_matrix_in_any_position(device: Device, is_complex: bool) -> None:
+    """A row of zeros: its determinant is 0 to the last bit, and so is none of its cofactors."""
+    start = random((4, 4), is_complex)
+    start[2] = 0
+    a = Variable(start)
+    _, gradient = value_and_grad(lambda: np.linalg.det(a).real, a)
+    rest = [np.delete(np.delete(start, 2, 0), column, 1) for column in range(4)]
+    expected = np.zeros((4, 4), start.dtype)
+    expected[2] = [(-1) ** column * np.conj(np.linalg.det(minor)) for column, minor in enumerate(rest)]
+    np.testing.assert_allclose(device.numpy(gradient), expected, atol=1e-12)
 
 
-def test_equal_eigenvalues(device: Device) -> None:
-    _, gradient = value_and_grad(lambda: np.sum(np.linalg.eigh(a)[0]), a := Variable(np.eye(3)))
-    np.testing.assert_allclose(device.numpy(gradient), np.eye(3), atol=1e-12)
+def test_determinant_below_the_range(device: Device) -> None:
+    """Not of a singular matrix: its product of diagonal elements is too small for a number, its cofactors are not."""
+    a = Variable(1e-120 * np.eye(3))
+    value, gradient = value_and_grad(lambda: np.linalg.det(a), a)
+    assert float(value) == 0
+    np.testing.assert_allclose(device.numpy(gradient), 1e-240 * np.eye(3), rtol=1e-12)
 
 
-@pytest.mark.parametrize("ord", [None, 1, 2, np.inf, 3, 1.5, 0.5])
-@pytest.mark.parametrize("axis", [None, 0, 1])
-def test_norms_at_zero_have_no_slope(device: Device, ord: Any, axis: Any) -> None:
-    """As torch has it: in a row or vector of zeros, and for a single zero where the power's own slope is infinite."""
-    zero = Variable(np.zeros(3)) if axis is None else Variable(np.zeros((3, 3)))
-    value, gradient = value_and_grad(lambda: np.sum(np.linalg.norm(zero, ord, axis)), zero)
-    assert (float(value), np.abs(device.numpy(gradient)).sum()) == (0, 0)
-    some = Variable(np.array([0.0, 3.0, -4.0]))
-    with np.errstate(divide="ignore"):
-        _, gradient = value_and_grad(lambda: np.linalg.norm(some, -2), some)  # 0, as the first element has it
-    assert device.numpy(gradient).tolist() == [0, 0, 0]
-    _, gradient = value_and_grad(lambda: np.linalg.norm(some, ord), some)
+@pytest.mark.parametrize("is_complex", [False, True])
+def test_logarithms_of_determinants_that_are_0(device: Device, is_complex: bool) -> None:
+    """Not a number where the loss looks at it, 0 where it does not; the other matrices are not concerned."""
+    start = np.stack([np.diag([2.0, 0.0]), np.diag([2.0, 4.0])]).astype(complex if is_complex else float)
+    a = Variable(start)
+
+    def chosen() -> Any:
+        sign, logarithm = np.linalg.slogdet(a)
+        return np.sum(np.where(np.abs(sign) == 0, 0, logarithm) + sign.real)
+
+    _, gradient = value_and_grad(chosen, a)
+    np.testing.assert_allclose(device.numpy(gradient), [np.zeros((2, 2)), np.diag([0.5, 0.25])])
+    _, gradient = value_and_grad(lambda: np.sum(np.linalg.slogdet(a)[1]), a)
     found = device.numpy(gradient)
-    assert found[0] == 0
-    assert np.isfinite(found).all()
-    assert (np.sign(found) == [0, ord != np.inf, -1]).all()
+    assert np.isnan(found[0]).any()
+    np.testing.assert_allclose(found[1], np.diag([0.5, 0.25]))
 
 
-@pytest.mark.parametrize("ord", [3, 1.5, 0.5])
-def test_norms_of_numbers_whose_powers_leave_the_range(device: Device, ord: float) -> None:
-    for scale in (1e-80, 1.0, 1e80):
-        x = Variable(np.array([1.0, 2.0]) * scale)
-        _, gradient = value_and_grad(lambda: np.linalg.norm(x, ord), x)  # noqa: B023
-        ratio = np.array([1.0, 2.0]) / np.linalg.norm([1.0, 2.0], ord)
-        np.testing.assert_allclose(device.numpy(gradient), ratio ** (ord - 1), rtol=1e-12)
+def test_chains_of_matrices_are_multiplied_in_the_cheapest_order(device: Device) -> None:
+    """No product in between is larger than need be."""
+    sizes = [30, 35, 15, 5, 10, 20, 25]  # of the example in the book
+    matrices = [Variable(random((m, n))) for m, n in itertools.pairwise(sizes)]
+    shapes: list[Any] = []
+
+    def loss() -> Any:
+        result = np.linalg.multi_dot(matrices)
+        tape: Any = current_tracer.get()
+        shapes.extend(node.shape for node in tape.nodes)
+        return np.sum(result)
+
+    value_and_grad(loss, matrices)
+    assert sorted(shapes) == [(5, 20), (5, 25), (30, 5), (30, 25), (35, 5)]

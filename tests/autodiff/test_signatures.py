@@ -34,7 +34,7 @@ OTHERS: dict[str, tuple[Any, ...]] = {
     "take": (np.array([0, 1]),),
     "take_along_axis": (np.array([[0, 1]]), 0),
     "tile": (2,),
-    **dict.fromkeys(("dot", "inner", "outer", "vdot", "kron", "tensordot", "solve"), (np.ones((2, 2)),)),
+    **dict.fromkeys(("dot", "inner", "outer", "vdot", "kron", "tensordot", "solve", "lstsq"), (np.ones((2, 2)),)),
 }
 SEQUENCES = ("concatenate", "concat", "stack", "vstack", "hstack", "dstack", "column_stack")
 
