@@ -211,8 +211,8 @@ def _svdvals(x: Operand) -> Any:
 # -- orthogonal and triangular, of at least as many rows as columns, the columns independent
 def _triangular(g: Any) -> Any:
     """The adjoint of taking from b + b^H the upper triangle with half the diagonal."""
-    upper = np.triu(g)
-    return (upper + adjoint(upper)) * (1 - np.eye(g.shape[-1], dtype=g.dtype, like=g) / 2)
+    half = (np.triu(g) + np.triu(g, 1)) / 2
+    return half + adjoint(half)
 
 
 def _divided(g: Any, r: Any) -> Any:

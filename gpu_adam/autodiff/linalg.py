@@ -203,7 +203,9 @@ def _lstsq(a: Operand, b: Operand, rcond: Any = None) -> Any:
 # -- determinants
 def _regular(a: Any, singular: Any) -> Any:
     """The matrices, and in place of those that are known to be singular one that has an inverse."""
-    return np.where(singular[..., None, None], np.eye(a.shape[-1], dtype=a.dtype, like=a), a)
+    number = np.arange(a.shape[-1], like=a)
+    identity = (number == number[:, None]).astype(a.dtype)
+    return np.where(singular[..., None, None], identity, a)
 
 
 def _cofactors(a: Any) -> Any:
