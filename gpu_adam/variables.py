@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 from numpy.lib.mixins import NDArrayOperatorsMixin
 
+from gpu_adam.arrays import add_at
 from gpu_adam.autodiff_seam import adapter, check_overwrite, operand, shown
 from gpu_adam.conversion import as_numbers, cast, on_host, place_of
 from gpu_adam.devices import Array, Device, find_device
-from gpu_adam.errors import ArgumentTypeError, ArgumentValueError
+from gpu_adam.errors import ArgumentTypeError, ArgumentValueError, SparseIndexError
 from gpu_adam.rules import truth_value
 
 _PYTHON_DTYPES = {"f": np.dtype(np.float32), "i": np.dtype(np.int32)}
@@ -357,11 +358,101 @@ class IndexedSlices:
     Args:
         values: array [n, ...row], the rows' gradients, with the variable's dtype, on its device.
         indices: int32 or int64 array [n], the rows, 0 <= index < rows.
-        dense_shape: ignored, for compatibility with TensorFlow.
+        dense_shape: the variable's shape, where it is known: `shape`, `dense` and `numpy` tell it and need it; an
+            update does not look at it.
+
+    What `dense`, `numpy` and `norm` raise:
+        ArgumentTypeError, ArgumentValueError: values or indices are no arrays of numbers, or do not fit each other or
+            the shape.
+        SparseIndexError: an index out of range, on the host. On a CUDA device, where looking would be a wait, such a
+            row is left out.
     """
 
     def __init__(self, values: Any, indices: Any, dense_shape: Any = None) -> None:
         self.values, self.indices, self.dense_shape = values, indices, dense_shape
+
+    @property
+    def shape(self) -> tuple[int, ...] | None:
+        """The variable's shape; None where it was not given."""
+        return None if self.dense_shape is None else as_shape(self.dense_shape)
+
+    def dense(self, shape: Any = None) -> Array:
+        """The same gradient written out, on the device of the values: repeated rows summed, 0 in the others.
+
+        Args:
+            shape: the variable's, where `dense_shape` was not given.
+
+        Raises:
+            ArgumentValueError: the shape is not known.
+        """
+        shape = self.shape if shape is None else as_shape(shape)
+        if shape is None:
+            got, remedy = "no dense_shape", "pass the variable's shape: dense(variable.shape)"
+            raise ArgumentValueError("the shape of IndexedSlices", "must be known", got, remedy)
+        device, values, indices = self._checked(shape)
+        with device.activate():
+            total = device.zeros(shape, values.dtype)
+            if shape[0]:
+                add_at(total, indices, values)
+        return total
+
+    def numpy(self, shape: Any = None) -> np.ndarray:
+        """`dense` as a copy in host memory. Waits for the device."""
+        dense = self.dense(shape)
+        device = place_of(dense)
+        assert device is not None
+        return device.numpy(dense)
+
+    def norm(self) -> Array:
+        """The L2 norm of the dense gradient, 0-d, on the device of the values; summed in float64.
+
+        sqrt(sum over rows of |sum of the row's values|^2). Takes memory for the values once more, not for the variable.
+        """
+        device, values, indices = self._checked(self.shape)
+        xp = device.xp
+        with device.activate():
+            # Each row that is named gets a place among as many as there are values.
+            order = xp.argsort(indices)
+            ordered = indices[order]
+            places = xp.zeros_like(indices)
+            places[order[1:]] = xp.cumsum(ordered[1:] != ordered[:-1])
+            total = device.zeros(values.shape, values.dtype)
+            add_at(total, places, values)
+            size = xp.absolute(total)
+            wide = size.astype(np.float64)
+            return xp.asarray(xp.sqrt(xp.sum(wide * wide)), np.float64 if size.dtype.kind in "iu" else size.dtype)
+
+    def _checked(self, shape: tuple[int, ...] | None) -> tuple[Device, Array, Array]:
+        """The device of the values, the values, and there the indices; all that fits, where the shape is known."""
+        values = as_numbers(_plain(self.values), "IndexedSlices.values")
+        indices = as_numbers(_plain(self.indices), "IndexedSlices.indices")
+        device = place_of(values)
+        assert device is not None
+        if indices.size and indices.dtype.kind not in "iu":
+            rule, remedy = "must be whole numbers", "cast them with astype"
+            raise ArgumentTypeError("IndexedSlices.indices", rule, f"numbers of {indices.dtype}", remedy)
+        if indices.ndim != 1:
+            rule, got = "must be one-dimensional", f"shape {tuple(indices.shape)}"
+            raise ArgumentValueError("IndexedSlices.indices", rule, got, "ravel them")
+        row = tuple(values.shape[1:]) if shape is None else shape[1:]
+        if tuple(values.shape) != (indices.size, *row) or shape == ():
+            wanted = "a dimension for the rows" if shape == () else f"shape {(indices.size, *row)}"
+            got = f"shape {tuple(values.shape)}" + ("" if shape is None else f" for a variable of shape {shape}")
+            raise ArgumentValueError("IndexedSlices.values", f"must have {wanted}", got, "give each index its row")
+        with device.activate():
+            if place_of(indices) is not device:
+                indices = device.array(on_host(indices))
+            indices = indices.astype(np.int64)
+            inside = (indices >= 0) & (indices < (np.inf if shape is None else shape[0]))
+            if not device.checks_indices:
+                fitting = inside.reshape(-1, *[1] * len(row))
+                return device, device.xp.where(fitting, values, 0).astype(values.dtype), indices * inside
+        if not inside.all():
+            position = int(np.argmin(inside))
+            rule = "must be >= 0" if shape is None else f"must lie in [0, {shape[0]})"
+            argument, remedy = f"IndexedSlices.indices[{position}]", "check the indices, or the shape"
+            raise SparseIndexError(argument, rule, int(indices[position]), remedy)
+        return device, values, indices
 
     def __repr__(self) -> str:
         return f"IndexedSlices(values={self.values!r}, indices={self.indices!r})"

@@ -32,10 +32,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gpu_adam.arrays import namespace
 from gpu_adam.autodiff.cotangent import check_kind, check_shape
 from gpu_adam.autodiff.lines import caller
 from gpu_adam.autodiff.node import Node
-from gpu_adam.autodiff.operations import namespace
 from gpu_adam.autodiff.rules import conj, plain, settled, traced
 from gpu_adam.autodiff.tape import HandOver, Tape
 from gpu_adam.autodiff_seam import current_tracer

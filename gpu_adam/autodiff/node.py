@@ -6,8 +6,9 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from gpu_adam.arrays import namespace
 from gpu_adam.autodiff.constants import shown
-from gpu_adam.autodiff.operations import OPERATIONS, missing, namespace
+from gpu_adam.autodiff.operations import OPERATIONS, missing
 from gpu_adam.variables import MAKERS, make
 
 _NO_KWARGS: Mapping[str, Any] = {}

@@ -1,6 +1,5 @@
 """The table of operations: what to do when a NumPy function meets a recorded value."""
 
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -36,10 +35,3 @@ def missing(operation: str) -> NotImplementedError:
         "teach it with gpu_adam.autodiff.register_vjp, "
         "or compute the gradients yourself and pass them as minimize(..., grad_fn=...)."
     )
-
-
-def namespace(array: Any) -> Any:
-    """The module whose functions make and take such arrays: numpy, cupy."""
-    if hasattr(array, "__array_namespace__"):
-        return array.__array_namespace__()
-    return sys.modules[type(array).__module__.partition(".")[0]]

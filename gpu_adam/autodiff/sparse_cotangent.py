@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from gpu_adam.autodiff.repeated import add_at
+from gpu_adam.arrays import add_at
 from gpu_adam.variables import IndexedSlices
 
 

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from gpu_adam.arrays import namespace
 from gpu_adam.autodiff.cotangent import check_kind, check_shape
 from gpu_adam.autodiff.node import Node
-from gpu_adam.autodiff.operations import namespace
 from gpu_adam.autodiff.rules import plain
 from gpu_adam.autodiff.sparse_cotangent import SparseCotangent
 from gpu_adam.autodiff.tape import Tape

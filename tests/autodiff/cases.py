@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from gpu_adam import IndexedSlices, Variable
+from gpu_adam.arrays import add_at
 from gpu_adam.autodiff import gradients, tape
-from gpu_adam.autodiff.repeated import add_at
 from gpu_adam.autodiff.rules import fit
 from gpu_adam.devices import device_of, find_device
 

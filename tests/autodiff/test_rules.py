@@ -7,8 +7,9 @@ import pytest
 
 from gpu_adam import Variable
 from gpu_adam import np as on_device
+from gpu_adam.arrays import namespace
 from gpu_adam.autodiff import register_vjp, value_and_grad
-from gpu_adam.autodiff.operations import OPERATIONS, namespace
+from gpu_adam.autodiff.operations import OPERATIONS
 from gpu_adam.autodiff.rules import fit, unbroadcast
 from gpu_adam.devices import Device
 

@@ -4,13 +4,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from autodiff.cases import random
 
 from gpu_adam import Variable
+from gpu_adam.arrays import add_at
 from gpu_adam.autodiff import value_and_grad
-from gpu_adam.autodiff.repeated import add_at
 from gpu_adam.devices import Device
-
-from .cases import random
 
 ROWS, COLUMNS = (np.array(numbers) for numbers in ([2, 0, 2, -1, 2, 0, 2], [1, 3, 1, 0, 1, -1, -3]))
 KEYS: dict[str, Any] = {

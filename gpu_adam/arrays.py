@@ -1,16 +1,16 @@
-"""Sums into the elements of an array that an index may name several times, in the same order on every device.
+"""What is done to arrays of NumPy and of CuPy alike, by the module that they belong to.
 
-Each element gets its contributions one after the other, in order of occurrence in the index, as `numpy.add.at` adds
-them.  CuPy's `add.at` adds atomically, in an order that differs from run to run, and takes no complex numbers.
+Sums into elements that an index may name several times have the same order on every device: each element gets its
+contributions one after the other, in order of occurrence in the index, as `numpy.add.at` adds them.  CuPy's `add.at`
+adds atomically, in an order that differs from run to run, and takes no complex numbers.
 """
 
 import functools
 import math
+import sys
 from typing import Any
 
 import numpy as np
-
-from gpu_adam.autodiff.operations import namespace
 
 # One thread for each number of the first contribution to a target; the other contributions follow in sorted order.
 _SUM_RUNS = """
@@ -23,6 +23,13 @@ _SUM_RUNS = """
         total[target * width + column] = sum;
     }
 """
+
+
+def namespace(array: Any) -> Any:
+    """The module whose functions make and take such arrays: numpy, cupy."""
+    if hasattr(array, "__array_namespace__"):
+        return array.__array_namespace__()
+    return sys.modules[type(array).__module__.partition(".")[0]]
 
 
 def add_at(total: Any, key: Any, values: Any) -> None:
