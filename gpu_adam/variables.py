@@ -32,6 +32,14 @@ def _in_place(ufunc: np.ufunc) -> Any:
     return operator
 
 
+def _of_array(operation: Callable[[Any, Any], Any]) -> Any:
+    def operator(self: Variable, other: Any) -> Any:
+        with self._device.activate():
+            return operation(operand(self), _plain(other))
+
+    return operator
+
+
 class Variable(NDArrayOperatorsMixin):
     """An array on a device whose memory never moves: updates and assignments happen in place.
 
@@ -318,6 +326,11 @@ class Variable(NDArrayOperatorsMixin):
     def __repr__(self) -> str:
         return f"<Variable {self._name!r} shape={self.shape} dtype={self.dtype} device={self._device.name}>"
 
+    # An array leaves these to a sparse matrix on its right, of which NumPy's functions would make an array of objects.
+
+    __matmul__ = _of_array(operator.matmul)
+    __mul__ = _of_array(operator.mul)
+
     # In-place operators change the memory, where the mixin's would replace the object by an array.
 
     __iadd__ = _in_place(np.add)
@@ -411,13 +424,14 @@ class IndexedSlices:
         device, values, indices = self._checked(self.shape)
         xp = device.xp
         with device.activate():
-            # Each row that is named gets a place among as many as there are values.
-            order = xp.argsort(indices)
-            ordered = indices[order]
-            places = xp.zeros_like(indices)
-            places[order[1:]] = xp.cumsum(ordered[1:] != ordered[:-1])
             total = device.zeros(values.shape, values.dtype)
-            add_at(total, places, values)
+            if indices.size:
+                # Each row that is named gets a place among as many as there are values.
+                order = xp.argsort(indices)
+                ordered = indices[order]
+                places = xp.zeros_like(indices)
+                places[order[1:]] = xp.cumsum(ordered[1:] != ordered[:-1])
+                add_at(total, places, values)
             size = xp.absolute(total)
             wide = size.astype(np.float64)
             return xp.asarray(xp.sqrt(xp.sum(wide * wide)), np.float64 if size.dtype.kind in "iu" else size.dtype)

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gpu_adam.autodiff.lines import Line
+from gpu_adam.autodiff.sparse_matrices import is_sparse, with_kept_arrays
 from gpu_adam.errors import ArgumentValueError
 
 COPIED_BYTES = 2**22
@@ -63,6 +64,8 @@ class Constants:
             return value.copy("K") if value.nbytes <= COPIED_BYTES else self._kept_large(value, operation)
         if type(value) in (list, tuple):  # of index arrays
             return type(value)([self.kept(item, operation) for item in value])
+        if is_sparse(value):
+            return with_kept_arrays(value, lambda array: self.kept(array, operation))
         if isinstance(value, np.generic) or not hasattr(value, "__array_function__"):
             return value
         if isinstance(value, np.ndarray):  # a memory map

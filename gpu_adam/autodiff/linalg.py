@@ -8,6 +8,7 @@ and V. Pereyra, "The differentiation of pseudo-inverses and nonlinear least squa
 
 # the arguments of NumPy's functions, in their order
 
+import operator
 from typing import Any
 
 import numpy as np
@@ -18,28 +19,29 @@ from gpu_adam.autodiff.rules import Operand, Operands, Primitive, composed, conj
 
 
 def adjoint(a: Any) -> Any:
-    """The conjugate transpose of the matrices in the last two axes."""
-    return conj(a).swapaxes(-1, -2)
+    """The conjugate transpose of the matrices in the last two axes; of a sparse matrix too."""
+    conjugate = conj(a)
+    return conjugate.T if conjugate.ndim == 2 else conjugate.swapaxes(-1, -2)
 
 
-# -- products
+# -- products; by the operator, which sparse matrices have as well
 def _matmul_left(g: Any, y: Any, a: Any, b: Any) -> Any:
     if b.ndim == 1:
         return g[..., None] * conj(b) if a.ndim > 1 else g * conj(b)
     if a.ndim == 1:
-        return np.matmul(conj(b), g[..., None])[..., 0]
-    return np.matmul(g, adjoint(b))
+        return (conj(b) @ g[..., None])[..., 0]
+    return g @ adjoint(b)
 
 
 def _matmul_right(g: Any, y: Any, a: Any, b: Any) -> Any:
     if a.ndim == 1:
         return conj(a)[:, None] * g[..., None, :] if b.ndim > 1 else g * conj(a)
     if b.ndim == 1:
-        return np.matmul(adjoint(a), g[..., None])[..., 0]
-    return np.matmul(adjoint(a), g)
+        return (adjoint(a) @ g[..., None])[..., 0]
+    return adjoint(a) @ g
 
 
-derivative(np.matmul, _matmul_left, _matmul_right)
+OPERATIONS[np.matmul] = Primitive(operator.matmul, (_matmul_left, _matmul_right), of=np.matmul)
 
 
 @composed(np.dot)

@@ -9,6 +9,7 @@ import numpy as np
 from gpu_adam.arrays import namespace
 from gpu_adam.autodiff.constants import shown
 from gpu_adam.autodiff.operations import OPERATIONS, missing
+from gpu_adam.autodiff.sparse_matrices import is_scipys_product
 from gpu_adam.variables import MAKERS, make
 
 _NO_KWARGS: Mapping[str, Any] = {}
@@ -132,6 +133,10 @@ class Node:
         return OPERATIONS[function](args, kwargs)
 
     def __array__(self, dtype: Any = None, copy: Any = None) -> Any:
+        if self.tape is not None and is_scipys_product():
+            no_array = np.empty((), object)
+            no_array[()] = self
+            return no_array
         return np.array(self._constant("a NumPy array"), dtype=dtype, copy=copy)
 
     def __dlpack__(self, **options: Any) -> Any:

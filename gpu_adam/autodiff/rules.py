@@ -26,6 +26,7 @@ from gpu_adam.autodiff.constants import COPIED_BYTES
 from gpu_adam.autodiff.lines import caller
 from gpu_adam.autodiff.node import Node
 from gpu_adam.autodiff.operations import OPERATIONS, function_name, missing
+from gpu_adam.autodiff.sparse_matrices import is_sparse, multiplies_as_matrix
 from gpu_adam.autodiff_seam import operand
 from gpu_adam.variables import Variable
 
@@ -88,7 +89,12 @@ class Primitive:
         constants: tuple[int, ...] = ()
         for position, arg in enumerate(args):
             if type(arg) is not Node and type(arg) not in _PLAIN:
-                arg = operand(arg) if isinstance(arg, Variable) else self._taken(position, arg, args)  # noqa: PLW2901
+                if isinstance(arg, Variable):
+                    arg = operand(arg)  # noqa: PLW2901
+                elif self.of is np.multiply and multiplies_as_matrix(arg):
+                    return OPERATIONS[np.matmul](args, kwargs)
+                else:
+                    arg = self._taken(position, arg, args)  # noqa: PLW2901
             if type(arg) is not Node:
                 values.append(arg)
                 if type(arg) not in _NUMBERS and position in self.read:
@@ -295,6 +301,10 @@ def taken(value: Any, others: Sequence[Any], function: Callable[..., Any], *, nu
             "whose operators mean something else; convert it with numpy.asarray or its method filled."
         )
     if isinstance(value, np.generic) or hasattr(value, "__array_function__"):
+        return value
+    if is_sparse(value):
+        if function is not np.matmul or value.ndim != 2:
+            raise missing(f"{function_name(function)} of a sparse operand of {value.ndim} dimensions")
         return value
     package = type(value).__module__.partition(".")[0].removesuffix("lib")
     if package in ("torch", "jax"):  # it would take the result with it
