@@ -213,8 +213,10 @@ def test_singular_values_of_0(device: Device) -> None:
     np.testing.assert_allclose(float(value), 6.5)
     np.testing.assert_allclose(device.numpy(gradient), start / 2, atol=1e-12)
     weights = device.array(random((5, 4)))
-    _, gradient = value_and_grad(lambda: loss(4), a)
-    assert np.isnan(device.numpy(gradient)).any()
+    for values in ([3.0, 2.0, 0.0, 0.0], [3.0, 2.0, 1.0, 0.0]):
+        a = Variable(rotated(values, 5, float))
+        _, gradient = value_and_grad(lambda: loss(4), a)
+        assert np.isnan(device.numpy(gradient)).any()
 
 
 @pytest.mark.parametrize(

@@ -185,6 +185,23 @@ def test_logarithms_of_determinants_that_are_0(device: Device, is_complex: bool)
     np.testing.assert_allclose(found[1], np.diag([0.5, 0.25]))
 
 
+@pytest.mark.parametrize("shapes", [((5, 3), (5,)), ((5, 3), (5, 2)), ((3, 5), (3,)), ((3, 5), (3, 2))])
+def test_least_squares_returns_what_numpy_does(device: Device, shapes: Any) -> None:
+    """Shapes too: there are residuals only of more equations than unknowns."""
+    a, b = (Variable(random(shape, seed=shapes)) for shape in shapes)
+    found: list[Any] = []
+
+    def loss() -> Any:
+        found.extend(np.linalg.lstsq(a, b))
+        return np.sum(found[0])
+
+    value_and_grad(loss, [a, b])
+    for result, expected in zip(found, np.linalg.lstsq(a.numpy(), b.numpy()), strict=True):
+        assert np.shape(result) == np.shape(expected)
+        plain = result.value if hasattr(result, "value") else result
+        np.testing.assert_allclose(getattr(plain, "get", lambda: plain)(), expected)  # noqa: B023  # called at once
+
+
 def test_chains_of_matrices_are_multiplied_in_the_cheapest_order(device: Device) -> None:
     """No product in between is larger than need be."""
     sizes = [30, 35, 15, 5, 10, 20, 25]  # of the example in the book

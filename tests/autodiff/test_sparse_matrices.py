@@ -61,6 +61,15 @@ def test_products(kind: str, shape: tuple[int, ...]) -> None:
                 assert_gradient(product, getattr(sparse, kind)(dense), dense, start)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_variables_on_the_left(kind: str) -> None:
+    """Inside of a loss and outside, where NumPy's functions would make an array of objects."""
+    dense, start = some(), random((3,), seed="w")
+    assert_gradient(lambda a, w: w @ a.T, getattr(sparse, kind)(dense), dense, start)
+    if kind.endswith("matrix"):
+        assert_gradient(lambda a, w: w * a.T, getattr(sparse, kind)(dense), dense, start)
+
+
 def test_single_precision() -> None:
     w = Variable(np.ones(3, np.float32))
     value, gradient = value_and_grad(lambda: np.sum(sparse.csr_array(some().astype(np.float32)) @ w), w)
