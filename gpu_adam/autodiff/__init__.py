@@ -7,7 +7,7 @@ A loss computes with `Variable`s as if they were arrays.  While it runs, a varia
 looks like an array and enters every NumPy function called on it, with its derivative, on a `Tape` (tape.py).  The tape
 is read backwards once and thrown away.  What each function's derivative is stands in a table, `OPERATIONS`
 (operations.py; rules.py says how to add to it), filled by one module per kind: elementwise, reductions, shapes,
-indexing, linalg, decompositions, norms, einsum, fft.
+indexing, linalg, decompositions, norms, einsum, fft, masked (reductions), statistics, samples (of functions).
 
 Values never leave their device: everything is done by NumPy functions, which hand CuPy arrays to CuPy.
 """
@@ -19,6 +19,7 @@ from gpu_adam.autodiff import (  # noqa: F401  # fill the table
     fft,
     indexing,
     linalg,
+    masked,
     norms,
     reductions,
     shapes,

@@ -65,11 +65,6 @@ def _outer(a: Operand, b: Operand, out: Any = None) -> Any:
     return np.ravel(a)[:, None] * np.ravel(b)[None, :]
 
 
-@composed(np.multiply.outer)
-def _multiply_outer(a: Operand, b: Operand) -> Any:
-    return np.reshape(a, (*np.shape(plain(a)), *(1,) * np.ndim(plain(b)))) * b
-
-
 @composed(np.vdot)
 def _vdot(a: Operand, b: Operand) -> Any:
     return np.matmul(conj(np.ravel(a)), np.ravel(b))

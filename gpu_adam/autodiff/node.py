@@ -19,9 +19,13 @@ _UFUNC_METHODS: dict[tuple[Any, str], Callable[..., Any]] = {
     (np.add, "reduce"): np.sum,
     (np.add, "accumulate"): np.cumsum,
     (np.multiply, "reduce"): np.prod,
+    (np.multiply, "accumulate"): np.cumprod,
     (np.maximum, "reduce"): np.max,
     (np.minimum, "reduce"): np.min,
-    (np.multiply, "outer"): np.multiply.outer,
+    (np.fmax, "reduce"): np.nanmax,
+    (np.fmin, "reduce"): np.nanmin,
+    (np.logical_and, "reduce"): np.all,
+    (np.logical_or, "reduce"): np.any,
     (np.logaddexp, "reduce"): np.logaddexp.reduce,
 }
 
@@ -112,12 +116,13 @@ class Node:
     def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **kwargs: Any) -> Any:
         if method == "__call__":
             return OPERATIONS[ufunc](inputs, kwargs)
+        if method == "outer":
+            return OPERATIONS[outer]((ufunc, *inputs), kwargs)
         try:
             function = _UFUNC_METHODS[ufunc, method]
         except KeyError:
             raise missing(f"numpy.{ufunc.__name__}.{method}") from None
-        if method != "outer":
-            kwargs.setdefault("axis", 0)  # a ufunc reduces the first axis, a function all of them
+        kwargs.setdefault("axis", 0)  # a ufunc reduces the first axis, a function all of them
         return OPERATIONS[function](inputs, kwargs)
 
     def __array_function__(self, function: Any, types: Any, args: Any, kwargs: Any) -> Any:
@@ -283,6 +288,11 @@ def getitem(array: Any, key: Any) -> Any:
 def astype(array: Any, dtype: Any) -> Any:
     """array.astype(dtype), as a function: a key of `OPERATIONS`."""
     return array.astype(dtype)
+
+
+def outer(ufunc: Any, a: Any, b: Any, **kwargs: Any) -> Any:
+    """ufunc.outer(a, b), as a function: a key of `OPERATIONS`."""
+    return ufunc.outer(a, b, **kwargs)
 
 
 def _not_an_array(kind: str) -> TypeError:

@@ -109,25 +109,53 @@ def _extreme_vjp(g: Any, y: Any, a: Any, axis: Any = None, out: Any = None, keep
     return np.where(chosen, with_axes(g, a, axis) / ties, 0)
 
 
+def _order(axis: Any, ndim: int) -> tuple[int, ...]:
+    """The axes, those of a reduction last."""
+    axes = _axes(axis, ndim)
+    return (*(i for i in range(ndim) if i not in axes), *axes)
+
+
+def merged_last(a: Any, axis: Any) -> Any:
+    """The array with the axes of a reduction merged into a last one."""
+    moved = a.transpose(_order(axis, a.ndim))
+    kept = a.ndim - len(_axes(axis, a.ndim))
+    return moved.reshape((*moved.shape[:kept], math.prod(moved.shape[kept:])))
+
+
+def _products_before(a: Any) -> Any:
+    """Along the last axis, the product of all elements before each one."""
+    return np.cumprod(np.concatenate((np.ones_like(a[..., :1]), a[..., :-1]), axis=-1), axis=-1)
+
+
 def products_of_others(a: Any) -> Any:
     """For each element the product of all others along the last axis."""
     # From both sides: the product of all, divided by the element, would be 0/0 where that is 0.
-    one = np.ones_like(a[..., :1])
-    before = np.cumprod(np.concatenate((one, a[..., :-1]), axis=-1), axis=-1)
-    after = np.cumprod(np.concatenate((one, a[..., :0:-1]), axis=-1), axis=-1)[..., ::-1]
-    return before * after
+    return _products_before(a) * _products_before(a[..., ::-1])[..., ::-1]
 
 
 def _prod_vjp(
     g: Any, y: Any, a: Any, axis: Any = None, dtype: Any = None, out: Any = None, keepdims: Any = False
 ) -> Any:
-    axes = _axes(axis, a.ndim)
-    rest = [i for i in range(a.ndim) if i not in axes]
-    order = (*rest, *axes)
-    moved = a.transpose(order)
-    flat = moved.reshape((*moved.shape[: len(rest)], math.prod(moved.shape[len(rest) :])))
-    others = products_of_others(flat).reshape(moved.shape).transpose(tuple(np.argsort(order)))
+    flat, order = merged_last(a, axis), _order(axis, a.ndim)
+    others = products_of_others(flat).reshape([a.shape[i] for i in order]).transpose(tuple(np.argsort(order)))
     return with_axes(g, a, axis) * conj(others)
+
+
+def _cumprod_vjp(g: Any, y: Any, a: Any, axis: Any = None, dtype: Any = None, out: Any = None) -> Any:
+    # Of an element, all before it times what follows: total[k] = g[k] + a[k+1] * total[k+1], solved by doubling the
+    # distance.  Not g * y / a, which would be 0/0 where a is 0.
+    along = 0 if axis is None else axis
+    total = np.moveaxis(g, along, -1)
+    factors = conj(np.moveaxis(a.reshape(y.shape), along, -1))
+    before = _products_before(factors)
+    ahead, distance = factors[..., 1:], 1
+    while distance < total.shape[-1]:
+        total = np.concatenate(
+            (total[..., :-distance] + ahead * total[..., distance:], total[..., -distance:]), axis=-1
+        )
+        ahead = ahead[..., :-distance] * ahead[..., distance:]
+        distance *= 2
+    return np.moveaxis(before * total, -1, along).reshape(a.shape)
 
 
 def _cumsum_vjp(g: Any, y: Any, a: Any, axis: Any = None, dtype: Any = None, out: Any = None) -> Any:
@@ -144,7 +172,7 @@ derivative(np.max, _extreme_vjp)
 derivative(np.min, _extreme_vjp)
 derivative(np.prod, _prod_vjp)
 derivative(np.cumsum, _cumsum_vjp)
-OPERATIONS[np.amax], OPERATIONS[np.amin] = OPERATIONS[np.max], OPERATIONS[np.min]
+derivative(np.cumprod, _cumprod_vjp)
 
 
 @composed(np.logaddexp.reduce)

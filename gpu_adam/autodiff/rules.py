@@ -38,6 +38,12 @@ Operand = Annotated[Any, "operand"]
 Operands = Annotated[Any, "operands"]
 """Marks a parameter of a composed function that takes a sequence of arrays."""
 
+OperandOrNumber = Annotated[Any, "operand or number"]
+"""Like `Operand`, but a Python number stays one, so that it does not widen what it meets."""
+
+OperandsOrNumbers = Annotated[Any, "operands or numbers"]
+"""Like `Operands`, but Python numbers stay numbers."""
+
 # Types of arguments that need no look: numbers; what holds no recorded value; what cannot change.
 _NUMBERS = {bool, int, float, complex}
 _PLAIN = {np.ndarray, *_NUMBERS}
@@ -195,37 +201,43 @@ def composed(*functions: Callable[..., Any]) -> Callable[[Callable[..., Any]], C
     """Decorator: what the decorated function computes is what each of `functions` means for recorded arrays.
 
     Its parameters are those of NumPy's function.  Those that take arrays are marked as `Operand` or `Operands`; a
-    recorded value in the place of another one raises, as does `out`.
+    recorded value in the place of another one raises, as does `out`.  What `**kwargs` takes is passed on.
     """
 
     def enter(implementation: Callable[..., Any]) -> Callable[..., Any]:
         known = inspect.signature(implementation).parameters
         by_position = [p for p in known.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
         further = next((p for p in known.values() if p.kind is p.VAR_POSITIONAL), None)
+        passed_on = next((p for p in known.values() if p.kind is p.VAR_KEYWORD), None)
         function = functions[0]
         as_arrays = not isinstance(function, np.ufunc)
 
         def entry(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
             every = (*args, *kwargs.values()) if kwargs else args
 
-            def argument(parameter: Any, value: Any) -> Any:
-                if parameter.name == "out" and value is not None:
+            def argument(parameter: Any, value: Any, name: str) -> Any:
+                if name == "out" and value is not None:
                     raise missing(f"{function_name(function)} with the argument out=")
-                if parameter.annotation is Operands and isinstance(value, (list, tuple)):
-                    return [taken(item, every, function, numbers=as_arrays) for item in value]
-                if parameter.annotation in _ARRAYS and value is not None:
-                    return taken(value, every, function, numbers=as_arrays)
-                return settled(value, f"the argument {parameter.name}=", function)
+                kind = parameter.annotation
+                if kind in _SEQUENCES and isinstance(value, (list, tuple)):
+                    return [taken(item, every, function, numbers=as_arrays and kind in _CONVERTED) for item in value]
+                if kind in _ARRAYS and value is not None:
+                    return taken(value, every, function, numbers=as_arrays and kind in _CONVERTED)
+                return settled(value, f"the argument {name}=", function)
 
             given = {}
             for key, value in kwargs.items():
-                if key in known:
-                    given[key] = argument(known[key], value)
+                if key in known or passed_on:
+                    given[key] = argument(known.get(key, passed_on), value, key)
                 elif value is not None:
                     raise missing(f"{function_name(function)} with the argument {key}=")
             extra = args[len(by_position) :]
-            first = [argument(parameter, arg) for parameter, arg in zip(by_position, args, strict=False)]
-            return implementation(*first, *([argument(further, arg) for arg in extra] if further else extra), **given)
+            first = [
+                argument(parameter, arg, parameter.name) for parameter, arg in zip(by_position, args, strict=False)
+            ]
+            if further:
+                extra = tuple(argument(further, arg, further.name) for arg in extra)
+            return implementation(*first, *extra, **given)
 
         for each in functions:
             OPERATIONS[each] = entry
@@ -234,7 +246,9 @@ def composed(*functions: Callable[..., Any]) -> Callable[[Callable[..., Any]], C
     return enter
 
 
-_ARRAYS = (Operand, Operands)
+_CONVERTED = (Operand, Operands)
+_SEQUENCES = (Operands, OperandsOrNumbers)
+_ARRAYS = (*_CONVERTED, OperandOrNumber, OperandsOrNumbers)
 
 
 def constant(*functions: Callable[..., Any]) -> None:

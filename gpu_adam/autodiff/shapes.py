@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from gpu_adam.autodiff.node import outer
 from gpu_adam.autodiff.operations import OPERATIONS, missing
 from gpu_adam.autodiff.rules import Each, Operand, Operands, Primitive, composed, constant, derivative, own, plain
 
@@ -73,6 +74,11 @@ def _rot90(a: Operand, k: int = 1, axes: Any = (0, 1)) -> Any:
 def _broadcast_arrays(*arrays: Operand) -> Any:
     shape = np.broadcast_shapes(*(np.shape(plain(a)) for a in arrays))
     return tuple(np.broadcast_to(a, shape) for a in arrays)
+
+
+@composed(outer)
+def _outer(ufunc: Any, a: Operand, b: Operand, **kwargs: Any) -> Any:
+    return ufunc(np.reshape(a, (*a.shape, *(1,) * b.ndim)), b, **kwargs)
 
 
 # -- several arrays into one

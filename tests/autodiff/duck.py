@@ -115,6 +115,9 @@ class DuckArray:
     def __neg__(self) -> DuckArray:
         return DuckArray(-self._array)
 
+    def __invert__(self) -> DuckArray:
+        return DuckArray(~self._array)
+
     def __imul__(self, other: Any) -> DuckArray:
         self._array *= _unwrapped(other)
         return self
