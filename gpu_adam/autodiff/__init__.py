@@ -22,6 +22,7 @@ from gpu_adam.autodiff import (  # noqa: F401  # fill the table
     masked,
     norms,
     reductions,
+    samples,
     shapes,
 )
 from gpu_adam.autodiff.gradients import flatten, gradients, structure, value_and_grad

@@ -115,6 +115,29 @@ if hasattr(np, "matvec"):
         return np.matmul(np.expand_dims(np.conjugate(a), -2), b)[..., 0, :]
 
 
+_recorded_cross = Primitive(
+    np.cross, (lambda g, y, a, b: np.cross(conj(b), g), lambda g, y, a, b: np.cross(g, conj(a)))
+)
+
+
+@composed(np.cross)
+def _cross(a: Operand, b: Operand, axisa: int = -1, axisb: int = -1, axisc: int = -1, axis: Any = None) -> Any:
+    if axis is not None:
+        axisa = axisb = axisc = axis
+    a, b = np.moveaxis(a, axisa, -1), np.moveaxis(b, axisb, -1)
+    is_planar = a.shape[-1] == b.shape[-1] == 2
+    a, b = (np.concatenate((x, np.zeros_like(plain(x)[..., :1])), axis=-1) if x.shape[-1] == 2 else x for x in (a, b))
+    product = _recorded_cross((a, b), {})
+    return product[..., 2] if is_planar else np.moveaxis(product, -1, axisc)
+
+
+@composed(np.linalg.cross)
+def _cross_in_space(x1: Operand, x2: Operand, *, axis: int = -1) -> Any:
+    if not x1.shape[axis] == x2.shape[axis] == 3:
+        raise ValueError(f"numpy.linalg.cross takes vectors of 3 numbers (got {x1.shape[axis]} and {x2.shape[axis]})")
+    return np.cross(x1, x2, axis=axis)
+
+
 # -- diagonals
 def _diagonal_vjp(g: Any, y: Any, a: Any, offset: int = 0, axis1: int = 0, axis2: int = 1) -> Any:
     total = np.zeros_like(a)

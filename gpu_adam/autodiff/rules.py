@@ -309,7 +309,7 @@ def taken(value: Any, others: Sequence[Any], function: Callable[..., Any], *, nu
         or (type(value) in _NUMBERS and not numbers)
     ):
         return value
-    if isinstance(value, (np.ma.MaskedArray, np.matrix)):
+    if isinstance(value, (np.ma.MaskedArray, np.matrix, np.poly1d)):
         raise TypeError(
             f"{function_name(function)}: a recorded array must not meet a {type(value).__name__}, "
             "whose operators mean something else; convert it with numpy.asarray or its method filled."

@@ -135,6 +135,7 @@ def test_what_numpy_converts_is_converted(name: str, kind: str) -> None:
         lambda w, b: on_device.asarray([[b, 1.0], [b * 2, b]]),
         lambda w, b: np.heaviside([0.0, 1.0], b) + w[0],
         lambda w, b: np.nextafter(b, 2.0) * w,
+        lambda w, b: np.interp(w, [0.0, 4.0], [b, b * b]),
     ],
 )
 def test_recorded_values_within_sequences_and_as_fill(device: Device, use: Any) -> None:
@@ -164,7 +165,6 @@ def test_recorded_values_within_sequences_and_as_fill(device: Device, use: Any) 
         lambda w, b: np.repeat(w, [b, b, b]),
         lambda w, b: np.array([w, w]),
         lambda w, b: np.full(3, b, like=w),
-        lambda w, b: np.interp(w, [0.0, 1.0], [b, b]),
         lambda w, b: w[[b, b]],
         lambda w, b: w[b],
     ],
