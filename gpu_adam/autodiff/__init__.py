@@ -24,6 +24,7 @@ from gpu_adam.autodiff import (  # noqa: F401  # fill the table
     reductions,
     samples,
     shapes,
+    statistics,
 )
 from gpu_adam.autodiff.gradients import flatten, gradients, structure, value_and_grad
 from gpu_adam.autodiff.rules import register_vjp

@@ -7,7 +7,19 @@ import numpy as np
 
 from gpu_adam.autodiff.node import Node, astype
 from gpu_adam.autodiff.operations import OPERATIONS
-from gpu_adam.autodiff.rules import Operand, Primitive, composed, conj, constant, derivative, own, plain
+from gpu_adam.autodiff.rules import (
+    Operand,
+    OperandOrNumber,
+    OperandsOrNumbers,
+    Primitive,
+    composed,
+    conj,
+    constant,
+    derivative,
+    first_array,
+    own,
+    plain,
+)
 
 _LN2, _LN10 = math.log(2), math.log(10)
 _SCALARS: Any = (int, float, complex, np.generic)
@@ -168,6 +180,31 @@ derivative(
     lambda g, y, condition, _a, _b: np.where(condition, g, 0),
     lambda g, y, condition, _a, _b: np.where(condition, 0, g),
 )
+
+
+@composed(np.select)
+def _select(condlist: Any, choicelist: OperandsOrNumbers, default: OperandOrNumber = 0) -> Any:
+    if not len(condlist) == len(choicelist) > 0:
+        raise ValueError(
+            f"numpy.select takes as many choices as conditions (got {len(choicelist)} and {len(condlist)})"
+        )
+    chosen = default
+    if not hasattr(default, "dtype"):  # beside another number it would decide the dtype
+        dtypes = [choice.dtype for choice in choicelist if hasattr(choice, "dtype")]
+        chosen = np.asarray(default, np.result_type(*dtypes, default), like=first_array(choicelist))
+    for condition, choice in zip(reversed(condlist), reversed(choicelist), strict=True):
+        chosen = np.where(condition, choice, chosen)
+    return chosen
+
+
+@composed(np.choose)
+def _choose(a: Any, choices: OperandsOrNumbers, out: Any = None, mode: Any = "raise") -> Any:
+    like = first_array(choices)
+    numbers = np.arange(len(choices), like=like)
+    number = np.choose(np.asarray(a, like=like), numbers, mode=mode)  # checked, or brought into the range
+    return np.select([number == i for i in range(1, len(choices))], choices[1:], choices[0])
+
+
 derivative(np.heaviside, None, lambda g, y, a, _b: np.where(a == 0, g, 0))
 derivative(np.nextafter, lambda g, y, _a, _b: g, None)
 derivative(

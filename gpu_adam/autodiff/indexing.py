@@ -76,3 +76,16 @@ def _sort(a: Operand, axis: Any = -1, kind: Any = None, order: Any = None, *, st
     if axis is None:
         a, axis = np.ravel(a), 0
     return np.take_along_axis(a, own(np.argsort(plain(a), axis=axis)), axis=axis)
+
+
+@composed(np.compress)
+def _compress(condition: Any, a: Operand, axis: Any = None, out: Any = None) -> Any:
+    condition = np.asarray(condition, like=plain(a))
+    if condition.ndim != 1:
+        raise ValueError(f"numpy.compress takes a condition with 1 axis (got {condition.ndim}); use a[condition]")
+    return np.take(a, np.flatnonzero(condition), axis=axis)
+
+
+@composed(np.extract)
+def _extract(condition: Any, arr: Operand) -> Any:
+    return np.take(np.ravel(arr), np.flatnonzero(np.asarray(condition, like=plain(arr))))

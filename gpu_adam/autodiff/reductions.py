@@ -11,7 +11,8 @@ from gpu_adam.autodiff.operations import OPERATIONS
 from gpu_adam.autodiff.rules import Operand, Primitive, composed, conj, constant, derivative, plain
 
 
-def _axes(axis: Any, ndim: int) -> tuple[int, ...]:
+def reduced_axes(axis: Any, ndim: int) -> tuple[int, ...]:
+    """The numbers of the axes that a reduction goes over, none negative."""
     if axis is None:
         return tuple(range(ndim))
     return tuple(a % ndim for a in (axis if isinstance(axis, tuple | list) else (axis,))) if ndim else ()
@@ -21,7 +22,7 @@ def with_axes(reduced: Any, like: Any, axis: Any) -> Any:
     """A result with the reduced axes put back as length 1, ready to broadcast against `like`."""
     if reduced.ndim in (0, like.ndim):
         return reduced
-    axes = _axes(axis, like.ndim)
+    axes = reduced_axes(axis, like.ndim)
     return reduced.reshape([1 if i in axes else n for i, n in enumerate(like.shape)])
 
 
@@ -105,20 +106,20 @@ def _extreme_vjp(g: Any, y: Any, a: Any, axis: Any = None, out: Any = None, keep
         return g
     chosen = a == with_axes(y, a, axis)
     # Equal extremes share; none is chosen where the extreme is NaN.
-    ties = np.maximum(chosen.sum(axis=_axes(axis, a.ndim), keepdims=True), 1).astype(g.dtype)
+    ties = np.maximum(chosen.sum(axis=reduced_axes(axis, a.ndim), keepdims=True), 1).astype(g.dtype)
     return np.where(chosen, with_axes(g, a, axis) / ties, 0)
 
 
 def _order(axis: Any, ndim: int) -> tuple[int, ...]:
     """The axes, those of a reduction last."""
-    axes = _axes(axis, ndim)
+    axes = reduced_axes(axis, ndim)
     return (*(i for i in range(ndim) if i not in axes), *axes)
 
 
 def merged_last(a: Any, axis: Any) -> Any:
     """The array with the axes of a reduction merged into a last one."""
     moved = a.transpose(_order(axis, a.ndim))
-    kept = a.ndim - len(_axes(axis, a.ndim))
+    kept = a.ndim - len(reduced_axes(axis, a.ndim))
     return moved.reshape((*moved.shape[:kept], math.prod(moved.shape[kept:])))
 
 
@@ -192,7 +193,7 @@ def _average(
         total = np.full_like(mean, plain(a).size / max(mean.size, 1))
     else:
         if weights.shape != a.shape:
-            weights = weights.reshape([n if i in _axes(axis, a.ndim) else 1 for i, n in enumerate(a.shape)])
+            weights = weights.reshape([n if i in reduced_axes(axis, a.ndim) else 1 for i, n in enumerate(a.shape)])
             weights = np.broadcast_to(weights, a.shape)
         total = np.sum(weights, axis=axis, keepdims=keepdims)
         mean = np.sum(a * weights, axis=axis, keepdims=keepdims) / total

@@ -329,13 +329,13 @@ def taken(value: Any, others: Sequence[Any], function: Callable[..., Any], *, nu
         )
     if is_recorded(value):
         return np.stack([taken(item, (*value, *others), function, numbers=True) for item in value])
-    return np.asarray(plain(value), like=_first_array(others))
+    return np.asarray(plain(value), like=first_array(others))
 
 
-def _first_array(values: Any) -> Any:
+def first_array(values: Any) -> Any:
     """The first array among some arguments, in nested lists and tuples too."""
     for value in values:
-        found = _first_array(value) if isinstance(value, (list, tuple)) else plain(value)
+        found = first_array(value) if isinstance(value, (list, tuple)) else plain(value)
         if hasattr(found, "__array_function__"):
             return found
     return None

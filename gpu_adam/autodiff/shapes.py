@@ -180,7 +180,37 @@ def _dsplit(ary: Operand, indices_or_sections: Any) -> Any:
     return _split(ary, indices_or_sections, 2)
 
 
-# -- more elements
+# -- more elements, and fewer
+def _placed(a: Any, numbers: Any, axis: int) -> Any:
+    """The elements along an axis whose numbers are given, in host memory."""
+    return np.take(a, own(np.asarray(numbers, like=plain(a))), axis=axis)
+
+
+@composed(np.delete)
+def _delete(arr: Operand, obj: Any, axis: Any = None) -> Any:
+    if axis is None:
+        arr, axis = np.ravel(arr), 0
+    return _placed(arr, np.delete(np.arange(arr.shape[axis]), obj), axis)
+
+
+@composed(np.insert)
+def _insert(arr: Operand, obj: Any, values: Operand, axis: Any = None) -> Any:
+    if axis is None:
+        arr, axis = np.ravel(arr), 0
+    axis %= arr.ndim
+    count = arr.shape[axis]
+    values = values.astype(arr.dtype)
+    values = np.reshape(values, (1,) * (arr.ndim - values.ndim) + values.shape)
+    added = np.insert(np.arange(count), obj, count).size - count
+    if added == 1:  # one place takes any number of values
+        if np.ndim(obj) == 0 and not isinstance(obj, slice):
+            values = np.moveaxis(values, 0, axis)
+        added = values.shape[axis]
+    numbers = np.insert(np.arange(count), obj, np.arange(count, count + added))
+    values = np.broadcast_to(values, (*arr.shape[:axis], added, *arr.shape[axis + 1 :]))
+    return _placed(np.concatenate([arr, values], axis=axis), numbers, axis)
+
+
 @composed(np.repeat)
 def _repeat(a: Operand, repeats: Any, axis: Any = None) -> Any:
     if axis is None:
@@ -190,7 +220,7 @@ def _repeat(a: Operand, repeats: Any, axis: Any = None) -> Any:
         longer = (*a.shape[: axis + 1], repeats, *a.shape[axis + 1 :])
         merged = (*a.shape[:axis], a.shape[axis] * repeats, *a.shape[axis + 1 :])
         return np.broadcast_to(np.expand_dims(a, axis + 1), longer).reshape(merged)
-    return np.take(a, own(np.asarray(np.repeat(np.arange(a.shape[axis]), repeats), like=plain(a))), axis=axis)
+    return _placed(a, np.repeat(np.arange(a.shape[axis]), repeats), axis)
 
 
 @composed(np.tile)
@@ -222,7 +252,7 @@ def _pad(
     for axis, width in enumerate(widths):
         if any(width):  # what is repeated is found by padding the indices
             indices = np.pad(np.arange(array.shape[axis]), width, mode=mode)  # type: ignore[call-overload]
-            array = np.take(array, own(np.asarray(indices, like=plain(array))), axis=axis)
+            array = _placed(array, indices, axis)
     return array if any(map(any, widths)) else np.copy(array)
 
 

@@ -22,11 +22,11 @@ CUPY_HAS = {
         """
         abs absolute add all angle any append arange arccos arccosh arcsin arcsinh arctan arctan2 arctanh
         argmax argmin argsort array_equal asarray atleast_1d atleast_2d atleast_3d bincount bitwise_and bitwise_or
-        broadcast_arrays broadcast_to cbrt choose clip concatenate conjugate convolve copy copysign cos cosh cross
-        cumprod cumsum deg2rad degrees diag diagonal divide divmod dot einsum empty_like equal exp exp2 expand_dims
-        expm1 eye fabs flatnonzero flip float_power floor floor_divide fmax fmin fmod frexp full_like greater
-        greater_equal hypot imag invert isfinite isinf isnan isneginf ldexp less less_equal log log10 log1p log2
-        logaddexp logaddexp2 matmul matrix_transpose max maximum mean min minimum mod modf moveaxis multiply
+        broadcast_arrays broadcast_to cbrt ceil choose clip concatenate conjugate convolve copy copysign cos cosh
+        cross cumprod cumsum deg2rad degrees diag diagonal divide divmod dot einsum empty_like equal exp exp2
+        expand_dims expm1 eye fabs flatnonzero flip float_power floor floor_divide fmax fmin fmod frexp full_like
+        greater greater_equal hypot imag invert isfinite isinf isnan isneginf ldexp less less_equal log log10 log1p
+        log2 logaddexp logaddexp2 matmul matrix_transpose max maximum mean min minimum mod modf moveaxis multiply
         nan_to_num ndim negative nextafter not_equal ones_like outer pad positive power prod rad2deg radians ravel
         real reciprocal remainder reshape rint roll searchsorted shape sign signbit sin sinc sinh size sort sqrt
         square squeeze std subtract sum swapaxes take take_along_axis tan tanh transpose tril triu trunc unwrap var

@@ -96,8 +96,25 @@ class TestElementwise(DerivativeTests):
         case("clip-bounds", lambda np, a, b, c: np.clip(a, b, c), UNIT, -POSITIVE / 5, POSITIVE / 5, hips=False),
         case("where", lambda np, a, b: np.where(a > b, a * b, a - b), UNIT, (4,), hips=False),
         case("where-scalar", lambda np, a: np.where(a > 0, np.sqrt(np.maximum(a, 1e-3)), 0.0), UNIT),
+        case("select", lambda np, a, b: np.select([a > 0.3, a > 0], [a * b, 3], 2), UNIT, (4,), hips=False),
+        case("select-default", lambda np, a, b: np.select([a > 0], [a * a], b), UNIT, (), hips=False),
+        case("choose", lambda np, a, b: np.choose([[0, 1, 2, 1]], [a, b * b, 0.5]), UNIT, (4,), hips=False),
+        case(
+            "choose-mode",
+            lambda np, a: np.choose([1, 4, -2, 2], a, mode="wrap") + np.choose([-1, 4, 1, 0], a, None, "clip"),
+            UNIT,
+            hips=False,
+        ),
         *both("operators", lambda np, a, b: -a + +b - abs(a * b) + 2 / b + (b - 1), (3,), (3,), hips=False),
     )
+
+
+def test_choices_that_do_not_fit(device: Device) -> None:
+    x = Variable(np.ones(2))
+    with pytest.raises(ValueError, match="invalid entry in choice array"):
+        value_and_grad(lambda: np.sum(np.choose([0, 2], [x, x])), x)
+    with pytest.raises(ValueError, match=r"as many choices as conditions \(got 1 and 2\)"):
+        value_and_grad(lambda: np.sum(np.select([x > 0, x > 1], [x])), x)
 
 
 # -- at singular points

@@ -69,6 +69,14 @@ class TestIndexing(DerivativeTests):
         *both("take-and-dense", lambda np, x: np.take(x, [0, 1, 1], axis=0) * x, (3, 4), hips=False),
         case("take-wrap", lambda np, x: np.take(x, [5, -7], axis=0, mode="wrap"), (3, 4), hips=False),
         case("take-clip", lambda np, x: np.take(x, [5, -7], axis=0, mode="clip"), (3, 4), hips=False),
+        *both(
+            "compress",
+            lambda np, x: np.compress([True, False, True], x, 1) * np.compress([True, True], x),
+            (2, 4),
+            hips=False,
+        ),
+        case("extract", lambda np, x: np.extract(x > 0.1, x) * np.compress(np.ravel(x > 0.1), x), (3, 4), hips=False),
+        case("extract-list", lambda np, x: np.extract([[True, False, True]], x), (3, 4), hips=False),
         *both("take_along_axis", lambda np, x: np.take_along_axis(x, place(ROWS[:, :1], x), 1), (2, 4), hips=False),
         *both("take_along_axis-0", lambda np, x: np.take_along_axis(x, place(ROWS, x), axis=0), (3, 3), hips=False),
         case(

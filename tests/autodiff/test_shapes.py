@@ -67,6 +67,15 @@ class TestShapes(DerivativeTests):
         *both("repeat", lambda np, x: np.repeat(x, 2, axis=1) * (x * 2).repeat(2, 1), (3, 4)),
         *both("repeat-flat", lambda np, x: np.repeat(x, 2), (3, 4)),
         case("repeat-each", lambda np, x: np.repeat(x, [1, 0, 3], axis=0), (3, 4), hips=False),
+        *both("delete", lambda np, x: np.delete(x, [0, -1, 0], axis=1) * np.delete(x, slice(2), 1), (3, 4), hips=False),
+        *both("delete-flat", lambda np, x: np.delete(x, 5), (3, 4), hips=False),
+        *both("insert", lambda np, x, v: np.insert(x, 1, v, axis=1), (3, 4), (3,), hips=False),
+        *both("insert-each", lambda np, x, v: np.insert(x, [0, 3, 3], v, axis=0), (3, 4), (3, 1), hips=False),
+        *both("insert-many", lambda np, x, v: np.insert(x, [2], v, axis=-1), (3, 4), (3, 2), hips=False),
+        *both(
+            "insert-flat", lambda np, x, v: np.insert(x, -2, v) + np.insert(x, slice(1, 2), 7), (2, 3), (), hips=False
+        ),
+        case("insert-into-constants", lambda np, v: np.insert([1.0, 2.0], [1, 2], v), (2,), hips=False, narrow=False),
         *both("tile", lambda np, x: np.tile(x, (2, 1, 3)) + np.tile(x, 3), (3, 4), hips=False),
         *both("tril-triu", lambda np, x: np.tril(x) * 2 + np.triu(x, 1), (3, 4)),
         *both("pad", lambda np, x: np.pad(x, ((1, 2), (0, 3)), "constant"), (3, 4)),

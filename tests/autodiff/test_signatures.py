@@ -15,6 +15,10 @@ from gpu_adam.autodiff.operations import OPERATIONS, function_name
 # What to pass besides the argument in question, where one array is not enough.
 OTHERS: dict[str, tuple[Any, ...]] = {
     "append": ([1.0],),
+    "delete": (0,),
+    "insert": (0, 1.0),
+    "interp": ([0.0, 1.0], [0.0, 1.0]),
+    **dict.fromkeys(("quantile", "percentile", "nanquantile", "nanpercentile"), (0.5,)),
     "array_split": (2,),
     "astype": (np.float32,),
     "broadcast_to": ((2, 2),),
@@ -34,7 +38,9 @@ OTHERS: dict[str, tuple[Any, ...]] = {
     "take": (np.array([0, 1]),),
     "take_along_axis": (np.array([[0, 1]]), 0),
     "tile": (2,),
-    **dict.fromkeys(("dot", "inner", "outer", "vdot", "kron", "tensordot", "solve", "lstsq"), (np.ones((2, 2)),)),
+    **dict.fromkeys(
+        ("dot", "inner", "outer", "vdot", "kron", "tensordot", "solve", "lstsq", "cross"), (np.ones((2, 2)),)
+    ),
 }
 SEQUENCES = ("concatenate", "concat", "stack", "vstack", "hstack", "dstack", "column_stack")
 
@@ -70,7 +76,19 @@ def arguments(function: Any, matrix: Any) -> tuple[Any, ...]:
         return matrix, np.ones((2, 2), int if name == "ldexp" else float)
     if name in SEQUENCES:
         return ([matrix, matrix],)
-    first = {"einsum": ("ij->j", matrix), "where": (True, matrix, matrix), "dsplit": (matrix[:, :, None], 1)}
+    first = {
+        "einsum": ("ij->j", matrix),
+        "where": (True, matrix, matrix),
+        "dsplit": (matrix[:, :, None], 1),
+        "compress": ([True, False], matrix),
+        "extract": ([True, False], matrix),
+        "choose": ([0, 1], [matrix, matrix]),
+        "select": ([np.array([True, False])], [matrix]),
+        "bincount": ([0, 1], matrix[0]),
+        "polyval": (matrix[0], matrix),
+        "convolve": (matrix[0], matrix[1]),
+        "correlate": (matrix[0], matrix[1]),
+    }
     return first.get(name, (matrix, *OTHERS.get(name, ())))
 
 
