@@ -312,7 +312,8 @@ class Variable(NDArrayOperatorsMixin):
 
     def __round__(self, digits: int | None = None) -> Any:
         value = operand(self)
-        return round(self._number("round's argument") if value is self._value else value, digits)
+        is_recorded = not isinstance(value, self._device.xp.ndarray)
+        return round(value if is_recorded else self._number("round's argument"), digits)
 
     def __format__(self, form: str) -> str:
         return format(self._number("a variable with a format"), form) if form else repr(self)

@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from gpu_adam.autodiff.node import Node, astype
-from gpu_adam.autodiff.operations import OPERATIONS
+from gpu_adam.autodiff.node import Node, astype, view
+from gpu_adam.autodiff.operations import OPERATIONS, missing
 from gpu_adam.autodiff.rules import (
     Operand,
     OperandOrNumber,
@@ -256,6 +256,17 @@ def _astype(args: tuple[Any, ...], kwargs: Any) -> Any:
 
 
 OPERATIONS[astype] = _astype
+# A gradient has the parts of a complex number as the number has them.
+_record_view = Primitive(view, (lambda g, y, a, dtype: g.copy().view(a.dtype), None))
+
+
+@composed(view)
+def _view(a: Operand, dtype: Any) -> Any:
+    if dtype.kind not in "fc" or np.empty(0, dtype).real.dtype != np.empty(0, a.dtype).real.dtype:
+        raise missing(f"A view of {a.dtype} as {dtype}")
+    return _record_view((a, dtype), {})
+
+
 if hasattr(np, "astype"):
 
     @composed(np.astype)

@@ -177,6 +177,23 @@ class Node:
     def __format__(self, specification: str) -> str:
         return format(self.array, specification)  # printing cuts nothing off
 
+    def __round__(self, digits: int | None = None) -> Any:
+        """The nearest number of so many digits, of which none has a gradient: a constant, as numpy.round gives it."""
+        if self.ndim:
+            raise TypeError(f"round takes one number (got an array of shape {self.shape}); use numpy.round")
+        return round(self.array.item(), digits)
+
+    def __getattr__(self, name: str) -> Any:
+        """What arrays have besides the following, once the differentiation is over."""
+        if name.startswith("_") or (self.tape is not None and not hasattr(self.array, name)):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        if self.tape is not None:
+            raise AttributeError(
+                f"a recorded array has no attribute {name!r} inside a loss; "
+                f"use NumPy functions on it, or .value.{name} for that of the constant array."
+            )
+        return getattr(self.array, name)
+
     @property
     def value(self) -> Any:
         """The array as a constant; inside the loss nothing that is written to changes the recorded one."""
@@ -248,10 +265,10 @@ class Node:
     argmax, argmin, argsort = _method(np.argmax), _method(np.argmin), _method(np.argsort)
     clip = _method(np.clip)
     conj = conjugate = _unary(np.conjugate)
-    copy = _method(np.copy)
     cumprod, cumsum = _method(np.cumprod), _method(np.cumsum)
     diagonal, trace = _method(np.diagonal), _method(np.trace)
     dot = _method(np.dot)
+    flat = property(_method(np.ravel))
     flatten = ravel = _method(np.ravel)
     max, min = _method(np.max), _method(np.min)
     mean, std, var = _method(np.mean), _method(np.std), _method(np.var)
@@ -269,6 +286,15 @@ class Node:
     ) -> Any:
         """The array in another dtype; a constant where that is not a floating-point one."""
         return OPERATIONS[astype]((self, np.dtype(dtype)), _NO_KWARGS)
+
+    def copy(self, order: str = "C") -> Any:
+        """A new array of the same elements, by default in C order, unlike that of numpy.copy."""
+        return OPERATIONS[np.copy]((self,), {"order": order})
+
+    def view(self, dtype: Any = None, type: Any = None) -> Any:
+        """The same memory as numbers of another dtype: complex ones as pairs of real ones, and back."""
+        kwargs = _NO_KWARGS if type is None else {"type": type}
+        return OPERATIONS[view]((self, self.dtype if dtype is None else np.dtype(dtype)), kwargs)
 
     def reshape(self, *shape: Any, order: str = "C", copy: Any = None) -> Any:
         """The array in another shape, given as one tuple or as integers."""
@@ -288,6 +314,11 @@ def getitem(array: Any, key: Any) -> Any:
 def astype(array: Any, dtype: Any) -> Any:
     """array.astype(dtype), as a function: a key of `OPERATIONS`."""
     return array.astype(dtype)
+
+
+def view(array: Any, dtype: Any) -> Any:
+    """array.view(dtype), as a function: a key of `OPERATIONS`."""
+    return array.view(dtype)
 
 
 def outer(ufunc: Any, a: Any, b: Any, **kwargs: Any) -> Any:

@@ -183,7 +183,7 @@ def _operator(name: str, ufunc: Any) -> Any:
     return operator
 
 
-for _name in _words("all any argmax astype conj conjugate copy max mean min reshape sum swapaxes transpose"):
+for _name in _words("all any argmax astype conj conjugate copy max mean min reshape sum swapaxes transpose view"):
     setattr(DuckArray, _name, _method(_name))
 for _name, _ufunc in {
     "add": np.add, "sub": np.subtract, "mul": np.multiply, "truediv": np.divide, "matmul": np.matmul, "pow": np.power,

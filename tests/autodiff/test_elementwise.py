@@ -105,6 +105,19 @@ class TestElementwise(DerivativeTests):
             UNIT,
             hips=False,
         ),
+        case("view-pairs", lambda np, x: (x * 2).view({"d": complex, "f": "F"}[x.dtype.char]), (3, 4), hips=False),
+        Case(
+            "view-parts",
+            lambda np, z: z.view(z.real.dtype) * (z * z).view(z.dtype).view(z.real.dtype),
+            (random((3, 2), True),),
+            hips=False,
+        ),
+        Case(
+            "view-there-and-back",
+            lambda np, z: (z * 2).T.copy().view(z.real.dtype)[::-1].view(z.dtype),
+            (random((3, 2), True),),
+            hips=False,
+        ),
         *both("operators", lambda np, a, b: -a + +b - abs(a * b) + 2 / b + (b - 1), (3,), (3,), hips=False),
     )
 

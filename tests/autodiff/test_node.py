@@ -68,6 +68,53 @@ def test_becoming_a_number_would_cut_the_gradient(device: Device, x: Variable, c
         recorded(x, lambda n: convert(n[0, 0]))
 
 
+def test_rounding_gives_numbers(device: Device, x: Variable) -> None:
+    """In Python's way too; they have no gradient, and a loss may decide by them."""
+    ratio, steps = Variable(np.array(2.718)), Variable(np.array(7))
+    for value in (lambda: ratio, lambda: ratio * 1):
+        (a, b), gradient = value_and_grad(lambda: (ratio * round(value()), ratio * round(value(), 1)), ratio)  # noqa: B023
+        assert (float(a), float(b), float(gradient)) == pytest.approx((2.718 * 3, 2.718 * 2.7, 3 + 2.7))
+    value, _ = value_and_grad(lambda: ratio * round(steps, -1), ratio)
+    assert float(value) == pytest.approx(27.18)
+    with pytest.raises(TypeError, match=r"one number \(got an array of shape \(2, 2\)\); use numpy.round"):
+        recorded(x, round)
+
+
+@pytest.mark.parametrize("name", ["tolist", "tobytes", "fill", "sort", "flags"])
+def test_attributes_of_arrays_alone(device: Device, x: Variable, name: str) -> None:
+    """They are missing, as hasattr says, until the loss is over; the sentence says what there is instead."""
+    for use in (lambda n: getattr(n, name), lambda n: getattr(x, name)):
+        with pytest.raises(AttributeError, match=rf"no attribute '{name}' inside a loss; .*\.value\.{name}"):
+            recorded(x, use)
+    assert recorded(x, lambda n: not hasattr(n, name) and hasattr(n.value, name))
+    kept = recorded(x, lambda n: n * 2)
+    assert kept.tolist() == [[2, 4], [6, 8]]
+    assert hasattr(kept, name)
+
+
+def test_attributes_of_nothing(device: Device, x: Variable) -> None:
+    for use in (lambda n: n.tolst, lambda n: n.__array_interface__, lambda n: (n.get, x)[device.xp is np]):
+        with pytest.raises(AttributeError, match=r"has no attribute"):
+            recorded(x, use)
+    with pytest.raises(AttributeError, match=r"has no attribute 'tolst'$"):
+        recorded(x, lambda n: n).tolst  # noqa: B018
+
+
+def test_flat_is_a_vector(device: Device, x: Variable) -> None:
+    _, gradient = value_and_grad(lambda: sum(x.flat) * 2 + (x * 3).flat[1], x)
+    assert gradient.tolist() == [[2, 5], [2, 2]]
+
+
+def test_views_other_than_of_complex_numbers_are_refused(device: Device, x: Variable) -> None:
+    for dtype in (np.int64, np.float32, np.complex64, np.ndarray):
+        with pytest.raises(NotImplementedError, match="A view of float64 as"):
+            recorded(x, lambda n: n.view(dtype))  # noqa: B023
+    with pytest.raises(NotImplementedError, match="the argument type="):
+        recorded(x, lambda n: n.view(type=np.ndarray))
+    with pytest.raises(TypeError, match="nothing else shows"):
+        recorded(x, lambda n: (n * 1).view().__iadd__(1))
+
+
 def test_is_a_constant_after_the_loss(device: Device, x: Variable) -> None:
     kept = recorded(x, lambda n: n * 2)
     assert type(kept) is Node
