@@ -22,7 +22,7 @@ def _interp(
     # NumPy's function computes in double precision whatever it gets.
     x, xp = x.astype(np.float64), xp.astype(np.float64)
     fp = fp.astype(np.complex128 if fp.dtype.kind == "c" else np.float64)
-    if period is not None:
+    if period is not None:  # then nothing is left or right of all samples
         if not period:
             raise ValueError("period must be a non-zero value")
         period = abs(period)
@@ -31,7 +31,6 @@ def _interp(
         xp, fp = np.take(xp, order), np.take(fp, order)
         xp = np.concatenate((xp[-1:] - period, xp, xp[:1] + period))
         fp = np.concatenate((fp[-1:], fp, fp[:1]))
-        left = right = None
     # The samples on either side; outside, the last one is both.
     ahead = np.searchsorted(plain(xp), plain(x), side="right")
     low, high = np.maximum(ahead - 1, 0), np.minimum(ahead, xp.shape[0] - 1)

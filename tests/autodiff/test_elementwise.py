@@ -118,6 +118,7 @@ class TestElementwise(DerivativeTests):
             (random((3, 2), True),),
             hips=False,
         ),
+        Case("view-turned", lambda np, z: z.view(z.real.dtype).T * 2, (random((3, 2), True),), hips=False),
         *both("operators", lambda np, a, b: -a + +b - abs(a * b) + 2 / b + (b - 1), (3,), (3,), hips=False),
     )
 

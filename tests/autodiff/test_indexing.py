@@ -164,3 +164,9 @@ def test_the_same_dense_gradient_is_not_changed_by_a_gather(device: Device) -> N
     a, b = Variable(np.ones(3)), Variable(np.ones(3))
     _, (ga, gb) = value_and_grad(lambda: np.sum(a[np.array([0])]) + np.sum(a + b), [a, b])
     assert (ga.tolist(), gb.tolist()) == ([2, 1, 1], [1, 1, 1])
+
+
+def test_conditions_with_several_axes(device: Device) -> None:
+    x = Variable(np.ones((2, 2)))
+    with pytest.raises(ValueError, match=r"a condition with 1 axis \(got 2\)"):
+        value_and_grad(lambda: np.sum(np.compress([[True, False]], x)), x)

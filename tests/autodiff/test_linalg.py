@@ -219,3 +219,19 @@ def test_chains_of_matrices_are_multiplied_in_the_cheapest_order(device: Device)
 
     value_and_grad(loss, matrices)
     assert sorted(shapes) == [(5, 20), (5, 25), (30, 5), (30, 25), (35, 5)]
+
+
+@pytest.mark.filterwarnings("ignore:Arrays of 2-dimensional vectors")
+def test_cross_products_of_vectors_in_a_plane(device: Device) -> None:
+    """Of two of them the one number across, of a mixed pair a vector; numpy.linalg.cross takes neither."""
+    a, b, c = (Variable(random(shape, seed=shape)) for shape in ((4, 2), (2,), (4, 3)))
+    _, (of_a, of_b) = value_and_grad(lambda: np.sum(np.cross(a, b)), [a, b])
+    np.testing.assert_allclose(device.numpy(of_a), np.tile([b.numpy()[1], -b.numpy()[0]], (4, 1)))
+    np.testing.assert_allclose(device.numpy(of_b), [-a.numpy()[:, 1].sum(), a.numpy()[:, 0].sum()])
+    value, (of_b, of_c) = value_and_grad(lambda: np.sum(np.cross(b, c)), [b, c])
+    assert float(value) == pytest.approx(np.sum(np.cross(np.append(b.numpy(), 0), c.numpy())))
+    (x, y), total = b.numpy(), c.numpy().sum(axis=0)
+    np.testing.assert_allclose(device.numpy(of_c), np.tile([-y, x, y - x], (4, 1)))
+    np.testing.assert_allclose(device.numpy(of_b), [total[1] - total[2], total[2] - total[0]])
+    with pytest.raises(ValueError, match=r"vectors of 3 numbers \(got 2 and 3\)"):
+        value_and_grad(lambda: np.sum(np.linalg.cross(b, c)), b)
