@@ -334,15 +334,3 @@ def _diagonal_of_matrices(x: Operand, *, offset: int = 0) -> Any:
 @composed(np.linalg.trace)
 def _trace_of_matrices(x: Operand, *, offset: int = 0, dtype: Any = None) -> Any:
     return np.trace(x, offset, -2, -1, dtype)
-
-
-@composed(np.linalg.cross)
-def _cross(x1: Operand, x2: Operand, *, axis: int = -1) -> Any:
-    if x1.shape[axis] != 3 or x2.shape[axis] != 3:
-        raise ValueError(
-            f"Both input arrays must be (arrays of) 3-dimensional vectors, but they are {x1.shape[axis]} and "
-            f"{x2.shape[axis]} dimensional instead."
-        )
-    a, b = np.moveaxis(x1, axis, -1), np.moveaxis(x2, axis, -1)
-    product = np.roll(a, -1, -1) * np.roll(b, -2, -1) - np.roll(a, -2, -1) * np.roll(b, -1, -1)
-    return np.moveaxis(product, -1, axis)
