@@ -1,6 +1,9 @@
 """The shape of the package: who imports whom, read from the sources."""
 
 import ast
+import importlib
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -114,3 +117,24 @@ def test_nobody_asks_which_device_it_is() -> None:
 def test_cuda_is_no_package() -> None:
     """CuPy imports the namespace package `cuda`, which a regular one of that name would hide."""
     assert not list(kernels.directory().rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", ["autodiff", "autodiff.torch", "autodiff.jax"])
+def test_derivatives_are_attributes_imported_when_asked_for(path: str) -> None:
+    _, _, framework = path.partition(".")
+    if framework:
+        pytest.importorskip(framework)
+    code = (
+        "import sys, gpu_adam\n"
+        "assert 'gpu_adam.autodiff' not in sys.modules\n"
+        "gpu_adam.autodiff.gradients\n"
+        "assert not {'torch', 'jax'} & set(sys.modules)\n"
+        f"assert gpu_adam.{path} is sys.modules['gpu_adam.{path}']"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("module", ["gpu_adam", "gpu_adam.autodiff"])
+def test_what_is_not_there_is_an_attribute_error(module: str) -> None:
+    with pytest.raises(AttributeError, match=f"module '{module}' has no attribute 'nonesuch'"):
+        importlib.import_module(module).nonesuch  # noqa: B018

@@ -12,6 +12,8 @@ indexing, linalg, decompositions, norms, einsum, fft, masked (reductions), stati
 Values never leave their device: everything is done by NumPy functions, which hand CuPy arrays to CuPy.
 """
 
+from typing import Any
+
 from gpu_adam.autodiff import (  # noqa: F401  # fill the table
     decompositions,
     einsum,
@@ -28,5 +30,12 @@ from gpu_adam.autodiff import (  # noqa: F401  # fill the table
 )
 from gpu_adam.autodiff.gradients import flatten, gradients, structure, value_and_grad
 from gpu_adam.autodiff.rules import register_vjp
+from gpu_adam.autodiff_seam import adapter
 
 __all__ = ["flatten", "gradients", "register_vjp", "structure", "value_and_grad"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("jax", "torch"):  # which take seconds to import
+        return adapter(name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
