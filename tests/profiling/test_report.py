@@ -61,10 +61,13 @@ def test_what_was_measured_and_what_waits_are_two_tables() -> None:
     """A goal without a figure waits; a figure without a goal only shows; one machine's figure ends the wait of all."""
     mine = Row(report.PLAIN, "gpu_adam", "float32", 1, 1, median=1.0, copy_fraction=0.5)
     peers = Row(report.PLAIN, "torch fused", "float32", 1, 1, median=2.0, times=2.0)
-    measured = report.performance({"a": _report("host", mine), "b": _report("host", mine, peers)}).splitlines()[2:]
+    both = {"a": _report("host", mine), "b": _report("host", mine, peers)}
+    measured = report.performance(both, report.FIGURES).splitlines()[2:]
     place = "Model, 2 cores, 2000-01-01 |"
     shown = f"| {report.PLAIN}: {report.COPY} | 0.50 |  | {place}"
-    assert measured == [shown, shown, f"| {report.PLAIN}: {report.TIMES} torch fused | 2.00 | at least 1.2 | {place}"]
+    beside = f"| {report.PLAIN}: {report.TIMES} torch fused | 2.00 | at least 1.2 | {place}"
+    assert measured == [shown, shown, beside]
+    assert report.performance(both, [report.TIMES]).splitlines()[2:] == [beside]
     before = report.waiting({"a": _report("host", mine)}).splitlines()[2:]
     after = report.waiting({"a": _report("host", mine), "b": _report("host", mine, peers)}).splitlines()[2:]
     assert set(before) - set(after) == {f"| {report.PLAIN}: {report.TIMES} torch fused | at least 1.2 | the host |"}
