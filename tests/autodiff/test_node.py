@@ -291,7 +291,7 @@ def test_unknown_kernel(device: Device, x: Variable) -> None:
 
 
 def test_functions_of_the_real_cupy(device: Device, x: Variable) -> None:
-    """Those that README names; the others raise TypeError."""
+    """Those that gpu_adam/README.md names; the others raise TypeError."""
     cupy = pytest.importorskip("cupy")
 
     def loss(module: Any) -> Any:
