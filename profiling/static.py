@@ -85,7 +85,7 @@ def description(source: Source) -> str:
         word for word in ("amsgrad", "ema", "adjust", "clip", "staged") if f"GPU_ADAM_{word.upper()}=1" in defines
     ]
     known = {define for row in kernels.DTYPES.values() for define in row.defines}
-    constants = ("CHUNK", "TILE", "SORT_RUN", "AMSGRAD", "EMA", "ADJUST", "CLIP", "STAGED")
+    constants = ("CHUNK", "TILE", "SORT_RUN", "SORT_ROWS", "DIGIT_BITS", "AMSGRAD", "EMA", "ADJUST", "CLIP", "STAGED")
     words += [d for d in source.defines if d not in known and not re.match(rf"GPU_ADAM_({'|'.join(constants)})=", d)]
     return " ".join(words)
 

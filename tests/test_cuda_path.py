@@ -175,8 +175,8 @@ def test_one_launch_for_each_dtype(gpu: Device, emulation: Any) -> None:
 
 @pytest.mark.parametrize("count", [0, 1, kernels.SORT_RUN, kernels.SORT_RUN + 1])
 def test_launches_of_a_sparse_update(gpu: Device, emulation: Any, count: int) -> None:
-    """A sort of few indices is one launch; of many, three for each four bits of the number of rows, and one before."""
-    rows = 200
+    """A sort of few indices is one launch; of many, three for each digit of the number of rows, and one before."""
+    rows = 300
     variable = Variable(np.ones((rows, 1), np.float32))
     indices = gpu.array(np.arange(count) % rows)
     slices = IndexedSlices(gpu.array(np.ones((count, 1), np.float32)), indices)

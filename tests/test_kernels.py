@@ -605,7 +605,17 @@ INDICES: dict[str, Callable[[np.random.Generator, int, int], Array]] = {
 def test_sort_is_numpys_stable_one(launch: str, kind: str, index_dtype: str) -> None:
     rng = np.random.default_rng(3)
     runs = kernels.SORT_RUN
-    shapes = [(1, 1), (2, 15), (33, 16), (257, 70_000), (runs, 300), (runs + 1, 4095), (3 * runs - 7, 256), (10001, 17)]
+    shapes = [
+        (1, 1),
+        (2, 127),
+        (33, 128),
+        (257, 70_000),
+        (runs, 300),
+        (runs + 1, 4095),
+        (3 * runs - 7, 256),
+        (10001, 17),
+    ]
+    shapes += [(100, kernels.SORT_ROWS - 1), (100, kernels.SORT_ROWS)]
     if index_dtype == "int64":
         shapes += [(100, 2**40), (runs + 5, 2**33 + 1)]
     for count, rows in shapes:

@@ -38,7 +38,8 @@ ARCHITECTURES = ["sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"
 
 EVERYTHING = kernels.UpdateRule(amsgrad=True, clips=True)
 DENSE_FLOAT32 = [kernels.dense("float32", rule).source for rule in kernels.update_rules()]
-EXAMINED = {*DENSE_FLOAT32, kernels.sparse("float32", EVERYTHING).source}
+SORT = kernels.sort("sort_rows").source
+EXAMINED = {*DENSE_FLOAT32, kernels.sparse("float32", EVERYTHING).source, SORT}
 
 # NVRTC's way to make worse code in half the time.
 QUICKLY = ("--Ofast-compile=max",) if VERSION[0] >= 13 else ()
@@ -189,3 +190,10 @@ def test_global_loads_and_stores_are_16_bytes_wide(
     assert sum(name.startswith("LDG.E.128") for name in instructions) >= read, instructions
     assert sum(name.startswith("STG.E.128") for name in instructions) >= written, instructions
     assert [name for name in instructions if not name.startswith(("LDG", "STG"))] == []
+
+
+def test_the_sort_knows_which_memory_it_accesses(architecture: str, tmp_path: Path) -> None:
+    """Global or shared: a generic access looks up which of the two is meant, every time."""
+    code = sass(SORT, architecture, tmp_path)
+    instructions = re.findall(r"\b((?:LD|ST)[GS]?)(?:\.E)?[. ]", code)
+    assert set(instructions) == {"LDG", "LDS", "STG", "STS"}

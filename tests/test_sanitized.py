@@ -45,7 +45,8 @@ class Mutant(NamedTuple):
 
 WRONG = r"wrong result: .* expected"
 DEADLOCK = r"gpu_adam: block \d+: "
-OVERRUN = r"AddressSanitizer: heap-buffer-overflow"
+OVERRUN = r"AddressSanitizer: (heap-buffer-overflow|SEGV)|runtime error: index \d+ out of bounds"
+MISPLACED = f"{WRONG}|{OVERRUN}"
 MISALIGNED = r"runtime error: .* misaligned address"
 
 
@@ -53,7 +54,12 @@ def without_barrier(file: str, test: str, before: str, after: str) -> Mutant:
     """The barrier between these two texts is left out."""
     barrier = "__syncthreads();"
     new = f"{before}if (!MUTANT) {barrier}{after}"
-    return Mutant(file, f"{before}{barrier}{after}", new, test, f"{WRONG}|{OVERRUN}")
+    return Mutant(file, f"{before}{barrier}{after}", new, test, MISPLACED)
+
+
+def without_step(before: str) -> Mutant:
+    """The lanes of a warp do not wait for each other behind this text."""
+    return Mutant("sort.cuh", f"{before}__syncwarp();", f"{before}if (!MUTANT) __syncwarp();", "sort", MISPLACED)
 
 
 MUTANTS = {
@@ -90,16 +96,27 @@ MUTANTS = {
     "a last chunk as long as the others": Mutant(
         "tensor_table.cuh", "left < GPU_ADAM_CHUNK ?", "left < GPU_ADAM_CHUNK && !MUTANT ?", "dense", OVERRUN
     ),
-    "a wrong shuffle": Mutant("sort.cuh", "inclusive, d);", "inclusive, d + MUTANT);", "sort", WRONG),
-    "a lane too few": Mutant("sort.cuh", "if (lane >= d)", "if (lane >= d + MUTANT)", "sort", WRONG),
-    "a lane outside its mask": Mutant("sort.cuh", ": 0xffffffffu;", ": 0xffffffffu >> MUTANT;", "sort", DEADLOCK),
-    "a scan's barrier after the warps": without_barrier(
-        "sort.cuh", "sort", "scratch.warp_sums[warp] = inclusive;\n    ", "\n"
+    "a wrong shuffle": Mutant("sort.cuh", "inclusive, d);", "inclusive, d + MUTANT);", "sort", MISPLACED),
+    "a lane too few": Mutant("sort.cuh", "if (lane >= d)", "if (lane >= d + MUTANT)", "sort", MISPLACED),
+    "a lane outside its mask": Mutant(
+        "sort.cuh", "(32 - lanes_of_warp())", "(MUTANT ? 1 : 32 - lanes_of_warp())", "sort", DEADLOCK
     ),
-    "a scan's barrier after the block": without_barrier("sort.cuh", "sort", "scratch.total = sum;\n    }\n    ", "\n"),
-    "the barrier before keys move": without_barrier("sort.cuh", "sort", "", "  // before any thread moves on"),
+    "a scan's barrier after the warps": without_barrier("sort.cuh", "sort", "warp_sums[warp] = inclusive;\n    ", "\n"),
+    "the barrier after keys are read": without_barrier("sort.cu", "sort", "errors));\n    }\n    ", "\n"),
+    "the barrier after rows are read again": without_barrier("sort.cu", "sort", "(key_at(indices, i));\n    ", "\n"),
+    "the barrier after digits are counted": without_barrier("sort.cuh", "sort", "1u);\n    });\n    ", "\n"),
+    "the barrier before keys move": without_barrier("sort.cuh", "sort", "- 1;\n    ", "\n    for_each_key"),
+    "the barrier after keys have moved": without_barrier("sort.cuh", "sort", "key);\n    });\n    ", "\n"),
+    "the barrier before the next count": without_barrier("sort.cu", "sort", "", "  // before the next run's counts"),
+    "a warp in step before it looks for equal digits": without_step("found, self);\n    "),
+    "a warp in step before equal digits are forgotten": without_step("lanes = found;\n    "),
+    "a warp in step before a digit's first key counts": without_step("+ rank;\n        "),
     "keys left over": Mutant(
-        "sort.cuh", "blockDim.x - 1) / blockDim.x;", "(MUTANT ? 0 : blockDim.x - 1)) / blockDim.x;", "sort", WRONG
+        "sort.cuh", "(count + unit - 1) / unit", "(count + (MUTANT ? 0 : unit - 1)) / unit", "sort", MISPLACED
+    ),
+    "a key behind the last": Mutant("sort.cuh", "run.end - 1);", "run.end - 1 + MUTANT);", "sort", OVERRUN),
+    "a digit of a row twice": Mutant(
+        "sort.cu", "DIGIT_BITS * (pass - 1)", "DIGIT_BITS * (pass - (MUTANT ? 2 : 1))", "sort", WRONG
     ),
     "the barrier before rows are summed": without_barrier("sparse.cu", "sparse", "", "\n        // Two loops"),
     "the barrier before the next tile": without_barrier("sparse.cu", "sparse", "", "  // before the next tile's zeros"),

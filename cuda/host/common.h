@@ -33,9 +33,14 @@ static inline double __longlong_as_double(long long bits) {
     return x;
 }
 
+static inline int __popc(unsigned x) { return __builtin_popcount(x); }
+
 static inline unsigned long long atomicAdd(unsigned long long* place, unsigned long long x) {
     return __atomic_fetch_add(place, x, __ATOMIC_RELAXED);
 }
+// Of shared memory only: threads of one block never run at a time here.
+static inline void atomicAdd(unsigned* place, unsigned x) { *place += x; }
+static inline void atomicOr(unsigned* place, unsigned x) { *place |= x; }
 static inline unsigned long long atomicMin(unsigned long long* place, unsigned long long x) {
     unsigned long long old = __atomic_load_n(place, __ATOMIC_RELAXED);
     while (x < old && !__atomic_compare_exchange_n(place, &old, x, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {

@@ -1,10 +1,10 @@
 // CUDA words in plain C++, faithful mode: every CUDA thread is a fiber, at the launch shape that a GPU would be given.
 //
 // Barriers and warp shuffles are real: a fiber that reaches one waits for the others. Shared memory is one per block and
-// full of garbage when a block starts. Fibers run one at a time, each as far as it gets, in ascending and descending
-// order by turns, so that a missing barrier shows as a wrong result. Where a barrier cannot be passed (a thread has left,
-// or waits at another barrier) the process ends with a sentence. This mode is slow, and for tests: blocks run one after
-// the other.
+// full of garbage when a block starts. Fibers run one at a time, each as far as it gets, then their warp as far as it
+// gets, in ascending and descending order by turns, so that a missing barrier shows as a wrong result. Where a barrier
+// cannot be passed (a thread has left, or waits at another barrier) the process ends with a sentence. This mode is slow,
+// and for tests: blocks run one after the other.
 #pragma once
 #include <stdint.h>
 #include <stdio.h>
@@ -36,7 +36,7 @@ extern "C" char __stop_gpu_adam_shared[] __attribute__((weak));
 
 namespace faithful {
 
-enum class State { runnable, at_barrier, at_shuffle, finished };
+enum class State { runnable, at_barrier, in_step, finished };
 constexpr size_t STACK = 256 * 1024;
 constexpr int MAX_THREADS = 1024;  // of a block, as on a GPU
 
@@ -46,7 +46,7 @@ struct Fiber {
     State state;
     int line;        // of the barrier it waits at
     int shuffles;    // so far: picks one of two exchange buffers
-    unsigned mask;   // of the shuffle it waits at
+    unsigned mask;   // of the lanes that it waits for
     void* asan_stack;
 };
 
@@ -98,20 +98,22 @@ static void enter(int thread) {
 #endif
 }
 
-// Wake every warp whose lanes have all reached their shuffle.
-static bool release_warps() {
-    bool released = false;
-    for (int first = 0; first < threads; first += 32) {
-        bool complete = false;
-        for (int t = first; t < first + 32 && t < threads; ++t) complete |= fibers[t].state == State::at_shuffle;
-        for (int t = first; complete && t < first + 32 && t < threads; ++t) {
-            if (fibers[t].state != State::at_shuffle) complete = false;
-            if (!(fibers[t].mask >> (t - first) & 1)) fail("a lane takes part in a shuffle that its mask leaves out");
+// Run the threads [first, last) of a warp until none gets further. Wake them when all wait for each other.
+static void run_warp(int first, int last, bool backwards) {
+    for (bool complete = true; complete;) {
+        for (int i = first; i < last; ++i) {
+            const int thread = backwards ? first + last - 1 - i : i;
+            if (fibers[thread].state == State::runnable) enter(thread);
         }
-        for (int t = first; complete && t < first + 32 && t < threads; ++t) fibers[t].state = State::runnable;
-        released |= complete;
+        for (int i = first; i < last; ++i) {
+            if (fibers[i].state != State::in_step) {
+                complete = false;
+            } else if (!(fibers[i].mask >> (i - first) & 1)) {
+                fail("a lane waits for its warp with a mask that leaves it out");
+            }
+        }
+        for (int i = first; complete && i < last; ++i) fibers[i].state = State::runnable;
     }
-    return released;
 }
 
 // Wake the block when all its threads wait at one barrier.
@@ -143,15 +145,15 @@ static void run_block(int block_size) {
         makecontext(&fiber.context, body, 0);
     }
     for (int turn = 0;; ++turn) {
-        int finished = 0;
-        for (int i = 0; i < threads; ++i) {
-            const int thread = turn % 2 ? threads - 1 - i : i;
-            if (fibers[thread].state == State::runnable) enter(thread);
-            finished += fibers[thread].state == State::finished;
+        const bool backwards = turn % 2;
+        for (int i = 0; i < threads; i += 32) {
+            const int first = backwards ? (threads - 1) / 32 * 32 - i : i;
+            run_warp(first, first + 32 < threads ? first + 32 : threads, backwards);
         }
+        int finished = 0;
+        for (int t = 0; t < threads; ++t) finished += fibers[t].state == State::finished;
         if (finished == threads) return;
-        const bool warps = release_warps();
-        if (!warps && !release_barrier()) fail("a barrier or shuffle is not reached by all of its threads");
+        if (!release_barrier()) fail("a barrier or shuffle is not reached by all of its threads");
     }
 }
 
@@ -160,14 +162,19 @@ static void wait_at_barrier(int line) {
     leave(State::at_barrier);
 }
 
+// Wait until all lanes of the warp are here.
+static void step_with_warp(unsigned mask) {
+    fibers[running].mask = mask;
+    leave(State::in_step);
+}
+
 template <typename T>
 static T shuffle_up(unsigned mask, T x, unsigned delta) {
     static_assert(sizeof(T) <= sizeof(uint64_t), "a shuffle moves 8 bytes at most");
     const int self = running;
     uint64_t* const slots = exchanged[fibers[self].shuffles++ % 2];
     memcpy(&slots[self], &x, sizeof x);
-    fibers[self].mask = mask;
-    leave(State::at_shuffle);
+    step_with_warp(mask);
     if (static_cast<unsigned>(self % 32) >= delta) memcpy(&x, &slots[self - static_cast<int>(delta)], sizeof x);
     return x;
 }
@@ -177,6 +184,7 @@ static T shuffle_up(unsigned mask, T x, unsigned delta) {
 #define __syncthreads() faithful::wait_at_barrier(__LINE__)
 template <typename T>
 static T __shfl_up_sync(unsigned mask, T x, unsigned delta) { return faithful::shuffle_up(mask, x, delta); }
+static void __syncwarp(unsigned mask = 0xffffffffu) { faithful::step_with_warp(mask); }
 
 // Blocks [first, last) of a grid of `blocks`, each of `block_size` threads.
 template <typename... Parameters>

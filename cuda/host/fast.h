@@ -16,6 +16,7 @@ static thread_local struct { unsigned x = 1, y = 1, z = 1; } gridDim;
 #define __shared__  // the block's only thread keeps it on its stack
 
 static inline void __syncthreads() {}
+static inline void __syncwarp() {}
 // A lane outside the warp gives the caller's own value, as on a GPU.
 template <typename T> static inline T __shfl_up_sync(unsigned, T x, unsigned) { return x; }
 

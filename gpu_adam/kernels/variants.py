@@ -25,11 +25,22 @@ CHUNK = 4096
 SORT_RUN = 4096
 """Indices that one block sorts."""
 
+SORT_ROWS = 2**27
+"""A block sorts the indices of variables with fewer rows than this."""
+
+DIGIT_BITS = 7
+"""Bits of a row number that one pass of the sort looks at."""
+
 BLOCK_SIZE = 256
 """CUDA threads of a block."""
 
 # Shared memory for the gradient of a sparse tile. With so much all 2048 threads of a multiprocessor stay resident.
 _TILE_BYTES = 16384
+
+_SORT_DEFINES = tuple(
+    f"GPU_ADAM_{name}={value}"
+    for name, value in (("SORT_RUN", SORT_RUN), ("SORT_ROWS", SORT_ROWS), ("DIGIT_BITS", DIGIT_BITS))
+)
 
 
 class UpdateRule(NamedTuple):
@@ -93,7 +104,7 @@ def sparse(dtype_name: str, rule: UpdateRule, *, staged: bool = False) -> Kernel
 def _update(name: str, dtype_name: str, switches: tuple[tuple[str, bool], ...], staged: bool) -> Kernel:
     defines = (*DTYPES[dtype_name].defines, *_definitions(*switches, ("STAGED", staged)))
     if name == "sparse":
-        defines += (f"GPU_ADAM_TILE={tile_size(dtype_name)}", f"GPU_ADAM_SORT_RUN={SORT_RUN}")
+        defines += (f"GPU_ADAM_TILE={tile_size(dtype_name)}", *_SORT_DEFINES)
     return Kernel(Source(f"{name}.cu", defines), name)
 
 
@@ -108,7 +119,7 @@ def norm(dtype_name: str, kernel_name: str) -> Kernel:
 @functools.cache
 def sort(kernel_name: str) -> Kernel:
     """A step of the sort of row numbers: sort_rows, sort_keys, sort_count, sort_scan or sort_scatter."""
-    return Kernel(Source("sort.cu", (f"GPU_ADAM_SORT_RUN={SORT_RUN}",)), kernel_name)
+    return Kernel(Source("sort.cu", _SORT_DEFINES), kernel_name)
 
 
 def update_rules() -> list[UpdateRule]:

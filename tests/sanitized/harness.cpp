@@ -312,21 +312,21 @@ static void test_sort_of(long long count, long long rows, bool valid) {
     make_indices(numbers, rows, valid);
     const Indices indices = {numbers.data, sizeof(T) == 8, count, rows};
     int passes = 1;
-    while (rows >> 4 * passes) ++passes;
+    while (rows >> DIGIT_BITS * passes) ++passes;
     const long long runs = (count + GPU_ADAM_SORT_RUN - 1) / GPU_ADAM_SORT_RUN;
-    for (int way = count <= GPU_ADAM_SORT_RUN ? 0 : 1; way < 2; ++way) {
-        Buffer<long long> row_a(count), position_a(count), row_b(count), position_b(count), starts(16 * runs);
+    const bool fits_a_block = count <= GPU_ADAM_SORT_RUN && rows < GPU_ADAM_SORT_ROWS;
+    for (int way = fits_a_block ? 0 : 1; way < 2; ++way) {
+        Buffer<long long> row_a(count), position_a(count), row_b(count), position_b(count);
+        Buffer<long long> starts(DIGITS * (runs + 1));
         Buffer<IndexErrors> errors(1);
         errors[0] = NO_ERRORS;
         Keys from = {row_a.data, position_a.data}, to = {row_b.data, position_b.data};
-        if (way == 0) launch(1, sort_rows, indices, from, to, passes, errors.data);
+        if (way == 0) launch(1, sort_rows, indices, from, passes, errors.data);
         if (way == 1) launch(2, sort_keys, indices, from, errors.data);
-        for (int pass = 0; pass < passes; ++pass) {
-            if (way == 1) {
-                launch(2, sort_count, from, count, 4 * pass, starts.data);
-                launch(1, sort_scan, starts.data, 16 * runs);
-                launch(2, sort_scatter, from, to, count, 4 * pass, starts.data);
-            }
+        for (int pass = 0; way == 1 && pass < passes; ++pass) {
+            launch(2, sort_count, from, count, DIGIT_BITS * pass, starts.data);
+            launch(3, sort_scan, starts.data, runs);
+            launch(2, sort_scatter, from, to, count, DIGIT_BITS * pass, starts.data);
             const Keys swapped = from;
             from = to, to = swapped;
         }
@@ -352,10 +352,11 @@ static void test_sort() {
         test_sort_of<long long>(count, 16, false);
     }
     test_sort_of<int>(257, 70000, false);
+    test_sort_of<int>(300, GPU_ADAM_SORT_ROWS - 1, false);
     test_sort_of<long long>(100, 1LL << 40, false);
     test_sort_of<int>(GPU_ADAM_SORT_RUN, 15, true);
     test_sort_of<int>(GPU_ADAM_SORT_RUN + 1, 15, true);
-    test_sort_of<long long>(2 * GPU_ADAM_SORT_RUN + 3, 16, false);
+    for (const long long rows : {16, 300, 70000, 300}) test_sort_of<long long>(2 * GPU_ADAM_SORT_RUN + 3, rows, false);
 }
 
 static double term(float x) { return static_cast<double>(x) * static_cast<double>(x); }
