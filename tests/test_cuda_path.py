@@ -527,6 +527,52 @@ def test_a_capture_that_forbids_to_allocate_says_what_it_lacks(gpu: Device) -> N
         assert_same_state(state(optimizer, work.variables), state(host_optimizer, expected.variables))
 
 
+KERNELS_OF_A_STEP = {  # for each dtype, and once
+    "free": (["dense"], []),
+    "clipnorm": (["dense", "square_sums", "clip_by_norm"], []),
+    "global_clipnorm": (["dense", "square_sums"], ["clip_by_global_norm"]),
+}
+
+
+@pytest.mark.parametrize("mode", KERNELS_OF_A_STEP)
+@pytest.mark.parametrize("dtypes", [["float32"], ["float32", "complex128"]])
+def test_nodes_of_a_graph(gpu: Device, emulation: Any, dtypes: list[str], mode: str) -> None:
+    """The kernels alone, where the step before had the same gradients; new ones cost a copy of their addresses each."""
+    config: dict[str, Any] = {"learning_rate": 0.1} if mode == "free" else {"learning_rate": 0.1, mode: 1.0}
+    shapes = [(dtype, 3 + number) for number, dtype in enumerate([*dtypes, *dtypes])]
+
+    def pairs_on(device: Device, variables: list[Variable], seed: int) -> list[tuple[Any, Variable]]:
+        rng = np.random.default_rng(seed)
+        return [(device.array(numbers(rng, n, dtype)), v) for (dtype, n), v in zip(shapes, variables, strict=True)]
+
+    variables = {each: [Variable(np.ones(n, dtype), device=each) for dtype, n in shapes] for each in (gpu, HOST)}
+    same, new = ({each: pairs_on(each, variables[each], seed) for each in (gpu, HOST)} for seed in (1, 2))
+    optimizers = {each: gpu_adam.Adam(**config) for each in (gpu, HOST)}
+    stream, graphs = gpu.xp.cuda.Stream(non_blocking=True), list[Any]()
+    gpu.xp.cuda.Device().synchronize()
+    with stream:
+        optimizers[gpu].apply_gradients(same[gpu])
+        emulation.reset()
+        for pairs in (same, same, new):  # the second one finds no table that lies in device memory already
+            with captured(stream, graphs):
+                optimizers[gpu].apply_gradients(pairs[gpu])
+        nodes = [sorted(graph) for graph in emulation.counters.graph_nodes]
+        for_each, once = KERNELS_OF_A_STEP[mode]
+        assert nodes[0] == sorted(for_each * len(dtypes) + once)
+        copy = next(name for name in nodes[1] if name not in nodes[0])
+        assert nodes[1] == nodes[2] == sorted([*nodes[0], *[copy] * len(dtypes)])
+        optimizers[gpu].apply_gradients(same[gpu])
+        optimizers[gpu].apply_gradients(new[gpu])
+        for turn in (0, 2, 1, 0):
+            graphs[turn].launch()
+        stream.synchronize()
+    for pairs, done in ((same, 0), (same, 4), (new, 5), (same, 1), (new, 3), (same, 2), (same, 1)):
+        optimizers[HOST].iterations = done
+        optimizers[HOST].apply_gradients(pairs[HOST])
+    optimizers[HOST].iterations = 6
+    assert_same_state(state(optimizers[gpu], variables[gpu]), state(optimizers[HOST], variables[HOST]))
+
+
 @pytest.mark.parametrize("allocator", ["malloc", "malloc_async"])
 def test_a_captured_step_allocates_nothing(gpu: Device, emulation: Any, allocator: str) -> None:
     """What CuPy's allocator in stream order gives out under capture, each replay would give out anew."""

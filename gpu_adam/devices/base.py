@@ -43,8 +43,14 @@ class StagedArray(Protocol):
 
     address: int
 
-    def write(self, values: np.ndarray) -> None:
-        """Enqueue new contents, without waiting for the device."""
+    def write(self, values: np.ndarray, *, captured: bool = False) -> None:
+        """Enqueue new contents, without waiting for the device.
+
+        Args:
+            values: the contents.
+            captured: whether the write becomes part of a graph, which makes it again at every replay. It is then the
+                first one and the last.
+        """
 
 
 class Device(ABC):
@@ -103,13 +109,12 @@ class Device(ABC):
         """
 
     @abstractmethod
-    def staged(self, size: int, dtype: np.dtype, *, captured: bool = False) -> StagedArray:
+    def staged(self, size: int, dtype: np.dtype) -> StagedArray:
         """A new array of `size` elements that is rewritten from step to step.
 
         Args:
             size: number of elements.
             dtype: of an element; a struct's or a number's.
-            captured: whether what is written becomes part of a graph, which writes it again at every replay.
         """
 
     @abstractmethod

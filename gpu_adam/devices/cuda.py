@@ -143,9 +143,9 @@ class CudaDevice(Device):
         same = torch.cuda.is_initialized() and torch.cuda.current_stream(self.index).cuda_stream == stream
         return torch.device("cuda", self.index) if same else None
 
-    def staged(self, size: int, dtype: np.dtype, *, captured: bool = False) -> StagedArray:
+    def staged(self, size: int, dtype: np.dtype) -> StagedArray:
         """A new array of `size` elements that is rewritten from step to step."""
-        return _CapturedArray(self, size, dtype) if captured else _StagedArray(self, size, dtype)
+        return _StagedArray(self, size, dtype)
 
     def copy_call(self, targets: Sequence[Array], sources: Sequence[Array]) -> Call:
         """A call, to be made once, that enqueues copies on the current stream of this device."""
@@ -370,15 +370,18 @@ _orphans: list[_Staging] = []  # buffers whose array is gone before their copy h
 class _StagedArray:
     """An array in device memory, written through a ring of pinned buffers.
 
-    A pinned buffer must not be rewritten before its copy has run. Rather than wait for that, the ring grows.
+    A pinned buffer must not be rewritten before its copy has run. Rather than wait for that, the ring grows. A graph
+    copies its buffer again at every replay, so that the buffer is written once. It exists before the capture, which may
+    forbid to allocate it.
     """
 
     def __init__(self, device: CudaDevice, size: int, dtype: np.dtype) -> None:
-        self._ring: list[_Staging] = []
-        self._device, self._dtype = device, dtype
-        with device.activate():
-            self._array = cupy.empty(size * dtype.itemsize, np.uint8)
+        self._device, self._size, self._dtype = device, size, dtype
+        self._array = device.empty(size * dtype.itemsize, np.dtype(np.uint8))
         self.address = int(self._array.data.ptr)
+        with device.activate():
+            self._ring = [_Staging(size, dtype)]
+        self._is_written = self._is_captured = False
         _orphans[:] = [staging for staging in _orphans if not staging.copied.done]
 
     def __del__(self) -> None:
@@ -386,34 +389,19 @@ class _StagedArray:
         if not sys.is_finalizing():
             _orphans.extend(getattr(self, "_ring", ()))  # of an array that could not be made there is none
 
-    def write(self, values: np.ndarray) -> None:
+    def write(self, values: np.ndarray, *, captured: bool = False) -> None:
+        assert not self._is_captured, "a graph copies its buffer again"
+        assert not (captured and self._is_written), "a graph has a buffer of its own"
+        self._is_written, self._is_captured = True, captured
         with self._device.activate():
+            if captured:
+                self._ring[0].copy(values, self._array)()  # not recorded: its event could not be asked
+                return
             if self._ring and self._ring[0].copied.done:
                 staging = self._ring.pop(0)
             else:
-                staging = _Staging(self._array.size // self._dtype.itemsize, self._dtype)
+                staging = _Staging(self._size, self._dtype)
             self._ring.append(staging)
             # In one go: a buffer whose copy is under way unrecorded would be rewritten.
             record = functools.partial(staging.copied.record, cupy.cuda.get_current_stream())
             make_all([staging.copy(values, self._array), record])
-
-
-class _CapturedArray:
-    """An array in device memory for a graph, which copies the pinned buffer again at every replay.
-
-    The buffer is therefore written once. It exists before the capture, which may forbid to allocate it.
-    """
-
-    def __init__(self, device: CudaDevice, size: int, dtype: np.dtype) -> None:
-        self._device, self._dtype = device, dtype
-        self._array = device.empty(size * dtype.itemsize, np.dtype(np.uint8))
-        self.address = int(self._array.data.ptr)
-        with device.activate():
-            self._staging = _Staging(size, dtype)
-        self._is_written = False
-
-    def write(self, values: np.ndarray) -> None:
-        assert not self._is_written, "a graph has its own array, written by the one step that is captured"
-        self._is_written = True
-        with self._device.activate():
-            self._staging.copy(values, self._array)()

@@ -132,7 +132,7 @@ class HostDevice(Device):
         """The device of torch that this one is."""
         return torch.device("cpu")
 
-    def staged(self, size: int, dtype: np.dtype, *, captured: bool = False) -> StagedArray:
+    def staged(self, size: int, dtype: np.dtype) -> StagedArray:
         """A new array of `size` elements that is rewritten from step to step."""
         return _HostArray(size, dtype)
 
@@ -200,7 +200,7 @@ class _HostArray:
         self._array = np.zeros(size, dtype)
         self.address = int(self._array.ctypes.data)
 
-    def write(self, values: np.ndarray) -> None:
+    def write(self, values: np.ndarray, *, captured: bool = False) -> None:
         self._array[:] = values
 
 

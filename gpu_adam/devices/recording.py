@@ -99,10 +99,10 @@ class RecordingDevice(Device):
         """As the device."""
         return self._device.pair_reader(expected)
 
-    def staged(self, size: int, dtype: np.dtype, *, captured: bool = False) -> StagedArray:
+    def staged(self, size: int, dtype: np.dtype) -> StagedArray:
         """As the device; an allocation, and a copy for each write."""
         self.record(Event("allocation", "", size * dtype.itemsize))
-        return _RecordedArray(self, self._device.staged(size, dtype, captured=captured))
+        return _RecordedArray(self, self._device.staged(size, dtype))
 
     def copy_call(self, targets: Sequence[Array], sources: Sequence[Array]) -> Call:
         """As the device; a copy of all when it is called."""
@@ -161,6 +161,6 @@ class _RecordedArray:
         self._device, self._array = device, array
         self.address = array.address
 
-    def write(self, values: np.ndarray) -> None:
+    def write(self, values: np.ndarray, *, captured: bool = False) -> None:
         self._device.record(Event("copy", "", int(values.nbytes)))
-        self._array.write(values)
+        self._array.write(values, captured=captured)

@@ -40,7 +40,7 @@ class UpdateArguments:
         self.scalars = self._all[:1]
         self.staged, self.factors, self.factor_stride = kernels.pointer(0), kernels.pointer(0), kernels.scalar(0)
         if self.is_staged:
-            self._table = device.staged(settings, self._all.dtype, captured=captured)
+            self._table, self._captured = device.staged(settings, self._all.dtype), captured
             self.staged[0] = self._table.address
         numbers = self.scalars.view(real_dtype)
         self.clip_value, self.sums = numbers[-1:], kernels.pointer(0)
@@ -53,4 +53,4 @@ class UpdateArguments:
         self._write(*scalars[0])
         if self.is_staged:
             self._all[1:] = scalars[1:]
-            self._table.write(self._all)
+            self._table.write(self._all, captured=self._captured)

@@ -3,6 +3,10 @@
 A graph runs at every replay what was enqueued while it was captured. Its launches therefore have tables, buffers and
 copies of gradients of their own, which later steps leave alone, in memory that nobody else is given. The optimizer
 keeps that memory, and so does the graph where it is CuPy's: replays are safe as long as one of the two lives.
+
+The addresses of dense gradients are such a table. Where the step before had the same gradients, the graph takes over
+the table that the device has of that step, and has no copy among its nodes. Where they are new, the graph copies the
+table at every replay: a copy outside of the graph would have to be waited for, which a capture may forbid.
 """
 
 from __future__ import annotations

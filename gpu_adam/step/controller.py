@@ -94,7 +94,7 @@ class Controller:
                         change.ensure_counter()
                         change.adopt(request.news)
                         change.ensure_slots(request.variables, rule)
-                    launches = plan.launches(state, graph)
+                    launches = plan.launches(state, graph, gradients)
                     change.note(plan.index_errors)
                     launches.bind(pairs, gradients)
                     count = functools.partial(state.counter.value.fill, done + 1)

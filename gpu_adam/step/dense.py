@@ -8,6 +8,7 @@ import numpy as np
 
 from gpu_adam import kernels
 from gpu_adam.devices import Array
+from gpu_adam.devices.base import StagedArray
 from gpu_adam.step.arguments import UpdateArguments
 from gpu_adam.step.groups import DenseGradients, DenseGroup
 from gpu_adam.uninterrupted import Call
@@ -54,12 +55,11 @@ class DenseLaunch:
     """
 
     def __init__(self, group: DenseGroup, table: DenseTable, *, captured: bool = False) -> None:
-        self.group, self.table = group, table
+        self.group, self.table, self._captured = group, table, captured
         self.device, self.dtype = group.device, group.layout.dtype
         self.tensors, self.chunk_ends = len(group.filled), table.chunk_ends
-        self._gradients = group.device.staged(max(1, self.tensors), np.dtype(np.uint64), captured=captured)
-        tensor_table = kernels.struct(kernels.TENSOR_TABLE, *table.struct)
-        tensor_table["gradients"] = self._gradients.address
+        self._tensor_table = tensor_table = kernels.struct(kernels.TENSOR_TABLE, *table.struct)
+        self._read_from(group.device.staged(max(1, self.tensors), np.dtype(np.uint64)))
         self.arguments = arguments = UpdateArguments(group.layout, group.device, len(group.settings), captured=captured)
         self._launch = self.device.prepare(
             kernels.dense(self.dtype, group.rule, staged=arguments.is_staged),
@@ -72,6 +72,10 @@ class DenseLaunch:
             )
         self._bound: DenseGradients | None = None
 
+    def _read_from(self, gradients: StagedArray) -> None:
+        self._gradients = gradients
+        self._tensor_table["gradients"] = gradients.address
+
     def is_bound_to(self, gradients: DenseGradients) -> bool:
         """Whether the launch reads these gradients already, from where they lie."""
         return self._bound is gradients
@@ -81,8 +85,19 @@ class DenseLaunch:
         addresses = gradients.addresses if self.group.all_filled else gradients.addresses[self.group.filled]
         self._bound = None  # while the table is written, which may fail, nothing is known of it
         if self.tensors:
-            self._gradients.write(addresses)
+            self._gradients.write(addresses, captured=self._captured)
         self._bound = gradients
+
+    def take_addresses_of(self, other: DenseLaunch) -> None:
+        """Read the addresses that another launch of the group is bound to, where it has written them.
+
+        The other launch gets this one's memory for addresses, and is bound to nothing.
+        """
+        bound, mine = other._bound, self._gradients
+        other._bound = None
+        self._read_from(other._gradients)
+        other._read_from(mine)
+        self._bound = bound
 
     def release(self) -> None:
         """Let go of arrays that were made of gradients."""

@@ -34,6 +34,7 @@ class Launches:
         rule: of the update.
         kept: the variables' and slots' arrays, and pools, kept alive: the launches have addresses only.
         captures: whether the launches of a graph are made ready.
+        pools: where memory of the updates' own comes from; kept as well.
     """
 
     def __init__(
@@ -44,8 +45,10 @@ class Launches:
         kept: Sequence[Any],
         *,
         captures: bool,
+        pools: Sequence[Any] = (),
     ) -> None:
-        self._updates, self._written, self._rule, self._kept = list(updates), written, rule, list(kept)
+        self._updates, self._written, self._rule = list(updates), written, rule
+        self._kept, self._pools = [*kept, *pools], list(pools)
         self._norms = norm_passes(self._updates, rule.norm)
         self._bound: Sequence[Any] | None = None
         self._captures = captures
@@ -83,20 +86,33 @@ class Launches:
         written_on = {place: Intervals(np.concatenate(parts)) for place, parts in memory.items()}
         return cls(updates, written_on, rule, kept, captures=any(group.device.captures for group in groups))
 
-    def take_for_graph(self) -> Launches:
-        """The same launches for a captured graph, with memory of their own, from a pool of their own."""
+    def take_for_graph(self, checked: Sequence[Any]) -> Launches:
+        """The same launches for a captured graph, with memory of their own, from a pool of their own.
+
+        Addresses of gradients that lie in device memory already become the graph's, which then copies nothing.
+
+        Args:
+            checked: the gradients that the graph is going to read.
+        """
         launches, self._graph_launches = self._graph_launches, None
-        return self._for_graph() if launches is None else launches
+        if launches is None:
+            launches = self._for_graph()
+        self._bound = None
+        self._kept += launches._pools  # of the memory that is taken in exchange
+        for own, update, gradients in zip(self._updates, launches._updates, checked, strict=True):
+            if isinstance(own, DenseLaunch) and isinstance(update, DenseLaunch) and own.is_bound_to(gradients):
+                update.take_addresses_of(own)
+        return launches
 
     def _for_graph(self) -> Launches:
-        kept = list(self._kept)
+        pools = []
         with ExitStack() as stack:
             for device in {update.device for update in self._updates}:
                 pool, memory = device.private_pool()
-                kept.append(pool)
+                pools.append(pool)
                 stack.enter_context(memory)
             updates = [update.for_graph() for update in self._updates]
-            launches = Launches(updates, self._written, self._rule, kept, captures=False)
+            launches = Launches(updates, self._written, self._rule, self._kept, captures=False, pools=pools)
             for norm, own in zip(launches._norms, self._norms, strict=True):
                 norm.reserve(own.capacity)
         return launches

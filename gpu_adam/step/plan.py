@@ -137,12 +137,13 @@ class Plan:
         """Whether the launches exist."""
         return self._launches is not None
 
-    def launches(self, state: AdamState, graph: Graph | None) -> Launches:
+    def launches(self, state: AdamState, graph: Graph | None, checked: Sequence[Any]) -> Launches:
         """The launches, with memory of their own for a graph; made by the first call, when the slots exist.
 
         Args:
             state: has the slots.
             graph: what the step is captured in, if it is.
+            checked: the gradients of each group.
         """
         if self._launches is None:
             for group in self.groups:
@@ -152,7 +153,7 @@ class Plan:
             self._launches = Launches.of(self.groups, self.rule, state, self.index_errors)
         if graph is None:
             return self._launches
-        launches = self._launches.take_for_graph()
+        launches = self._launches.take_for_graph(checked)
         graph.kept.append(launches)
         return launches
 
