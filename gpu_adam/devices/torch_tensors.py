@@ -104,7 +104,7 @@ class TorchReader:
         self._torch_device = torch_device
         self._shapes, self._sizes = expected.shapes, [math.prod(shape) for shape in expected.shapes]
         self._widths = [dtype.itemsize for dtype in expected.dtypes]
-        self._names, self._dtypes = [dtype.name for dtype in expected.dtypes], list[Any]()
+        self._expected_dtypes, self._dtypes = expected.dtypes, list[Any]()
         self._is_array = np.array([kind is None for kind in expected.other_types])
 
     def read(self, pairs: Sequence[Any], addresses: np.ndarray) -> bool:
@@ -135,7 +135,10 @@ class TorchReader:
 
     def _addresses(self, torch: Any, device: Any, pairs: Sequence[Any], numbers: Sequence[int]) -> list[int]:
         if not self._dtypes:  # torch may be imported after the first step
-            self._dtypes = [getattr(torch, name, "a dtype that torch has not") for name in self._names]
+            known = {  # for each dtype once: NumPy makes its name anew each time
+                dtype: getattr(torch, dtype.name, "a dtype that torch has not") for dtype in set(self._expected_dtypes)
+            }
+            self._dtypes = [known[dtype] for dtype in self._expected_dtypes]
         tensor_type, strided = torch.Tensor, torch.strided
         shapes, sizes, widths, dtypes = self._shapes, self._sizes, self._widths, self._dtypes
         return [
