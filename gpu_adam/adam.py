@@ -267,12 +267,12 @@ class Adam:
         """Create the slots of variables ahead of their first step, so that `set_weights` and `load` fit.
 
         Args:
-            var_list: variables as in `apply_gradients`, or one Variable.
+            var_list: variables as in `apply_gradients`, or one alone.
 
         Raises:
             ArgumentTypeError, ArgumentValueError: what is no variable, or cannot be updated; nothing has changed then.
         """
-        self._controller.build([var_list] if isinstance(var_list, Variable) else var_list, self._rule())
+        self._controller.build(var_list, self._rule())
 
     def synchronize(self) -> None:
         """Wait until all steps are done."""
@@ -326,7 +326,7 @@ class Adam:
         """Give some variables numbers of their own; any number of groups takes one launch. Called again, it adds to it.
 
         Args:
-            variables: those of the group; new ones are registered as by `build`.
+            variables: those of the group, or one alone; new ones are registered as by `build`.
             **settings: ``learning_rate_multiplier``, ``weight_decay``, ``beta_1``, ``beta_2``, ``epsilon``: numbers, or
                 None for the optimizer's own.
 
@@ -350,7 +350,7 @@ class Adam:
         """Let the weights of some variables not decay, whatever `weight_decay` and their group say.
 
         Args:
-            var_list: variables; new ones are registered as by `build`.
+            var_list: variables, or one alone; new ones are registered as by `build`.
             var_names: regular expressions, searched for in the names of variables, also of those that come later.
 
         Raises:
@@ -364,7 +364,7 @@ class Adam:
         """Overwrite variables by their moving averages, as at the end of a training.
 
         Args:
-            var_list: which; default: all that have an average.
+            var_list: which, or one alone; default: all that have an average.
 
         Raises:
             ArgumentTypeError, ArgumentValueError, SlotNotFoundError: what is no variable of the optimizer, or has no

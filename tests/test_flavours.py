@@ -309,6 +309,21 @@ def test_callable_hyperparameters_and_groups(device: Device) -> None:
     assert_same_bits(y.numpy(), oracle.variables[0])
 
 
+@pytest.mark.parametrize("is_raw", [False, True])
+def test_a_variable_alone_is_not_its_rows(device: Device, is_raw: bool) -> None:
+    rows = start("float32").reshape(7, 10)
+    x: Any = device.array(rows) if is_raw else Variable(rows, name="x")
+    optimizer = gpu_adam.Adam(0.05, weight_decay=0.1, use_ema=True)
+    optimizer.set_group(x, learning_rate_multiplier=2.0)
+    optimizer.exclude_from_weight_decay(x)
+    optimizer.build(x)
+    assert optimizer.get_group(x)[:2] == (2.0, 0.0)
+    assert [weight.shape for weight in optimizer.weights] == [(), (7, 10), (7, 10), (7, 10)]
+    optimizer.apply_gradients([(device.array(gradient(0, "float32").reshape(7, 10)), x)])
+    optimizer.overwrite_by_averages(x)
+    assert_same_bits(device.numpy(x) if is_raw else x.numpy(), optimizer.get_slot(x, "average").numpy())
+
+
 def test_exclusion_from_weight_decay(device: Device) -> None:
     """By object and by name, also of a variable that comes later; exclusion wins over a group."""
     kernel, bias, late = (Variable(start("float32"), name=name) for name in ("dense/kernel", "dense/bias", "late/bias"))

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from gpu_adam.conversion import place_of
 from gpu_adam.devices import Device
 from gpu_adam.errors import ArgumentTypeError, ArgumentValueError
 from gpu_adam.hyperparameters import OWN_SETTINGS, Clip, Flavour
@@ -279,7 +280,13 @@ class Controller:
 
 
 def _in_order(objects: Iterable[Any], argument: str) -> Iterable[Any]:
-    """The objects; ArgumentTypeError where they come in no order, which the weights would follow, or are one alone."""
+    """The objects; a variable alone is one, not one for each of its rows.
+
+    Raises:
+        ArgumentTypeError: they come in no order, which the weights would follow.
+    """
+    if isinstance(objects, Variable) or place_of(objects) is not None:
+        return [objects]
     if isinstance(objects, Set) or not hasattr(objects, "__iter__"):
         got = f"a {type(objects).__name__}"
         raise ArgumentTypeError(argument, "must hold variables in an order", got, "pass a list")
