@@ -18,6 +18,7 @@ import gpu_adam
 from gpu_adam import IndexedSlices, Variable
 from gpu_adam.devices import Device
 from gpu_adam.errors import ArgumentTypeError, ArgumentValueError, SlotNotFoundError
+from gpu_adam.state.transaction import Transaction
 
 FLAVOURS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "weight_decay": ({"weight_decay": 0.1}, {"weight_decay": 0.1}),
@@ -325,12 +326,13 @@ def test_a_variable_alone_is_not_its_rows(device: Device, is_raw: bool) -> None:
 
 
 def test_exclusion_from_weight_decay(device: Device) -> None:
-    """By object and by name, also of a variable that comes later; exclusion wins over a group."""
+    """By object and by name, also of a variable that comes later; exclusion wins over a group, set before or after."""
     kernel, bias, late = (Variable(start("float32"), name=name) for name in ("dense/kernel", "dense/bias", "late/bias"))
     chosen = Variable(start("float32"), name="chosen")
     optimizer = gpu_adam.Adam(0.05, weight_decay=0.5)
     optimizer.exclude_from_weight_decay(var_list=[chosen], var_names=["bias$"])
-    optimizer.set_group([bias], weight_decay=0.75)
+    optimizer.set_group([bias, chosen], weight_decay=0.75)
+    assert optimizer.get_group(chosen).weight_decay == optimizer.get_group(bias).weight_decay == 0.0
     variables = [kernel, bias, late, chosen]
     optimizer.apply_gradients([(device.array(gradient(0, "float32")), variable) for variable in variables])
     for variable in variables:
@@ -358,6 +360,38 @@ def test_groups_are_copied_dropped_and_handed_on(device: Device) -> None:
     optimizer.forget(new)
     optimizer.iterations = 0
     assert after(optimizer, new) == pytest.approx(0.05, rel=1e-3)
+
+
+def test_exclusions_are_copied_dropped_and_handed_on(device: Device) -> None:
+    x, new, optimizer = Variable(start("float32")), Variable(start("float32")), gpu_adam.Adam(weight_decay=0.5)
+    optimizer.exclude_from_weight_decay(x)
+    for twin, variable in (copy.deepcopy((optimizer, x)), pickle.loads(pickle.dumps((optimizer, x)))):
+        assert twin.get_group(variable).weight_decay == 0.0
+    optimizer.replace(x, new)
+    assert optimizer.get_group(new).weight_decay == 0.0
+    assert optimizer.get_group(x).weight_decay is None
+    optimizer.forget(new)
+    assert optimizer.get_group(new).weight_decay is None
+
+
+def test_settings_and_exclusions_go_back_with_a_change_that_fails(device: Device) -> None:
+    x, optimizer = Variable(start("float32")), gpu_adam.Adam(weight_decay=0.5)
+    optimizer.build(x)
+    state = optimizer._state
+    with pytest.raises(ZeroDivisionError), Transaction(state) as change:
+        change.set_settings([x], {"weight_decay": 0.75})
+        change.never_decay([x], ["x"])
+        raise ZeroDivisionError
+    assert optimizer.get_group(x).weight_decay is None
+    assert not (state.settings or state.settings_decay or state.never_decayed or state.never_decayed_names)
+
+
+def test_no_kernel_lets_weights_decay_when_nobody_does(device: Device) -> None:
+    x, optimizer = Variable(start("float32")), gpu_adam.Adam()
+    optimizer.set_group(x, weight_decay=0.5)
+    assert optimizer._rule().adjusts
+    optimizer.forget(x)
+    assert not optimizer._rule().adjusts
 
 
 # Configuration.
@@ -429,6 +463,7 @@ def test_groups_that_are_refused(device: Device, call: Callable[[Any, Any], None
     assert not optimizer.weights
     assert not optimizer._state.settings
     assert not optimizer._state.never_decayed
+    assert not optimizer._state.never_decayed_names
 
 
 def test_what_float32_does_not_hold(device: Device) -> None:

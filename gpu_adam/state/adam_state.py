@@ -42,7 +42,8 @@ class AdamState:
         slots: for each slot name the slots by variable, in order of creation.
         settings: what was set for variables of their own, by `Adam.set_group`.
         settings_decay: whether some of these settings let weights decay.
-        never_decayed: patterns of the names of variables whose weights do not decay.
+        never_decayed: variables whose weights do not decay, whatever their settings say.
+        never_decayed_names: patterns of the names of such variables.
         counter: the counter of steps done, an int64 on the host; one of `weights` from the first step or look at it on.
         index_errors: for each variable with a sparse gradient, where the kernels note rows out of range.
         layout: another object whenever a slot or a variable comes to lie elsewhere, or goes. Who has their addresses
@@ -58,7 +59,8 @@ class AdamState:
         self.registry = Registry()
         self.slots: dict[str, dict[Variable, Variable]] = {}
         self.settings: dict[Variable, Settings] = {}
-        self.never_decayed: tuple[str, ...] = ()
+        self.never_decayed: frozenset[Variable] = frozenset()
+        self.never_decayed_names: tuple[str, ...] = ()
         self.settings_decay = False
         self.counter = Variable(np.int64(0), trainable=False, name=f"{name}/iter", device="host")
         self.index_errors: dict[Variable, Any] = {}
@@ -111,7 +113,8 @@ class AdamState:
     def settings_of(self, variable: Variable) -> Settings:
         """What a variable's updates take in place of the optimizer's hyperparameters."""
         settings = self.settings.get(variable, OWN_SETTINGS)
-        if any(re.search(pattern, variable.name) for pattern in self.never_decayed):
+        patterns = self.never_decayed_names
+        if variable in self.never_decayed or any(re.search(pattern, variable.name) for pattern in patterns):
             return settings._replace(weight_decay=0.0)
         return settings
 

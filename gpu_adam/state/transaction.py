@@ -73,6 +73,7 @@ class Transaction:
                 (state, "settings", dict(state.settings)),
                 (state, "settings_decay", state.settings_decay),
                 (state, "never_decayed", state.never_decayed),
+                (state, "never_decayed_names", state.never_decayed_names),
                 *((state.registry, name, table) for name, table in state.registry.tables().items()),
             ]
             self._before = [
@@ -181,14 +182,19 @@ class Transaction:
         state = self._state
         settings = {variable: state.settings.get(variable, OWN_SETTINGS).updated(given) for variable in variables}
         state.settings.update(settings)
-        state.settings_decay = any(each.weight_decay for each in state.settings.values())
+        self._note_decay()
         state.layout = object()
 
-    def never_decay(self, patterns: Sequence[str]) -> None:
-        """Let the weights of variables whose names match one of these patterns not decay."""
+    def _note_decay(self) -> None:
+        self._state.settings_decay = any(each.weight_decay for each in self._state.settings.values())
+
+    def never_decay(self, variables: Sequence[Variable], patterns: Sequence[str]) -> None:
+        """Let the weights of variables, and of those whose names match one of these patterns, not decay."""
         self._remember()
-        self._state.never_decayed = tuple(dict.fromkeys([*self._state.never_decayed, *patterns]))
-        self._state.layout = object()
+        state = self._state
+        state.never_decayed = state.never_decayed.union(variables)
+        state.never_decayed_names = tuple(dict.fromkeys([*state.never_decayed_names, *patterns]))
+        state.layout = object()
 
     def forget(self, variable: Variable) -> None:
         """Drop the slots of a variable, and what stands for it."""
@@ -198,6 +204,8 @@ class Transaction:
         state.weights[:] = [weight for weight in state.weights if id(weight) not in dropped]
         state.index_errors.pop(variable, None)
         state.settings.pop(variable, None)
+        self._note_decay()
+        state.never_decayed -= {variable}
         state.registry.drop(variable)
         state.layout = object()
 
@@ -224,5 +232,7 @@ class Transaction:
         state.index_errors.pop(old, None)
         if old in state.settings:
             state.settings[new] = state.settings.pop(old)
+        if old in state.never_decayed:
+            state.never_decayed = state.never_decayed - {old} | {new}
         state.registry.drop(old)
         state.layout = object()

@@ -188,12 +188,7 @@ class Controller:
 
     def never_decay(self, objects: Iterable[Any], rule: UpdateRule, patterns: Sequence[str]) -> None:
         """Let the weights of variables, new ones among them, and of those with such names not decay."""
-
-        def exclude(change: Transaction, found: Sequence[Variable]) -> None:
-            change.set_settings(found, {"weight_decay": 0.0})
-            change.never_decay(patterns)
-
-        self._build(objects, rule, "var_list", exclude)
+        self._build(objects, rule, "var_list", lambda change, found: change.never_decay(found, patterns))
 
     def build(self, variables: Iterable[Any], rule: UpdateRule) -> None:
         """Create the slots of `variables` ahead of their first step."""
