@@ -186,9 +186,7 @@ class Adam:
             that is done and counted, with the variable not constrained yet. A KeyboardInterrupt comes either before
             anything has changed, or after the step is done and counted; `iterations` tells which.
         """
-        if current_tracer.get() is not None:
-            rule = "must not be called while a loss is being differentiated"
-            raise ArgumentValueError("apply_gradients", rule, "a call inside the loss", "move it behind the loss")
+        _refuse_in_loss("apply_gradients")
         return self._controller.step(grads_and_vars, self._rule(), self._hyper, self._clip)
 
     def _rule(self) -> UpdateRule:
@@ -368,8 +366,9 @@ class Adam:
 
         Raises:
             ArgumentTypeError, ArgumentValueError, SlotNotFoundError: what is no variable of the optimizer, or has no
-                average. Nothing has changed then.
+                average; a call inside a loss that is being differentiated. Nothing has changed then.
         """
+        _refuse_in_loss("overwrite_by_averages")
         self._controller.overwrite_by_averages(var_list)
 
     finalize_variable_values = overwrite_by_averages
@@ -681,6 +680,13 @@ class Adam:
 
 
 _update_rule = functools.cache(UpdateRule)
+
+
+def _refuse_in_loss(method: str) -> None:
+    """Raise ArgumentValueError where a method that changes variables is called by a loss."""
+    if current_tracer.get() is not None:
+        rule = "must not be called while a loss is being differentiated"
+        raise ArgumentValueError(method, rule, "a call inside the loss", "move it behind the loss")
 
 
 def _autodiff() -> Any:

@@ -204,6 +204,67 @@ def test_an_average_begins_at_the_variable(device: Device) -> None:
     assert not optimizer.get_slot(x, "m").numpy().any()
 
 
+@pytest.mark.parametrize("is_named", [False, True])
+def test_averages_reach_arrays_whose_memory_has_moved(device: Device, is_named: bool) -> None:
+    class Holder:
+        """An array by its interface, the memory of which may be exchanged."""
+
+        def __init__(self, array: Any) -> None:
+            self.array = array
+
+        def __getattr__(self, name: str) -> Any:
+            if name in ("__array_interface__", "__cuda_array_interface__", "__dlpack__", "__dlpack_device__"):
+                return getattr(self.array, name)
+            raise AttributeError(name)
+
+    old, other = device.array(start("float32")), device.array(start("float32"))
+    holder, optimizer = Holder(old), gpu_adam.Adam(0.05, use_ema=True)
+    g = device.array(gradient(0, "float32"))
+    for _ in range(3):
+        optimizer.apply_gradients([(g, holder), (g, other)])
+    before = device.numpy(old)
+    holder.array = device.array(before)
+    optimizer.overwrite_by_averages([holder] if is_named else None)
+    average = optimizer.get_slot(holder, "average")
+    assert_same_bits(device.numpy(holder.array), average.numpy())
+    assert_same_bits(device.numpy(old), before)
+    assert np.array_equal(device.numpy(other), before) == is_named
+    optimizer.apply_gradients([(g, holder), (g, other)])
+    assert not np.array_equal(device.numpy(holder.array), average.numpy())
+
+
+def test_averages_are_refused_as_a_whole() -> None:
+    """One array is read-only: the other one is not overwritten either."""
+    one, other, optimizer = start("float32"), start("float32"), gpu_adam.Adam(use_ema=True)
+    for _ in range(2):
+        optimizer.apply_gradients([(gradient(0, "float32"), one), (gradient(0, "float32"), other)])
+    other.flags.writeable = False
+    with unchanged(optimizer, one, other), pytest.raises(ArgumentValueError, match="a raw variable must be writeable"):
+        optimizer.overwrite_by_averages()
+
+
+def test_no_loss_overwrites_by_averages(device: Device) -> None:
+    x, optimizer = Variable(start("float32")), gpu_adam.Adam(use_ema=True)
+    optimizer.build(x)
+
+    def loss() -> Any:
+        optimizer.overwrite_by_averages()
+        return np.sum(x * x)
+
+    with unchanged(optimizer, x), pytest.raises(ArgumentValueError, match="^overwrite_by_averages must not be called"):
+        optimizer.minimize(loss, x)
+
+
+def test_torch_learns_that_averages_were_written() -> None:
+    torch = pytest.importorskip("torch", reason="torch is not installed (extra: peers)")
+    p, optimizer = torch.ones(3, requires_grad=True), gpu_adam.Adam(use_ema=True)
+    optimizer.build([p])
+    loss = (p * p).sum()
+    optimizer.overwrite_by_averages()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 # Groups.
 
 SETTINGS: list[dict[str, Any]] = [

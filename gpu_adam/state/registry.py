@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -139,9 +140,10 @@ class Registry:
         entry = self._entries.get(id(obj))
         return self._variables.get(id(obj)) if entry is None else entry.variable
 
-    def arrays(self) -> list[Any]:
-        """The raw arrays that were met."""
-        return [entry.obj for entry in self._entries.values()]
+    def arrays(self, variables: Iterable[Variable] | None = None) -> list[Any]:
+        """The raw arrays that were met; only those that stand for some variables, where these are given."""
+        wanted = None if variables is None else set(variables)
+        return [entry.obj for entry in self._entries.values() if wanted is None or entry.variable in wanted]
 
     def placement(self, obj: Any) -> Placement:
         """Where the memory of a raw array lies."""

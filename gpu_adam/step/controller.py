@@ -17,6 +17,7 @@ import numpy as np
 
 from gpu_adam.conversion import place_of
 from gpu_adam.devices import Device
+from gpu_adam.devices.torch_tensors import written_calls
 from gpu_adam.errors import ArgumentTypeError, ArgumentValueError
 from gpu_adam.hyperparameters import OWN_SETTINGS, Clip, Flavour
 from gpu_adam.kernels import UpdateRule
@@ -179,7 +180,14 @@ class Controller:
                 variables = [self._known(obj, f"var_list[{number}]", News()) for number, obj in listed]
             for variable in variables:
                 self._state.slot(variable, "average")  # which raises where there is none
-            make_all(self._overwriting(variables, None))
+            registry, news = self._state.registry, News()
+            arrays = registry.arrays(variables)
+            for array in arrays:  # whose memory may have moved since the last step
+                registry.find(array, "a raw variable", news)
+            with Transaction(self._state) as change:
+                change.adopt(news)
+                make_all([*self._overwriting(variables, None), *written_calls(arrays), *change.commit])
+            self._drop_what_moved()
 
     def set_group(self, objects: Iterable[Any], rule: UpdateRule, given: Mapping[str, Any]) -> None:
         """Let the updates of variables take other numbers than the optimizer's; new ones are built."""
@@ -262,8 +270,8 @@ class Controller:
         """Let the variables of raw arrays lie where the arrays lie now."""
         with self._state.alone():
             news = News()
-            for number, obj in enumerate(self._state.registry.arrays()):
-                self._state.registry.find(obj, f"raw variable {number}", news)
+            for obj in self._state.registry.arrays():
+                self._state.registry.find(obj, "a raw variable", news)
             with Transaction(self._state) as change:
                 change.adopt(news)
             self._drop_what_moved()
