@@ -512,9 +512,10 @@ def as_dtype(dtype: Any) -> np.dtype:
 
 
 def as_shape(shape: Any) -> tuple[int, ...]:
-    """`shape` as a tuple; ArgumentTypeError where it is neither a whole number nor a sequence of such."""
+    """`shape` as a tuple; ArgumentTypeError where it is neither a whole number nor a sequence or array of such."""
     try:
-        sizes = (operator.index(shape),) if hasattr(shape, "__index__") else tuple(map(operator.index, shape))
+        is_one = hasattr(shape, "__index__") and not getattr(shape, "ndim", 0)
+        sizes = tuple(map(operator.index, [shape] if is_one else shape))
     except TypeError:
         sizes = (-1,)
     if min(sizes, default=0) < 0:

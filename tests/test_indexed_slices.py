@@ -92,6 +92,16 @@ def test_nothing_is_written_to(device: Device) -> None:
     assert device.numpy(indices).tolist() == [1, 1]
 
 
+def test_the_shape_may_be_an_array(device: Device) -> None:
+    """As TensorFlow's is; also of a single number, which Python takes for an index."""
+    slices = IndexedSlices(device.array(np.ones((1, 2))), [0], device.array(np.array([3, 2])))
+    assert slices.shape == (3, 2)
+    assert IndexedSlices([1.0], [0], np.array([4])).shape == IndexedSlices([1.0], [0], np.array(4)).shape == (4,)
+    for bad in (np.array([1.0, 2.0]), np.array([[3, 2]]), np.array([3, -2]), "32"):
+        with pytest.raises(ArgumentTypeError, match="^shape must be a number >= 0, or a tuple of such"):
+            IndexedSlices([[1.0, 2.0]], [0], bad).dense()
+
+
 def test_an_unknown_shape_is_an_error_that_says_what_to_pass(device: Device) -> None:
     slices = IndexedSlices(device.array(np.ones((1, 2))), [0])
     for call in (slices.dense, slices.numpy):
