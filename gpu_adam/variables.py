@@ -359,8 +359,8 @@ class Variable(NDArrayOperatorsMixin):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Variable:
         copied = Variable.over(self._device.array(self._value), self._device, self._name, self.trainable)
+        memo[id(self)] = copied  # first, for the constraint may know its variable
         copied._constraint = copy.deepcopy(self._constraint, memo)
-        memo[id(self)] = copied
         return copied
 
 

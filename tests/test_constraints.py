@@ -107,3 +107,21 @@ def test_copies_are_constrained_too(device: Device) -> None:
         gpu_adam.Adam().apply_gradients([(device.array(G), twin)])
         assert twin.numpy().min() == 0
     assert x.numpy().min() < 0
+
+
+class Projection:
+    """A constraint that knows its variable."""
+
+    def __init__(self) -> None:
+        self.variable = Variable(START, constraint=self)
+
+    def __call__(self, variable: Variable) -> Any:
+        assert variable is self.variable
+        return np.maximum(variable, 0)
+
+
+def test_a_copy_is_known_to_its_constraint(device: Device) -> None:
+    x = Projection().variable
+    for twin in (copy.deepcopy(x), pickle.loads(pickle.dumps(x))):
+        twin.constrain()
+        assert twin.numpy().min() == 0
