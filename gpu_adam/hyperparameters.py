@@ -65,14 +65,13 @@ def checked(name: str, value: Any) -> Any:
         if _is_live(value):
             as_number(name, value)
         return value
-    return as_number(name, value)
+    return as_number(name, value, or_else=" or a callable without arguments" if name in _MAY_BE_CALLABLE else "")
 
 
-def as_number(name: str, value: Any) -> float:
-    """`value` as a float that obeys the rule of hyperparameter `name`."""
+def as_number(name: str, value: Any, or_else: str = "") -> float:
+    """`value` as a float that obeys the rule of hyperparameter `name`; `or_else` is what messages allow besides."""
     rule = _RULES[name]
-    kind = "a real number" + (" or a callable without arguments" if name in _MAY_BE_CALLABLE else "")
-    number = float(real_number(name, value, kind=kind, remedy=rule.remedy))
+    number = float(real_number(name, value, kind=f"a real number{or_else}", remedy=rule.remedy))
     rule.check(name, number)
     return number
 
