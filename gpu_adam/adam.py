@@ -183,8 +183,8 @@ class Adam:
             ConcurrentStepError: another call of this optimizer is at work.
             SparseIndexError: on the host, an index outside its variable. (On CUDA see `check_errors`.)
             Whatever the step itself raises, nothing has changed. What a variable's constraint raises comes after a step
-            that is done and counted, with the variable not constrained yet. A KeyboardInterrupt comes either before
-            anything has changed, or after the step is done and counted; `iterations` tells which.
+            that is done and counted, with that variable and those after it not constrained yet. A KeyboardInterrupt
+            comes either before anything has changed, or after the step is done and counted; `iterations` tells which.
         """
         _refuse_in_loss("apply_gradients")
         return self._controller.step(grads_and_vars, self._rule(), self._hyper, self._clip)

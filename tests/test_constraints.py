@@ -109,6 +109,19 @@ def test_copies_are_constrained_too(device: Device) -> None:
     assert x.numpy().min() < 0
 
 
+def test_those_after_one_that_fails_are_not_constrained(device: Device) -> None:
+    first, failing, last = (
+        Variable(START, constraint=constraint) for constraint in (not_negative, lambda v: 1 / 0, not_negative)
+    )
+    optimizer, oracle = gpu_adam.Adam(), reference.Adam([START])
+    oracle.step([G])
+    with pytest.raises(ZeroDivisionError):
+        optimizer.apply_gradients([(device.array(G), variable) for variable in (first, failing, last)])
+    assert_same_bits(first.numpy(), np.maximum(oracle.variables[0], 0))
+    for variable in (failing, last):
+        assert_same_bits(variable.numpy(), oracle.variables[0])
+
+
 class Projection:
     """A constraint that knows its variable."""
 
@@ -116,6 +129,7 @@ class Projection:
         self.variable = Variable(START, constraint=self)
 
     def __call__(self, variable: Variable) -> Any:
+        """The variable without negative elements, if it is the one that was made here."""
         assert variable is self.variable
         return np.maximum(variable, 0)
 

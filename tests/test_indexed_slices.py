@@ -98,7 +98,7 @@ def test_the_shape_may_be_an_array(device: Device) -> None:
     assert slices.shape == (3, 2)
     assert IndexedSlices([1.0], [0], np.array([4])).shape == IndexedSlices([1.0], [0], np.array(4)).shape == (4,)
     for bad in (np.array([1.0, 2.0]), np.array([[3, 2]]), np.array([3, -2]), "32"):
-        with pytest.raises(ArgumentTypeError, match="^shape must be a number >= 0, or a tuple of such"):
+        with pytest.raises(ArgumentTypeError, match=r"^shape must be a number >= 0, or a tuple of such"):
             IndexedSlices([[1.0, 2.0]], [0], bad).dense()
 
 
