@@ -190,7 +190,7 @@ def checked_flavour(arguments: Mapping[str, Any]) -> Flavour:
             rule = "must be None without use_ema=True"
             raise ArgumentValueError("ema_overwrite_frequency", rule, frequency, "pass use_ema=True too")
         flavour = flavour._replace(ema_overwrite_frequency=int(frequency))
-    return PLAIN if flavour == PLAIN else flavour  # the same object, which a step recognises
+    return flavour
 
 
 def checked_patterns(patterns: Any) -> list[str]:

@@ -18,7 +18,9 @@ import gpu_adam
 from gpu_adam import IndexedSlices, Variable
 from gpu_adam.devices import Device
 from gpu_adam.errors import ArgumentTypeError, ArgumentValueError, SlotNotFoundError
+from gpu_adam.hyperparameters import PLAIN
 from gpu_adam.state.transaction import Transaction
+from gpu_adam.step.scalars import Scalars
 
 FLAVOURS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "weight_decay": ({"weight_decay": 0.1}, {"weight_decay": 0.1}),
@@ -251,7 +253,7 @@ def test_no_loss_overwrites_by_averages(device: Device) -> None:
         optimizer.overwrite_by_averages()
         return np.sum(x * x)
 
-    with unchanged(optimizer, x), pytest.raises(ArgumentValueError, match="^overwrite_by_averages must not be called"):
+    with unchanged(optimizer, x), pytest.raises(ArgumentValueError, match=r"^overwrite_by_averages must not be called"):
         optimizer.minimize(loss, x)
 
 
@@ -439,12 +441,17 @@ def test_settings_and_exclusions_go_back_with_a_change_that_fails(device: Device
     x, optimizer = Variable(start("float32")), gpu_adam.Adam(weight_decay=0.5)
     optimizer.build(x)
     state = optimizer._state
-    with pytest.raises(ZeroDivisionError), Transaction(state) as change:
-        change.set_settings([x], {"weight_decay": 0.75})
-        change.never_decay([x], ["x"])
-        raise ZeroDivisionError
+
+    def fail() -> None:
+        with Transaction(state) as change:
+            change.set_settings([x], {"weight_decay": 0.75})
+            change.never_decay([x], ["x"])
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
     assert optimizer.get_group(x).weight_decay is None
-    assert not (state.settings or state.settings_decay or state.never_decayed or state.never_decayed_names)
+    assert not any((state.settings, state.settings_decay, state.never_decayed, state.never_decayed_names))
 
 
 def test_no_kernel_lets_weights_decay_when_nobody_does(device: Device) -> None:
@@ -527,11 +534,32 @@ def test_groups_that_are_refused(device: Device, call: Callable[[Any, Any], None
     assert not optimizer._state.never_decayed_names
 
 
-def test_what_float32_does_not_hold(device: Device) -> None:
-    x = Variable(start("float32"), name="x")
-    configs: list[dict[str, Any]] = [{"l2": 1e39}, {"weight_decay": 1e39, "learning_rate": 10.0}]
-    for config in configs:
-        optimizer = gpu_adam.Adam(**config)
-        optimizer.build([x])
-        with unchanged(optimizer, x), pytest.raises(ArgumentValueError, match="must be finite in float32"):
-            optimizer.apply_gradients([(device.array(gradient(0, "float32")), x)])
+@pytest.mark.parametrize(("dtype", "large"), [("float32", 1e30), ("float64", 1e200)])
+def test_products_that_a_dtype_does_not_hold(device: Device, dtype: str, large: float) -> None:
+    x = Variable(start(dtype), name="x")
+    cases: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+        ("learning_rate", {}, {"learning_rate_multiplier": large}),
+        ("weight_decay times learning_rate", {"weight_decay": large}, {}),
+        ("weight_decay times learning_rate", {}, {"weight_decay": large}),
+    ]
+    for argument, config, settings in cases:
+        optimizer = gpu_adam.Adam(large, **config)
+        optimizer.set_group([x], **settings)
+        with unchanged(optimizer, x), pytest.raises(ArgumentValueError, match=f"^{argument} must be finite in {dtype}"):
+            optimizer.apply_gradients([(device.array(gradient(0, dtype)), x)])
+
+
+def test_a_penalty_that_float32_does_not_hold(device: Device) -> None:
+    x, optimizer = Variable(start("float32"), name="x"), gpu_adam.Adam(l2=1e39)
+    optimizer.build([x])
+    with unchanged(optimizer, x), pytest.raises(ArgumentValueError, match=r"^l2 must be finite in float32"):
+        optimizer.apply_gradients([(device.array(gradient(0, "float32")), x)])
+
+
+def test_a_copied_flavour_is_as_plain() -> None:
+    """A copy of a plain optimizer computes no numbers of other flavours."""
+    hyper = gpu_adam.Adam()._hyper
+    copied = copy.deepcopy(PLAIN)
+    assert copied is not PLAIN
+    for dtype in ("float32", "float64"):
+        assert Scalars(hyper, 3, copied).for_real(dtype) == Scalars(hyper, 3, PLAIN).for_real(dtype)

@@ -80,7 +80,7 @@ class Scalars:
             ArgumentValueError: rounding a value to `dtype` breaks its rule.
         """
         adam = self._float64() if dtype == "float64" else self._float32()
-        is_plain = self.flavour is PLAIN and not self.weight_decay and not self.l2
+        is_plain = self.flavour == PLAIN and not self.weight_decay and not self.l2
         return adam + (_NEUTRAL if is_plain else self._others(dtype))
 
     def _others(self, dtype: str) -> tuple[float, ...]:
@@ -92,16 +92,18 @@ class Scalars:
                 rate = rate / (1.0 + self.decay * float(self.iterations))
             decay = 1.0 - rate * self.weight_decay
         numbers: tuple[float, ...] = (self.l2, decay, flavour.ema_momentum, 1.0 - flavour.ema_momentum)
+        if not abs(self.l2) <= LIMITS[dtype].max:
+            raise _too_large("l2", self.l2, dtype)
+        if not abs(decay) <= LIMITS[dtype].max:
+            raise _too_large("weight_decay times learning_rate", 1.0 - decay, dtype)
         if dtype == "float32":
-            for name, number in zip(("l2", "weight_decay"), numbers, strict=False):
-                if not -_LARGEST <= number <= _LARGEST:
-                    rule = "must be finite in float32, times the learning rate"
-                    raise ArgumentValueError(name, rule, number, "pass less, or use float64 variables")
             numbers = tuple([c_float(number).value for number in numbers])
         return (-1.0 if flavour.maximize else 1.0, *numbers)
 
     def _float64(self) -> tuple[float, ...]:
         t, rate = float(self.iterations + 1), self.learning_rate
+        if not math.isfinite(rate):  # by a multiplier
+            raise _too_large("learning_rate", rate, "float64")
         if self.decay > 0:
             rate = rate / (1.0 + self.decay * float(self.iterations))
         root = math.sqrt(1.0 - math.pow(self.beta_2, t))
@@ -121,8 +123,7 @@ class Scalars:
         )
         rate, t = self.learning_rate, self.iterations + 1
         if not -_LARGEST <= rate <= _LARGEST:
-            rule = "must be finite in float32"
-            raise ArgumentValueError("learning_rate", rule, rate, "pass less, or use float64 variables")
+            raise _too_large("learning_rate", rate, "float32")
         stored = c_float(t)
         # The powers first: their argument t is where the results are going to be stored.
         power_1 = powf(beta_1, stored) if t < vanished_1 else 0.0
@@ -144,6 +145,11 @@ class Scalars:
             # A C float becomes infinite in silence; NumPy warns of it.
             stored.value = quotient if -_LARGEST <= quotient <= _LARGEST else float(np.float32(quotient))
         return (stored.value, *others)
+
+
+def _too_large(argument: str, number: float, dtype: str) -> ArgumentValueError:
+    remedy = "pass less, or use float64 variables" if dtype == "float32" else "pass less"
+    return ArgumentValueError(argument, f"must be finite in {dtype}", number, remedy)
 
 
 def _rate_now(rate: Any, iterations: int) -> float:
