@@ -186,7 +186,8 @@ class Variable(NDArrayOperatorsMixin):
 
         Raises:
             ArgumentTypeError: no numbers, or none that the variable's dtype has a place for.
-            ArgumentValueError: another shape; a number outside of the dtype's range.
+            ArgumentValueError: another shape; in host memory, a number outside of the dtype's range. (On a CUDA device
+                looking would be a wait: it becomes infinite, or any whole number.)
         """
         self._assign(value, "assign's value")
         return self
@@ -513,9 +514,10 @@ def as_dtype(dtype: Any) -> np.dtype:
 
 def as_shape(shape: Any) -> tuple[int, ...]:
     """`shape` as a tuple; ArgumentTypeError where it is neither a whole number nor a sequence or array of such."""
+    sizes: tuple[int, ...]
     try:
-        is_one = hasattr(shape, "__index__") and not getattr(shape, "ndim", 0)
-        sizes = tuple(map(operator.index, [shape] if is_one else shape))
+        given = shape.tolist() if hasattr(shape, "tolist") else shape
+        sizes = tuple(map(operator.index, [given] if hasattr(given, "__index__") else given))
     except TypeError:
         sizes = (-1,)
     if min(sizes, default=0) < 0:
