@@ -375,3 +375,22 @@ def test_several_optimizers_of_one_variable(device: Device) -> None:
     oracle = reference.Adam([between], 0.1)
     oracle.step([GRADIENTS[0]])
     assert_variables([variable], oracle)
+
+
+def test_a_callable_that_counts_gives_the_step_of_that_count(device: Device) -> None:
+    """alpha_t and the counter are those of one t."""
+    x, y = (Variable(np.ones(3, np.float32)) for _ in range(2))
+    one, other = gpu_adam.Adam(0.1), gpu_adam.Adam(0.1)
+
+    def rate() -> float:
+        one.iterations.assign(41)
+        return 0.1
+
+    for optimizer, variable in ((one, x), (other, y)):
+        optimizer.build([variable])
+    one.learning_rate = rate
+    other.iterations = 41
+    for optimizer, variable in ((one, x), (other, y)):
+        optimizer.apply_gradients([(device.array(np.ones(3, np.float32)), variable)])
+        assert int(optimizer.iterations) == 42
+    assert_same_bits(x.numpy(), y.numpy())

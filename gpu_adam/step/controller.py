@@ -87,7 +87,7 @@ class Controller:
                 done = check_countable(state.counter)
                 now = Scalars(hyper, done, self._flavour)
                 if now.are_called:
-                    done = self._checked_after_calls(memo, pairs, addresses)
+                    now.iterations = done = self._checked_after_calls(memo, pairs, addresses)
                 scalars = plan.scalars(now, clip)
                 if request is not None and request.without:
                     _warn(request.without)
