@@ -116,7 +116,8 @@ derivative(np.fabs, lambda g, y, x: g * np.sign(x))
 derivative(np.copysign, lambda g, y, a, b: np.where(np.signbit(a) == np.signbit(b), g, -g), None)
 derivative(np.conjugate, lambda g, y, x: conj(g))
 derivative(np.real, lambda g, y, x: g)
-derivative(np.imag, lambda g, y, x: 1j * g)  # a real argument's part of that is 0, as it should be
+# A real argument's part of that is 0, as it should be. Not 1j * g, which is Python's where g is a np.float64.
+derivative(np.imag, lambda g, y, x: g * 1j)
 
 
 def _angle_vjp(g: Any, y: Any, z: Any, deg: bool = False) -> Any:

@@ -51,6 +51,8 @@ class TestElementwise(DerivativeTests):
         ),
         Case("angle-degrees", lambda np, z: np.angle(z, deg=True), (random((2, 3), True),), hips=False),
         Case("attributes", lambda np, z: z.real * z.imag, (random((2, 3), True),), hips=False),
+        Case("imag-number", lambda np, z: np.imag(np.sum(z * z)), (random((2, 3), True),), hips=False),
+        Case("imag-real-number", lambda np, x: np.imag(np.sum(x)) + np.sum(x), (UNIT,), hips=False),
         Case("abs-complex-hips", lambda np, z: np.abs(z) ** 2, (random((2, 3), True),)),
         Case("complex-hips", lambda np, z: np.exp(z) * np.sin(z) / np.sqrt(z) + np.conj(z), (random((2, 3), True),)),
         Case("real-to-complex", lambda np, x: np.exp(1j * x), (UNIT,)),
