@@ -32,7 +32,7 @@ from gpu_adam.hyperparameters import (
     evaluated,
 )
 from gpu_adam.kernels import COMPLEX_MODES, UpdateRule
-from gpu_adam.rules import truth_value
+from gpu_adam.rules import is_whole, one_of, truth_value
 from gpu_adam.schedules import LearningRateSchedule
 from gpu_adam.state import checkpoint
 from gpu_adam.state.adam_state import AdamState
@@ -138,12 +138,8 @@ class Adam:
         self._clip = NO_CLIPPING
         for keyword in ("clipvalue", "clipnorm", "global_clipnorm"):
             setattr(self, keyword, kwargs.get(keyword))
-        complex_mode = kwargs.get("complex_mode", COMPLEX_MODES[0])
-        if complex_mode not in COMPLEX_MODES:
-            rule = f"must be one of {', '.join(COMPLEX_MODES)}"
-            raise ArgumentValueError("complex_mode", rule, repr(complex_mode), "pass one of them")
-        self._complex_mode: str = complex_mode
-        self._state = AdamState(name or type(self).__name__, complex_mode)
+        self._complex_mode = one_of("complex_mode", kwargs.get("complex_mode", COMPLEX_MODES[0]), COMPLEX_MODES)
+        self._state = AdamState(name or type(self).__name__, self._complex_mode)
         self._controller = Controller(self._state, self._flavour)
 
     @property
@@ -394,7 +390,7 @@ class Adam:
         if isinstance(value, Variable):
             self._count_in(value)
             return
-        if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        if not is_whole(value):
             raise ArgumentTypeError(
                 "iterations", "must be an int", type(value).__name__, "pass the number of steps done"
             )

@@ -18,6 +18,9 @@ from gpu_adam.rules import (
     NOT_NEGATIVE,
     POSITIVE,
     Rule,
+    is_whole,
+    items_of,
+    one_of,
     real_number,
     truth_value,
 )
@@ -177,13 +180,12 @@ def checked_flavour(arguments: Mapping[str, Any]) -> Flavour:
             given[name] = truth_value(name, given[name])
     if "ema_momentum" in given:
         given["ema_momentum"] = as_number("ema_momentum", given["ema_momentum"])
+    if "epsilon_form" in given:
+        given["epsilon_form"] = one_of("epsilon_form", given["epsilon_form"], EPSILON_FORMS)
     flavour = Flavour(**given)
-    if flavour.epsilon_form not in EPSILON_FORMS:
-        rule = f"must be one of {', '.join(EPSILON_FORMS)}"
-        raise ArgumentValueError("epsilon_form", rule, repr(flavour.epsilon_form), "pass one of them")
     frequency = flavour.ema_overwrite_frequency
     if frequency is not None:
-        if isinstance(frequency, bool) or not isinstance(frequency, (int, np.integer)) or frequency < 1:
+        if not is_whole(frequency) or frequency < 1:
             rule = "must be a whole number >= 1, or None"
             raise ArgumentValueError("ema_overwrite_frequency", rule, repr(frequency), "pass a number of steps")
         if not flavour.use_ema:
@@ -201,9 +203,7 @@ def checked_patterns(patterns: Any) -> list[str]:
     """
     if patterns is None:
         return []
-    if isinstance(patterns, (str, bytes)) or not hasattr(patterns, "__iter__"):
-        raise ArgumentTypeError("var_names", "must be a list of regular expressions", repr(patterns), "pass a list")
-    listed = list(patterns)
+    listed = items_of("var_names", patterns, "must be a list of regular expressions")
     for number, pattern in enumerate(listed):
         argument, rule = f"var_names[{number}]", "must be a regular expression"
         if not isinstance(pattern, str):

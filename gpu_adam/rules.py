@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -92,11 +92,42 @@ def truth_value(argument: str, value: Any) -> bool:
     raise ArgumentTypeError(argument, "must be True or False", shown(value), "pass True or False")
 
 
+def one_of(argument: str, value: Any, choices: Sequence[str]) -> str:
+    """`value` as one of some words.
+
+    Raises:
+        ArgumentValueError: another word, or none.
+    """
+    if isinstance(value, str) and value in choices:
+        return str(value)
+    raise ArgumentValueError(argument, f"must be one of {', '.join(choices)}", shown(value), "pass one of them")
+
+
+def is_whole(value: Any) -> bool:
+    """Whether `value` is an integer of Python or NumPy: no truth value, and no span of time, an integer to NumPy."""
+    return isinstance(value, (int, np.integer)) and not isinstance(value, (bool, np.timedelta64))
+
+
+def items_of(argument: str, values: Any, rule: str, remedy: str = "pass a list") -> list[Any]:
+    """The items of what can be iterated over, as a list.
+
+    Raises:
+        ArgumentTypeError: a text, or what has no items, such as an array without an axis.
+    """
+    try:
+        iterator = None if isinstance(values, (str, bytes)) else iter(values)
+    except TypeError:
+        iterator = None
+    if iterator is None:
+        raise ArgumentTypeError(argument, rule, type(values).__name__, remedy)
+    return list(iterator)
+
+
 def _is_something_else(value: Any) -> bool:
     """Whether `value` is something else than one real number, though Python or NumPy may make a float of it."""
     if isinstance(value, (bool, str, bytes)) or not hasattr(value, "__float__") or getattr(value, "ndim", 0) != 0:
         return True
-    return getattr(getattr(value, "dtype", None), "kind", "f") in "bcSUMm"
+    return getattr(getattr(value, "dtype", None), "kind", "f") in "bcSUMm" or np.ma.is_masked(value)
 
 
 def shown(value: Any) -> str:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, SupportsFloat
 
 from gpu_adam.errors import ArgumentTypeError, ArgumentValueError
-from gpu_adam.rules import FINITE, real_number
+from gpu_adam.rules import FINITE, items_of, real_number, truth_value
 
 if TYPE_CHECKING:
     from typing import Self
@@ -76,9 +76,12 @@ class _Standard(LearningRateSchedule):
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self._values().items())})"
 
     def _check(self, *names: str) -> None:
-        """Replace every field named by a finite Python number."""
+        """Replace every field named by a finite Python number, and what is to be true or false by a truth value."""
         for name in names:
             vars(self)[name] = _number(f"{type(self).__name__}({name})", getattr(self, name))
+        for field in fields(self):
+            if field.type is bool:
+                vars(self)[field.name] = truth_value(f"{type(self).__name__}({field.name})", getattr(self, field.name))
 
 
 def _number(argument: str, value: Any) -> float:
@@ -155,11 +158,9 @@ class PiecewiseConstantDecay(_Standard):
 
     def __post_init__(self) -> None:
         for name in ("boundaries", "values"):
-            label, given = f"PiecewiseConstantDecay({name})", getattr(self, name)
-            if isinstance(given, str) or not hasattr(given, "__iter__"):
-                raise ArgumentTypeError(label, "must be a sequence of numbers", repr(given), "pass a list")
-            numbers = tuple(_number(f"{label}[{i}]", x) for i, x in enumerate(given))
-            vars(self)[name] = numbers
+            label = f"PiecewiseConstantDecay({name})"
+            given = items_of(label, getattr(self, name), "must be a sequence of numbers")
+            vars(self)[name] = tuple(_number(f"{label}[{i}]", x) for i, x in enumerate(given))
         label = "PiecewiseConstantDecay(boundaries)"
         if not self.boundaries:
             raise ArgumentValueError(label, "must not be empty", "[]", "pass a plain number for a constant rate")
@@ -306,7 +307,8 @@ class LinearCosineDecay(_Standard):
     def __call__(self, step: SupportsFloat) -> float:
         """Return η at `step`."""
         fraction = _quotient(min(float(step), self.decay_steps), self.decay_steps)
-        cosine = 0.5 * (1 + math.cos(2 * math.pi * self.num_periods * fraction))
+        angle = 2 * math.pi * self.num_periods * fraction
+        cosine = 0.5 * (1 + math.cos(angle)) if math.isfinite(angle) else math.nan
         return self.initial_learning_rate * ((self.alpha + 1 - fraction) * cosine + self.beta)
 
 
@@ -352,12 +354,12 @@ class CosineDecayRestarts(_Standard):
             i += 1
         elif f < self._start(i):
             i -= 1
-        fraction = (f - self._start(i)) / self.t_mul**i
+        fraction = (f - self._start(i)) / _power(self.t_mul, i)
         return self.initial_learning_rate * _cosine(fraction, self.alpha, _power(self.m_mul, i))
 
     def _start(self, i: int) -> float:
         """First step of period i, in units of first_decay_steps."""
-        return float((self.t_mul**i - 1) / (self.t_mul - 1))
+        return (_power(self.t_mul, i) - 1) / (self.t_mul - 1)
 
 
 def _cosine(fraction: float, alpha: float, scale: float = 1.0) -> float:

@@ -238,6 +238,23 @@ def test_arguments_outside_of_all_sense(schedule: LearningRateSchedule, rates: d
     np.testing.assert_allclose([schedule(step) for step in rates], list(rates.values()), rtol=1e-5)
 
 
+def test_huge_arguments() -> None:
+    """Rates as IEEE arithmetic has them, where Python's raises."""
+    assert math.isnan(LinearCosineDecay(1.0, decay_steps=10, num_periods=1e308)(5))
+    restarts = CosineDecayRestarts(1.0, first_decay_steps=10, t_mul=1e308)
+    np.testing.assert_allclose([restarts(step) for step in (0, 5, 10)], [1.0, 0.5, 1.0])
+
+
+@pytest.mark.parametrize("name", ["staircase", "cycle"])
+def test_arguments_that_are_true_or_false(name: str) -> None:
+    having = [schedule for schedule in EXAMPLES if name in schedule.get_config()]
+    for schedule in having:
+        assert getattr(type(schedule).from_config(schedule.get_config() | {name: np.True_}), name) is True
+        with pytest.raises(ArgumentTypeError, match=rf"\({name}\) must be True or False \(got 'False'\)"):
+            type(schedule).from_config(schedule.get_config() | {name: "False"})
+    assert having
+
+
 def test_a_rate_that_is_no_number_is_refused_by_the_step() -> None:
     schedule = CosineDecay(0.0, 0, warmup_target=10.0, warmup_steps=1)
     optimizer, variable = gpu_adam.Adam(schedule), gpu_adam.Variable(np.ones(2, np.float32), device="host")
@@ -249,7 +266,7 @@ def test_a_rate_that_is_no_number_is_refused_by_the_step() -> None:
 
 
 @pytest.mark.parametrize("schedule", EXAMPLES, ids=IDS)
-@pytest.mark.parametrize("value", ["0.1", True, [1.0], np.ones(1), 1j, {}])
+@pytest.mark.parametrize("value", ["0.1", True, [1.0], np.ones(1), 1j, {}, np.ma.masked])
 def test_arguments_that_are_no_numbers(schedule: LearningRateSchedule, value: object) -> None:
     names = [name for name in schedule.get_config() if name in NUMBERS]
     for name in names:
@@ -267,6 +284,7 @@ def test_arguments_that_are_no_numbers(schedule: LearningRateSchedule, value: ob
         ([1], [1, math.nan], ArgumentValueError, r"values\)\[1\] must be finite"),
         (["1"], [1, 2], ArgumentTypeError, r"boundaries\)\[0\] must be a real number"),
         (3, [1, 2], ArgumentTypeError, "boundaries.* must be a sequence"),
+        (np.array(3.0), [1, 2], ArgumentTypeError, "boundaries.* must be a sequence"),
         ([3], "12", ArgumentTypeError, "values.* must be a sequence"),
     ],
 )

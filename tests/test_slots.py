@@ -118,7 +118,7 @@ def test_iterations_may_be_set(device: Device, how: str) -> None:
 
 def test_iterations_that_are_no_number_of_steps(device: Device) -> None:
     optimizer, variables = started(device)
-    for value in (2.5, "3", None, True, [1], np.array(3)):
+    for value in (2.5, "3", None, True, [1], np.array(3), np.timedelta64(3, "s")):
         with unchanged(optimizer, *variables), pytest.raises(ArgumentTypeError, match="iterations must be an int"):
             optimizer.iterations = value
     with (

@@ -22,6 +22,7 @@ from gpu_adam.errors import ArgumentTypeError, ArgumentValueError
 from gpu_adam.hyperparameters import OWN_SETTINGS, Clip, Flavour
 from gpu_adam.kernels import UpdateRule
 from gpu_adam.nvtx import stage
+from gpu_adam.rules import items_of
 from gpu_adam.state.adam_state import AdamState
 from gpu_adam.state.counter import check_countable
 from gpu_adam.state.registry import News
@@ -288,12 +289,12 @@ def _in_order(objects: Iterable[Any], argument: str) -> Iterable[Any]:
     Raises:
         ArgumentTypeError: they come in no order, which the weights would follow.
     """
+    rule = "must hold variables in an order"
     if isinstance(objects, Variable) or place_of(objects) is not None:
         return [objects]
-    if isinstance(objects, Set) or not hasattr(objects, "__iter__"):
-        got = f"a {type(objects).__name__}"
-        raise ArgumentTypeError(argument, "must hold variables in an order", got, "pass a list")
-    return objects
+    if isinstance(objects, Set):
+        raise ArgumentTypeError(argument, rule, f"a {type(objects).__name__}", "pass a list")
+    return items_of(argument, objects, rule)
 
 
 def _key(request: Request, rule: UpdateRule) -> Any:

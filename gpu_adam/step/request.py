@@ -11,6 +11,7 @@ from gpu_adam.devices.pair_reader import ExpectedPairs, PairReader
 from gpu_adam.devices.placement import Placement
 from gpu_adam.devices.torch_tensors import written_calls
 from gpu_adam.errors import ArgumentTypeError, ArgumentValueError
+from gpu_adam.rules import items_of
 from gpu_adam.state.registry import News, Registry
 from gpu_adam.step.plan import Plan
 from gpu_adam.variables import IndexedSlices, Variable
@@ -71,14 +72,8 @@ def read(pairs: Sequence[Any], registry: Registry) -> Request:
 
 def listed(grads_and_vars: Iterable[Any]) -> Sequence[Any]:
     """The pairs as a list; ArgumentTypeError where they are not iterable."""
-    try:
-        iterator = iter(grads_and_vars)
-    except TypeError as error:
-        rule = "must be an iterable of (gradient, variable) pairs"
-        raise ArgumentTypeError(
-            "grads_and_vars", rule, type(grads_and_vars).__name__, "pass a list of pairs"
-        ) from error
-    return list(iterator)
+    rule = "must be an iterable of (gradient, variable) pairs"
+    return items_of("grads_and_vars", grads_and_vars, rule, "pass a list of pairs")
 
 
 class Memo:
