@@ -394,6 +394,7 @@ class Adam:
             raise ArgumentTypeError(
                 "iterations", "must be an int", type(value).__name__, "pass the number of steps done"
             )
+        _refuse_in_loss("iterations")
         count = checked_count(value, "iterations")
         with self._state.alone(), Transaction(self._state) as change:
             counter = change.ensure_counter()
@@ -539,6 +540,7 @@ class Adam:
             ArgumentTypeError, ArgumentValueError: another number of arrays, other shapes, no numbers, or a first array
                 that is no number of steps; nothing has changed then.
         """
+        _refuse_in_loss("set_weights")
         with self._state.alone():
             arrays, count = list(weights), len(self.weights)
             variables = len(self._state.variables)
@@ -563,6 +565,7 @@ class Adam:
             ArgumentTypeError, ArgumentValueError: an array is missing, left over, of another shape, holds no numbers,
                 or is "iterations" and no number of steps; nothing has changed then.
         """
+        _refuse_in_loss("restore")
         if not isinstance(arrays, Mapping):
             rule = "must be a mapping from names to arrays"
             raise ArgumentTypeError("arrays", rule, type(arrays).__name__, "pass what export() returned")
@@ -591,6 +594,7 @@ class Adam:
             CheckpointError: no checkpoint of Adam, or of other variables, dtypes or another `complex_mode`; nothing has
                 changed then.
         """
+        _refuse_in_loss("load")
         arrays, meta = checkpoint.read(path)
         self._check_fits(str(path), meta)
         with self._state.alone():
@@ -679,9 +683,9 @@ _update_rule = functools.cache(UpdateRule)
 
 
 def _refuse_in_loss(method: str) -> None:
-    """Raise ArgumentValueError where a method that changes variables is called by a loss."""
+    """Raise ArgumentValueError where a loss asks for what changes variables or state."""
     if current_tracer.get() is not None:
-        rule = "must not be called while a loss is being differentiated"
+        rule = "must not be called or set while a loss is being differentiated"
         raise ArgumentValueError(method, rule, "a call inside the loss", "move it behind the loss")
 
 

@@ -32,6 +32,30 @@ def started(device: Device, steps: int = 2, dtype: str = "float32", **config: An
 # export and restore
 
 
+def test_a_loss_overwrites_nothing(device: Device) -> None:
+    """Not the state, whose arrays a loss is shown to be looked at."""
+    x, optimizer = Variable(X.astype(np.float64)), gpu_adam.Adam(0.05)
+    optimizer.apply_gradients([(device.array(np.ones(3)), x)])
+    weights, named = [weight + 1 for weight in optimizer.get_weights()], optimizer.export()
+    calls: list[Callable[[], Any]] = [
+        lambda: optimizer.set_weights(weights),
+        lambda: optimizer.restore(named),
+        lambda: setattr(optimizer, "iterations", 5),
+    ]
+    for call in calls:
+
+        def loss(call: Callable[[], Any] = call) -> Any:
+            value = (x * x).sum()
+            call()
+            return value
+
+        with (
+            unchanged(optimizer, x),
+            pytest.raises(ArgumentValueError, match="must not be called or set while a loss is being differentiated"),
+        ):
+            gpu_adam.value_and_grad(loss, [x])
+
+
 def test_a_state_by_name(device: Device) -> None:
     """Another optimizer with the same variables goes on to the same bits."""
     one, x = started(device)
