@@ -63,20 +63,22 @@ __device__ inline Element adam(Element e, Value g, const StepScalars& step) {
     return e;
 }
 
-// Whether this kernel clips gradients. Chosen at compile time, although a factor of 1.0 and an infinite bound change no
-// bit: the multiplication in float64 and its conversions cost 32 to 46 instructions for four float32, 18 to 26 % on top
-// ("dense float32 clip" beside "dense float32" in profiling/results/static.json), and GPUs made for graphics run
-// float64 at 1/64 of the rate of float32.
-constexpr bool CLIPS = GPU_ADAM_CLIP;
+// Whether this kernel clips gradients, and whether by value too. Chosen at compile time, although a factor of 1.0 and an
+// infinite bound change no bit: the multiplication in float64 and its conversions cost 32 to 46 instructions for four
+// float32, 18 to 26 % on top ("dense float32 clip" beside "dense float32" in profiling/results/static.json), and GPUs made
+// for graphics run float64 at 1/64 of the rate of float32.
+constexpr bool CLIPS = GPU_ADAM_CLIP > 0;
+constexpr bool BOUNDED = GPU_ADAM_CLIP > 1;
 
-// Whether gradients are clipped by value: the same for all elements of a step.
-__device__ inline bool bounded(const StepScalars& step) { return CLIPS && step.clip_value - step.clip_value == 0; }
+// Clipped by value.
+__device__ inline Value bounded(Value g, StoredReal clip_value) {
+    if constexpr (BOUNDED) g = clamped(g, real(clip_value));
+    return g;
+}
 
-// Clip by value, then by norm: `factor` is the one that norm.cu computed, which has the equations. Compiled out where
-// nothing is clipped.
-template <bool BOUNDED>
+// Clipped by value, then by norm: `factor` is the one that norm.cu computed, which has the equations.
 __device__ inline Value clipped(Value g, const StepScalars& step, double factor) {
-    if constexpr (CLIPS) g = scaled(BOUNDED ? clamped(g, real(step.clip_value)) : g, factor);
+    if constexpr (CLIPS) g = scaled(bounded(g, step.clip_value), factor);
     return g;
 }
 

@@ -21,15 +21,13 @@ dense(const TensorTable table, const double* factors, const long long factor_str
         const StepScalars step = STAGED ? staged[tensor.group] : scalars;
         const Range range = {tensor.slots.at(chunk.begin), chunk.size};
         const Stored* const g = in_global_memory(table.gradients[chunk.tensor]) + chunk.begin;
-        const bool packed = aligned(g + head_size(range.slots.theta, chunk.size));
         // One factor per tensor (stride 1), or one for all (stride 0, the global norm).
         const double factor = factors ? factors[chunk.tensor * factor_stride] : 1.0;
-        // Two loops: in one loop, a compiler that vectorises would divide by the length of every complex element, even
-        // where values have no bound.
-        if (bounded(step)) {
-            update_range(range, GlobalGradient<true>{g, packed, factor}, step);
+        // Two loops: one that chooses at every pack takes up to 18 registers more.
+        if (aligned(g + head_size(range.slots.theta, chunk.size))) {
+            update_range(range, GlobalGradient<true>{g, factor}, step);
         } else {
-            update_range(range, GlobalGradient<false>{g, packed, factor}, step);
+            update_range(range, GlobalGradient<false>{g, factor}, step);
         }
     }
 }

@@ -33,7 +33,7 @@ __device__ inline void store_pack(T* p, const Pack<T, N>& pack) { *reinterpret_c
 
 template <typename T>
 __device__ inline bool aligned(const T* p) {
-    return reinterpret_cast<unsigned long long>(p) % sizeof(Pack<T>) == 0;
+    return PACK == 1 || reinterpret_cast<unsigned long long>(p) % sizeof(Pack<T>) == 0;
 }
 
 // Elements before the first pack boundary of p, at most n.
@@ -44,10 +44,10 @@ __device__ inline int head_size(const T* p, int n) {
     return head < n ? head : n;
 }
 
-// N elements of a gradient, which may lie at another offset from a 16-byte boundary than its variable.
-template <int N, typename T>
-__device__ inline Pack<T, N> gradient_pack(const T* g, bool packed) {
-    if (packed) return load_pack<N>(g);
+// N elements of a gradient, which may lie at another offset from a 16-byte boundary than its variable: not PACKED.
+template <int N, bool PACKED, typename T>
+__device__ inline Pack<T, N> gradient_pack(const T* g) {
+    if constexpr (PACKED) return load_pack<N>(g);
     Pack<T, N> pack;
 #pragma unroll
     for (int k = 0; k < N; ++k) pack.x[k] = g[k];
@@ -68,27 +68,26 @@ struct SlotPacks {
 #undef PACK_OF
 };
 
-// A gradient in global memory, clipped on its way in; by value where that has a bound.
-template <bool BOUNDED>
+// A gradient in global memory, clipped on its way in.
+template <bool PACKED>
 struct GlobalGradient {
     const Stored* __restrict__ g;
-    bool packed;  // g + head is 16-byte aligned
     double factor;
 
     template <int N>
-    __device__ Pack<Stored, N> pack(int i) const { return gradient_pack<N>(g + i, packed); }
+    __device__ Pack<Stored, N> pack(int i) const { return gradient_pack<N, PACKED>(g + i); }
     __device__ Value computed(Stored x, const StepScalars& step) const {
-        return clipped<BOUNDED>(value(x), step, factor);
+        return clipped(value(x), step, factor);
     }
 };
 
 // A gradient in shared memory, already clipped and summed.
+template <bool PACKED>
 struct SharedGradient {
     const Value* g;
-    bool packed;
 
     template <int N>
-    __device__ Pack<Value, N> pack(int i) const { return gradient_pack<N>(g + i, packed); }
+    __device__ Pack<Value, N> pack(int i) const { return gradient_pack<N, PACKED>(g + i); }
     __device__ Value computed(Value x, const StepScalars&) const { return x; }
 };
 

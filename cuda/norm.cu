@@ -58,15 +58,12 @@ __device__ inline double ordered_sum(long long n, const Terms terms, double* lan
     return lanes[0];
 }
 
-template <bool BOUNDED>
 struct Squares {
     const Stored* g;
     StoredReal clip_value;
     bool packed;
 
-    __device__ double term(Stored x) const {
-        return norm_term(BOUNDED ? clamped(value(x), real(clip_value)) : value(x));
-    }
+    __device__ double term(Stored x) const { return norm_term(bounded(value(x), clip_value)); }
     __device__ double at(long long i) const { return term(g[i]); }
     __device__ void add(double* sum, long long i) const {
         if (packed) {
@@ -80,14 +77,8 @@ struct Squares {
     }
 };
 
-// The sum of n squares. A processor takes a loop of its own where values have no bound. On a GPU a second loop costs some
-// variants registers or stack, and the bound is hidden behind the loads.
 __device__ inline double sum_of_squares(const Stored* g, long long n, StoredReal clip_value, double* lanes) {
-    const bool bounded = clip_value - clip_value == 0;
-    if (GPU_ADAM_ONE_THREAD && !bounded) {
-        return ordered_sum(n, Squares<false>{g, clip_value, aligned(g)}, lanes);
-    }
-    return ordered_sum(n, Squares<true>{g, clip_value, aligned(g)}, lanes);
+    return ordered_sum(n, Squares{g, clip_value, aligned(g)}, lanes);
 }
 
 struct Partials {

@@ -59,7 +59,6 @@ __device__ inline Tile tile_at(const EmbeddingTable& table, long long index) {
 
 // gradient[row, column] of the tile = the sum of its occurrences; keys [begin, end) are those of the tile's rows. Groups
 // of threads take a row each, threads of a group its columns.
-template <bool BOUNDED>
 __device__ inline void sum_rows(const Tile& tile, const Keys keys, long long begin, long long end, const Stored* values,
                                 long long row_size, double factor, const StepScalars& step, Value* gradient) {
     const int lanes = tile.columns < static_cast<int>(blockDim.x) ? tile.columns : blockDim.x;
@@ -76,7 +75,7 @@ __device__ inline void sum_rows(const Tile& tile, const Keys keys, long long beg
             Value sum = value(Stored{});
 #pragma unroll 8
             for (long long j = k; j < last; ++j) {
-                sum = sum + clipped<BOUNDED>(value(column[keys.position[j] * row_size]), step, factor);
+                sum = sum + clipped(value(column[keys.position[j] * row_size]), step, factor);
             }
             target[c] = sum;
         }
@@ -98,16 +97,15 @@ sparse(const EmbeddingTable table, const Indices indices, const Keys keys, const
         const long long begin = lower_bound(keys.row, 0, indices.count, tile.first_row);
         const long long end = lower_bound(keys.row, begin, indices.count, tile.last_row);
         __syncthreads();
-        // Two loops where norm.cu has two.
-        if (GPU_ADAM_ONE_THREAD && !bounded(step)) {
-            sum_rows<false>(tile, keys, begin, end, values, table.row_size, factor, step, gradient);
-        } else {
-            sum_rows<true>(tile, keys, begin, end, values, table.row_size, factor, step, gradient);
-        }
+        sum_rows(tile, keys, begin, end, values, table.row_size, factor, step, gradient);
         __syncthreads();
         const long long offset = tile.first_row * table.row_size + tile.first_column;
         const Range range = {table.slots.at(offset), size};
-        update_range(range, SharedGradient{gradient, aligned(gradient + head_size(range.slots.theta, size))}, step);
+        if (aligned(gradient + head_size(range.slots.theta, size))) {  // two loops, as in dense.cu
+            update_range(range, SharedGradient<true>{gradient}, step);
+        } else {
+            update_range(range, SharedGradient<false>{gradient}, step);
+        }
         __syncthreads();  // before the next tile's zeros
     }
 }

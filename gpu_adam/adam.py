@@ -189,7 +189,9 @@ class Adam:
         """Which update the present configuration asks for; the same object for the same configuration."""
         clip, flavour, hyper = self._clip, self._flavour, self._hyper
         adjusts = flavour.maximize or hyper["weight_decay"] or hyper["l2"] or self._state.settings_decay
-        return _update_rule(self._complex_mode, self._amsgrad, clip.clips, clip.norm, flavour.use_ema, bool(adjusts))
+        return _update_rule(
+            self._complex_mode, self._amsgrad, clip.clipvalue is not None, clip.norm, flavour.use_ema, bool(adjusts)
+        )
 
     def minimize(
         self,

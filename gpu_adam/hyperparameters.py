@@ -113,11 +113,6 @@ class Clip(NamedTuple):
         """The bound of that norm."""
         return self.clipnorm if self.global_clipnorm is None else self.global_clipnorm
 
-    @property
-    def clips(self) -> bool:
-        """Whether gradients are clipped in any way."""
-        return self != NO_CLIPPING
-
     def value_in(self, dtype: str) -> float:
         """`clipvalue` as the kernels of a dtype take it: infinite where nothing is bounded.
 

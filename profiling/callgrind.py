@@ -115,13 +115,21 @@ def rows(only: str = "") -> dict[str, Any]:
     }
 
 
+SWITCHES = {
+    **{word: (word.upper(), 1) for word in ("amsgrad", "ema", "adjust", "clip", "staged")},
+    "bounded": ("CLIP", 2),
+}
+"""Words for the switches of a variant, as names and numbers of the preprocessor."""
+
+
 def _kernels() -> Iterator[tuple[str, kernels.Kernel]]:
     for dtype in kernels.DTYPES:
         for name, make in (("dense", kernels.dense), ("sparse", kernels.sparse)):
             for rule in kernels.update_rules():
-                words = [word.lower() for word, is_on in rule.switches if is_on]
+                words = [word for word, switch in SWITCHES.items() if switch in rule.switches]
                 yield " ".join([name, dtype, *words]), make(dtype, rule)
-        yield f"square_sums {dtype}", kernels.norm(dtype, "square_sums")
+        for word, bounded in (("clip", False), ("bounded", True)):
+            yield f"square_sums {dtype} {word}", kernels.norm(dtype, "square_sums", bounded=bounded)
 
 
 def instructions(kernel: kernels.Kernel) -> int:

@@ -81,9 +81,7 @@ def description(source: Source) -> str:
     """Dtype and switches of a source in words."""
     defines = set(source.defines)
     words = [dtype for dtype, row in kernels.DTYPES.items() if set(row.defines) <= defines]
-    words += [
-        word for word in ("amsgrad", "ema", "adjust", "clip", "staged") if f"GPU_ADAM_{word.upper()}=1" in defines
-    ]
+    words += [word for word, (name, value) in callgrind.SWITCHES.items() if f"GPU_ADAM_{name}={value}" in defines]
     known = {define for row in kernels.DTYPES.values() for define in row.defines}
     constants = ("CHUNK", "TILE", "SORT_RUN", "SORT_ROWS", "DIGIT_BITS", "AMSGRAD", "EMA", "ADJUST", "CLIP", "STAGED")
     words += [d for d in source.defines if d not in known and not re.match(rf"GPU_ADAM_({'|'.join(constants)})=", d)]

@@ -448,18 +448,18 @@ def test_a_large_clipvalue_bounds_nothing_in_float32(device: Device) -> None:
 
 
 @pytest.mark.parametrize(
-    ("bounds", "norm", "limit", "clips"),
+    ("bounds", "norm", "limit", "switch"),
     [
-        ({}, None, None, False),
-        ({"clipvalue": 0.5}, None, None, True),
-        ({"clipnorm": 2}, "each", 2.0, True),
-        ({"clipvalue": 0.5, "global_clipnorm": 3}, "global", 3.0, True),
+        ({}, None, None, 0),
+        ({"clipvalue": 0.5}, None, None, 2),
+        ({"clipnorm": 2}, "each", 2.0, 1),
+        ({"clipvalue": 0.5, "global_clipnorm": 3}, "global", 3.0, 2),
     ],
     ids=str,
 )
-def test_what_is_clipped(bounds: dict[str, Any], norm: str | None, limit: float | None, clips: bool) -> None:
-    clip = gpu_adam.Adam(**bounds)._clip
-    assert (clip.norm, clip.limit, clip.clips) == (norm, limit, clips)
+def test_what_is_clipped(bounds: dict[str, Any], norm: str | None, limit: float | None, switch: int) -> None:
+    optimizer = gpu_adam.Adam(**bounds)
+    assert (optimizer._clip.norm, optimizer._clip.limit, optimizer._rule().clip) == (norm, limit, switch)
 
 
 # True and False.

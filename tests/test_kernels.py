@@ -254,9 +254,9 @@ def test_kernel_names_are_all_global_functions(file: str) -> None:
 def test_variants_are_distinct_and_complete() -> None:
     variants = kernels.variants()
     assert len(set(variants)) == len(variants)
-    chosen = [(rule.amsgrad, rule.clips, rule.ema, rule.adjusts) for rule in kernels.update_rules()]
-    assert {choice[:2] for choice in chosen} == set(itertools.product((False, True), repeat=2))
-    assert {(False, False, True, False), (False, False, False, True), (True, True, True, True)} <= set(chosen)
+    chosen = [(rule.amsgrad, rule.clip, rule.ema, rule.adjusts) for rule in kernels.update_rules()]
+    assert {choice[:2] for choice in chosen} == set(itertools.product((False, True), (0, 1, 2)))
+    assert {(False, 0, True, False), (False, 0, False, True), (True, 2, True, True)} <= set(chosen)
     updates = {
         update(dtype, rule).source
         for dtype, update in itertools.product(DTYPES, (kernels.dense, kernels.sparse))
@@ -269,16 +269,22 @@ def test_variants_are_distinct_and_complete() -> None:
     }
     assert len(staged) == len(updates)
     assert not staged & updates
-    norms = {kernels.norm(dtype, name).source for dtype in DTYPES for name in kernels.kernel_names("norm.cu")}
+    norms = {
+        kernels.norm(dtype, name, bounded=bounded).source
+        for dtype, name, bounded in itertools.product(DTYPES, kernels.kernel_names("norm.cu"), (False, True))
+    }
     sorts = {kernels.sort(name).source for name in kernels.kernel_names("sort.cu")}
     assert set(variants) == updates | norms | sorts
 
 
 @pytest.mark.parametrize("update", [kernels.dense, kernels.sparse])
 def test_rules_that_differ_in_nothing_a_kernel_knows_have_one_kernel(update: Callable[..., kernels.Kernel]) -> None:
-    rule = kernels.UpdateRule(clips=True)
-    for other in (rule._replace(norm="each"), rule._replace(norm="global"), rule._replace(complex_mode="real_imag")):
+    rule = kernels.UpdateRule(norm="each")
+    for other in (rule._replace(norm="global"), rule._replace(complex_mode="real_imag")):
         assert update("float32", other) is update("float32", rule)
+    bounded = rule._replace(bounded=True)
+    assert update("float32", bounded) is update("float32", bounded._replace(norm=None))
+    assert update("float32", bounded) is not update("float32", rule)
 
 
 def test_layouts() -> None:
@@ -322,7 +328,7 @@ def dtype(request: pytest.FixtureRequest) -> str:
     name = str(request.param)
     needed = [kernels.norm(name, "square_sums").source, kernels.sort("sort_rows").source]
     for update in (kernels.dense, kernels.sparse):
-        needed += [update(name, kernels.UpdateRule(amsgrad=on, clips=on)).source for on in (False, True)]
+        needed += [update(name, kernels.UpdateRule(amsgrad=on, bounded=on)).source for on in (False, True)]
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(host._library, *zip(*itertools.product(needed, (False, True)), strict=True)))
     return name
@@ -544,7 +550,7 @@ def test_staged_scalars_give_the_same_bits() -> None:
         places = [array.ctypes.data for array in (tensor, gradients, chunk_tensor)]
         table = kernels.struct(kernels.TENSOR_TABLE, *places, 1)
         given = [garbage, kernels.pointer(scalars.ctypes.data)] if staged else [scalars, null]
-        kernel = kernels.dense("float32", kernels.UpdateRule(clips=True), staged=staged)
+        kernel = kernels.dense("float32", kernels.UpdateRule(bounded=True), staged=staged)
         FAST.prepare(kernel, [table, null, kernels.scalar(0), *given])(1)
         results.append({"theta": theta, "m": m, "v": v})
     assert np.isfinite(results[0]["theta"]).all()
@@ -679,11 +685,12 @@ def chunk_sums(device: HostDevice, gradients: list[Array], bound: float = np.inf
 
     sums, alone = (np.full(first[-1] + 1, -7.0) for _ in range(2))
     arguments = [table, clip_value, kernels.pointer(sums.ctypes.data)]
-    device.prepare(kernels.norm(dtype, "square_sums"), arguments)(int(first[-1]))
+    is_bounded = bool(np.isfinite(bound))
+    device.prepare(kernels.norm(dtype, "square_sums", bounded=is_bounded), arguments)(int(first[-1]))
     for gradient, begin, count in zip(gradients, first, chunks, strict=False):
         place = kernels.pointer(alone.ctypes.data + 8 * int(begin))
         arguments = [kernels.pointer(gradient.ctypes.data), kernels.scalar(gradient.size), clip_value, place]
-        device.prepare(kernels.norm(dtype, "square_sums_of"), arguments)(count)
+        device.prepare(kernels.norm(dtype, "square_sums_of", bounded=is_bounded), arguments)(count)
     assert_same_bits(alone, sums, "square_sums_of and square_sums")
     assert sums[-1] == -7
     return np.split(sums[:-1], first[1:-1])

@@ -36,7 +36,7 @@ except RuntimeError as missing:
 
 ARCHITECTURES = ["sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"]
 
-EVERYTHING = kernels.UpdateRule(amsgrad=True, clips=True)
+EVERYTHING = kernels.UpdateRule(amsgrad=True, bounded=True)
 DENSE_FLOAT32 = [kernels.dense("float32", rule).source for rule in kernels.update_rules()]
 SORT = kernels.sort("sort_rows").source
 EXAMINED = {*DENSE_FLOAT32, kernels.sparse("float32", EVERYTHING).source, SORT}

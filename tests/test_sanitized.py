@@ -91,7 +91,7 @@ MUTANTS = {
         WRONG,
     ),
     "a gradient taken for aligned": Mutant(
-        "memory.cuh", "if (packed) return", "if (packed || MUTANT) return", "dense", MISALIGNED
+        "memory.cuh", "return PACK == 1 ||", "return MUTANT || PACK == 1 ||", "dense", MISALIGNED
     ),
     "a last chunk as long as the others": Mutant(
         "tensor_table.cuh", "left < GPU_ADAM_CHUNK ?", "left < GPU_ADAM_CHUNK && !MUTANT ?", "dense", OVERRUN
@@ -118,7 +118,7 @@ MUTANTS = {
     "a digit of a row twice": Mutant(
         "sort.cu", "DIGIT_BITS * (pass - 1)", "DIGIT_BITS * (pass - (MUTANT ? 2 : 1))", "sort", WRONG
     ),
-    "the barrier before rows are summed": without_barrier("sparse.cu", "sparse", "", "\n        // Two loops"),
+    "the barrier before rows are summed": without_barrier("sparse.cu", "sparse", "", "\n        sum_rows("),
     "the barrier before the next tile": without_barrier("sparse.cu", "sparse", "", "  // before the next tile's zeros"),
     "a row too far": Mutant(
         "sparse.cu", "if (row[middle] < wanted)", "if (row[middle] < wanted + MUTANT)", "sparse", WRONG

@@ -12,7 +12,7 @@ Three switches are exceptions, because measurements say so: ``GPU_ADAM_CLIP``, `
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -49,7 +49,7 @@ class UpdateRule(NamedTuple):
     Attributes:
         complex_mode: one of COMPLEX_MODES. It chooses the dtype that a complex variable has for the kernels.
         amsgrad: whether the update keeps and uses the maximum of ``v``.
-        clips: whether gradients are clipped in any way, by value or by norm.
+        bounded: whether gradients are clipped by value.
         norm: which norm gradients are clipped by: None, "each" variable's own, or the "global" one over all variables.
         ema: whether the update keeps an exponential moving average of the variable.
         adjusts: whether it changes the gradient's sign, adds a penalty's gradient or lets weights decay.
@@ -57,10 +57,15 @@ class UpdateRule(NamedTuple):
 
     complex_mode: str = "abs2"
     amsgrad: bool = False
-    clips: bool = False
+    bounded: bool = False
     norm: str | None = None
     ema: bool = False
     adjusts: bool = False
+
+    @property
+    def clip(self) -> int:
+        """``GPU_ADAM_CLIP``: 0 for gradients as they are, 1 where they are clipped by norm, 2 where by value too."""
+        return 2 if self.bounded else int(self.norm is not None)
 
     def layout(self, dtype: np.dtype) -> Layout:
         """How a variable of that dtype appears to the kernels."""
@@ -69,12 +74,12 @@ class UpdateRule(NamedTuple):
         return Layout(dtype.name, 1)
 
     @property
-    def switches(self) -> tuple[tuple[str, bool], ...]:
-        """What chooses the variant of an update: a name of the preprocessor, and whether it is on."""
-        return ("AMSGRAD", self.amsgrad), ("EMA", self.ema), ("ADJUST", self.adjusts), ("CLIP", self.clips)
+    def switches(self) -> tuple[tuple[str, int], ...]:
+        """What chooses the variant of an update: names of the preprocessor, and their numbers."""
+        return ("AMSGRAD", self.amsgrad), ("EMA", self.ema), ("ADJUST", self.adjusts), ("CLIP", self.clip)
 
 
-def _definitions(*switches: tuple[str, bool]) -> tuple[str, ...]:
+def _definitions(*switches: tuple[str, int]) -> tuple[str, ...]:
     return (*(f"GPU_ADAM_{name}={int(on)}" for name, on in switches), f"GPU_ADAM_CHUNK={CHUNK}")
 
 
@@ -101,7 +106,7 @@ def sparse(dtype_name: str, rule: UpdateRule, *, staged: bool = False) -> Kernel
 
 
 @functools.cache  # by what chooses the variant: rules that differ in nothing else have one kernel object
-def _update(name: str, dtype_name: str, switches: tuple[tuple[str, bool], ...], staged: bool) -> Kernel:
+def _update(name: str, dtype_name: str, switches: tuple[tuple[str, int], ...], staged: bool) -> Kernel:
     defines = (*DTYPES[dtype_name].defines, *_definitions(*switches, ("STAGED", staged)))
     if name == "sparse":
         defines += (f"GPU_ADAM_TILE={tile_size(dtype_name)}", *_SORT_DEFINES)
@@ -109,9 +114,15 @@ def _update(name: str, dtype_name: str, switches: tuple[tuple[str, bool], ...], 
 
 
 @functools.cache
-def norm(dtype_name: str, kernel_name: str) -> Kernel:
-    """A pass of the norms of gradients: square_sums, square_sums_of, clip_by_norm or clip_by_global_norm."""
-    switches = UpdateRule(clips=True).switches
+def norm(dtype_name: str, kernel_name: str, *, bounded: bool = False) -> Kernel:
+    """A pass of the norms of gradients: square_sums, square_sums_of, clip_by_norm or clip_by_global_norm.
+
+    Args:
+        dtype_name: a key of DTYPES.
+        kernel_name: the pass.
+        bounded: whether the gradients are clipped by value first.
+    """
+    switches = UpdateRule(bounded=bounded, norm="global").switches
     defines = (*DTYPES[dtype_name].defines, *_definitions(*switches, ("STAGED", False)))
     return Kernel(Source("norm.cu", defines), kernel_name)
 
@@ -127,13 +138,14 @@ def update_rules() -> list[UpdateRule]:
 
     AMSGrad and clipping are on and off beside each other; averages and adjustments are on alone, and all together.
     """
-    plain = [UpdateRule(amsgrad=amsgrad, clips=clips) for amsgrad in (False, True) for clips in (False, True)]
-    everything = UpdateRule(amsgrad=True, clips=True, ema=True, adjusts=True)
+    clippings: list[dict[str, Any]] = [{}, {"norm": "global"}, {"bounded": True}]
+    plain = [UpdateRule(amsgrad=amsgrad, **clipping) for amsgrad in (False, True) for clipping in clippings]
+    everything = UpdateRule(amsgrad=True, bounded=True, ema=True, adjusts=True)
     return [*plain, UpdateRule(ema=True), UpdateRule(adjusts=True), everything]
 
 
 def variants() -> list[Source]:
     """Sources that a step can ask for, each once, by these rules: tests compile them, and profiling lists them."""
     updates = [update(dtype, rule) for dtype in DTYPES for update in (dense, sparse) for rule in update_rules()]
-    others = [*(norm(dtype, "square_sums") for dtype in DTYPES), sort("sort_rows")]
-    return [kernel.source for kernel in (*updates, *others)]
+    norms = [norm(dtype, "square_sums", bounded=bounded) for dtype in DTYPES for bounded in (False, True)]
+    return [kernel.source for kernel in (*updates, *norms, sort("sort_rows"))]

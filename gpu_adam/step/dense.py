@@ -68,7 +68,8 @@ class DenseLaunch:
         self._square_sums = None
         if group.rule.norm is not None:
             self._square_sums = self.device.prepare(
-                kernels.norm(self.dtype, "square_sums"), [tensor_table, arguments.clip_value, arguments.sums]
+                kernels.norm(self.dtype, "square_sums", bounded=group.rule.bounded),
+                [tensor_table, arguments.clip_value, arguments.sums],
             )
         self._bound: DenseGradients | None = None
 

@@ -49,7 +49,7 @@ class Launches:
     ) -> None:
         self._updates, self._written, self._rule = list(updates), written, rule
         self._kept, self._pools = [*kept, *pools], list(pools)
-        self._norms = norm_passes(self._updates, rule.norm)
+        self._norms = norm_passes(self._updates, rule)
         self._bound: Sequence[Any] | None = None
         self._captures = captures
         self._graph_launches: Launches | None = None

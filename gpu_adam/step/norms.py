@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -9,6 +10,7 @@ import numpy as np
 
 from gpu_adam import kernels
 from gpu_adam.devices import Array, Device
+from gpu_adam.kernels import UpdateRule
 from gpu_adam.step.arguments import UpdateArguments
 from gpu_adam.uninterrupted import Call
 
@@ -37,11 +39,12 @@ class NormPass:
 
     Args:
         launches: whose gradients; of one device. Their clip factors are read from where this pass writes them.
-        is_global: whether there is one norm over all gradients, else one for each tensor of the only launch.
+        rule: of the update: whether there is one norm over all gradients, or one for each tensor of the only launch.
     """
 
-    def __init__(self, launches: Sequence[Normed], *, is_global: bool) -> None:
+    def __init__(self, launches: Sequence[Normed], rule: UpdateRule) -> None:
         self._launches, self._device = list(launches), launches[0].device
+        is_global, norm = rule.norm == "global", functools.partial(kernels.norm, bounded=rule.bounded)
         self._sums = self._device.empty(0, np.dtype(np.float64))
         self._sums_pointer, self._count = kernels.pointer(0), kernels.scalar(0)
         self._limit = kernels.scalar(0, np.float64)
@@ -52,12 +55,12 @@ class NormPass:
             launch.arguments.factors[0] = self._device.address(self._factors)
             launch.arguments.factor_stride[0] = 0 if is_global else 1
         if is_global:
-            kernel = kernels.norm(launches[0].dtype, "clip_by_global_norm")
+            kernel = norm(launches[0].dtype, "clip_by_global_norm")
             arguments = [self._sums_pointer, self._count, self._limit, factors]
         else:
             self._chunk_ends = launches[0].chunk_ends
             ends = kernels.pointer(0 if self._chunk_ends is None else self._device.address(self._chunk_ends))
-            kernel = kernels.norm(launches[0].dtype, "clip_by_norm")
+            kernel = norm(launches[0].dtype, "clip_by_norm")
             tensors = kernels.scalar(self._blocks)
             arguments = [self._sums_pointer, ends, tensors, self._count, self._limit, factors]
         self._launch = self._device.prepare(kernel, arguments)
@@ -92,10 +95,10 @@ class NormPass:
         return [self._launch.call(self._blocks)] if self._blocks else []
 
 
-def norm_passes(launches: Sequence[Normed], norm: str | None) -> list[NormPass]:
+def norm_passes(launches: Sequence[Normed], rule: UpdateRule) -> list[NormPass]:
     """The passes of a step: none, one for "global", one for each launch for "each"."""
-    if norm is None:
+    if rule.norm is None:
         return []
-    if norm == "global":
-        return [NormPass(launches, is_global=True)]
-    return [NormPass([launch], is_global=False) for launch in launches]
+    if rule.norm == "global":
+        return [NormPass(launches, rule)]
+    return [NormPass([launch], rule) for launch in launches]

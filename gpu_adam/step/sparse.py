@@ -76,7 +76,7 @@ class SparseLaunch:
         self._square_sums = None
         if group.rule.norm is not None:
             self._square_sums = self.device.prepare(
-                kernels.norm(self.dtype, "square_sums_of"),
+                kernels.norm(self.dtype, "square_sums_of", bounded=group.rule.bounded),
                 [self._values, self._size, arguments.clip_value, arguments.sums],
             )
         self._gradient: SparseGradient | None = None

@@ -96,7 +96,8 @@ template <typename T> static void randomize(Buffer<T>& buffer) {
 }
 
 // What is clipped by value. (The rule for complex numbers has tests of its own; here they are left as they are.)
-static const StoredReal CLIP_VALUE = static_cast<StoredReal>(sizeof(Stored) == sizeof(StoredReal) ? 0.75 : INFINITY);
+constexpr bool CLIPS_BY_VALUE = BOUNDED && sizeof(Stored) == sizeof(StoredReal);
+static const StoredReal CLIP_VALUE = static_cast<StoredReal>(CLIPS_BY_VALUE ? 0.75 : INFINITY);
 
 template <typename T> static T bounded(T x) { return x < -CLIP_VALUE ? -CLIP_VALUE : x > CLIP_VALUE ? CLIP_VALUE : x; }
 template <typename T> static Complex<T> bounded(Complex<T> x) { return x; }
