@@ -7,6 +7,7 @@ one has the mark `no_device`: it runs on the host alone, also where a GPU answer
 A test with the mark `long` does not run where a GPU's kernels are interpreted.
 """
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -20,6 +21,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--device", choices=["host", "cuda"], help="run device tests there only; default: wherever they can"
     )
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """At most four, each with kernels to compile; none where a device is named: a GPU is tested by one process."""
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return 0 if config.getoption("--device") else min(4, processors)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -341,9 +341,7 @@ def test_a_schedule_outside_its_rule_at_the_step(device: Device) -> None:
 
 
 @pytest.mark.parametrize("name", ALL)
-@pytest.mark.parametrize(
-    "value", ["0.1", b"0.1", [0.1], np.array([0.1, 0.2]), {}, object(), 1j, np.array("x")], ids=repr
-)
+@pytest.mark.parametrize("value", ["0.1", b"0.1", [0.1], np.array([0.1, 0.2]), {}, ..., 1j, np.array("x")], ids=repr)
 def test_what_is_no_number(name: str, value: Any) -> None:
     with pytest.raises(ArgumentTypeError, match=rf"^{name} must be a real number"):
         adam_with(name, value)
@@ -376,7 +374,7 @@ def test_only_a_learning_rate_may_be_a_schedule(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", MAY_BE_CALLABLE)
-@pytest.mark.parametrize("value", [None, "0.1", [0.1], np.ones(2), lambda: 0.1, 1j], ids=repr)
+@pytest.mark.parametrize("value", [None, "0.1", [0.1], np.ones(2), len, 1j], ids=repr)
 def test_a_callable_that_returns_no_number(device: Device, name: str, value: Any) -> None:
     variable, optimizer = Variable(np.ones(3)), adam_with(name, lambda: value)
     with unchanged(optimizer, variable), pytest.raises(ArgumentTypeError, match=rf"^{name} must be a real number"):
