@@ -165,11 +165,9 @@ def expected() -> str:
     "options",
     [
         "-ffast-math",
-        "-Ofast",
         "-funsafe-math-optimizations -fno-signed-zeros",
         "-fassociative-math -freciprocal-math -fno-signed-zeros -fno-trapping-math -ffinite-math-only",
-        "-ffp-contract=fast -O1",
-        "-Wall -Wextra -pedantic -Werror -fvisibility=hidden",
+        "-ffp-contract=fast -O1 -Wall -Wextra -pedantic -Werror -fvisibility=hidden",
     ],
 )
 def test_options_in_cxx_change_no_bit(expected: str, options: str) -> None:

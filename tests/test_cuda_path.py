@@ -425,10 +425,12 @@ def test_a_captured_step_of_groups(gpu: Device, flavour: dict[str, Any]) -> None
 def test_a_step_that_overwrites_by_averages_is_not_captured(gpu: Device) -> None:
     variable, optimizer = Variable(np.ones(3, np.float32)), gpu_adam.Adam(use_ema=True, ema_overwrite_frequency=2)
     pairs, stream = [(gpu.array(np.ones(3, np.float32)), variable)], gpu.xp.cuda.Stream(non_blocking=True)
+    gpu.xp.cuda.Device().synchronize()
     with stream:
         optimizer.apply_gradients(pairs)
         with captured(stream, []), pytest.raises(ValueError, match="must not overwrite variables by their averages"):
             optimizer.apply_gradients(pairs)
+        stream.synchronize()
     assert int(optimizer.iterations) == 1
 
 
@@ -437,6 +439,7 @@ def test_a_captured_step_is_constrained_at_each_replay(gpu: Device) -> None:
     variable = Variable(start, constraint=lambda v: np.maximum(v, 0))
     optimizer, stream, graphs = gpu_adam.Adam(0.2), gpu.xp.cuda.Stream(non_blocking=True), list[Any]()
     host, expected = gpu_adam.Adam(0.2), Variable(start, device="host", constraint=lambda v: np.maximum(v, 0))
+    gpu.xp.cuda.Device().synchronize()
     with stream:
         pairs = [(gpu.array(np.ones(2, np.float32)), variable)]
         optimizer.apply_gradients(pairs)

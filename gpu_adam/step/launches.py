@@ -87,7 +87,7 @@ class Launches:
         return cls(updates, written_on, rule, kept, captures=any(group.device.captures for group in groups))
 
     def take_for_graph(self, checked: Sequence[Any]) -> Launches:
-        """The same launches for a captured graph, with memory of their own, from a pool of their own.
+        """The same launches for a captured graph, with memory of their own.
 
         Addresses of gradients that lie in device memory already become the graph's, which then copies nothing.
 
@@ -107,7 +107,9 @@ class Launches:
     def _for_graph(self) -> Launches:
         pools = []
         with ExitStack() as stack:
-            for device in {update.device for update in self._updates}:
+            # Made ahead they take memory as every array does: a later step uses some of it in exchange. In a capture
+            # memory of the common pool would be a node of the graph, or forbidden.
+            for device in {update.device for update in self._updates if update.device.is_capturing()}:
                 pool, memory = device.private_pool()
                 pools.append(pool)
                 stack.enter_context(memory)
