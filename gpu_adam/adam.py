@@ -182,7 +182,8 @@ class Adam:
             that is done and counted, with that variable and those after it not constrained yet. A KeyboardInterrupt
             comes either before anything has changed, or after the step is done and counted; `iterations` tells which.
         """
-        _refuse_in_loss("apply_gradients")
+        if current_tracer.get() is not None:
+            _refuse_in_loss("apply_gradients")
         return self._controller.step(grads_and_vars, self._rule(), self._hyper, self._clip)
 
     def _rule(self) -> UpdateRule:

@@ -100,7 +100,7 @@ class Controller:
                     launches = plan.launches(state, graph, gradients)
                     change.note(plan.index_errors)
                     launches.bind(pairs, gradients)
-                    count = functools.partial(state.counter.value.fill, done + 1)
+                    count = functools.partial(state.counter._value.fill, done + 1)
                     calls = launches.calls(scalars, clip)
                     if self._flavour.use_ema and self._flavour.overwrites_at(done + 1):
                         calls += self._overwriting(plan.variables, graph)
