@@ -226,13 +226,13 @@ class Adam:
                 loss depends on. Nothing has changed then.
             NotImplementedError: the loss uses an operation whose derivative is not known.
         """
-        var_list = _autodiff().structure(var_list)
+        var_list = _flat(var_list)
         if grad_fn is None:
             with _device_of_all(var_list):
                 _, pairs = _autodiff().gradients(loss, var_list, grad_loss)
         else:
             gradients = _given_gradients(grad_fn, grad_loss)
-            variables = _autodiff().flatten(var_list() if callable(var_list) else var_list)
+            variables = _flat(var_list()) if callable(var_list) else var_list
             if len(gradients) != len(variables):
                 rule = f"must return one gradient for each of the {len(variables)} variables"
                 raise ArgumentValueError("grad_fn", rule, len(gradients), "return None where there is no gradient")
@@ -697,14 +697,14 @@ def _autodiff() -> Any:
     return importlib.import_module("gpu_adam.autodiff")
 
 
+def _flat(variables: Any) -> Any:
+    """The variables of a nesting in a list, in which they can be gone through again; a function stays as it is."""
+    return variables if callable(variables) else _autodiff().flatten(variables)
+
+
 def _device_of_all(variables: Any) -> AbstractContextManager[Any]:
     """A context in which the variables' device is current; nothing where they are not known yet, or on several."""
-    if callable(variables):
-        return nullcontext()
-    try:
-        devices = {variable.device for variable in _autodiff().flatten(variables)}
-    except ArgumentValueError:  # which the differentiation raises in its turn
-        return nullcontext()
+    devices = set() if callable(variables) else {variable.device for variable in variables}
     return devices.pop().activate() if len(devices) == 1 else nullcontext()
 
 
@@ -725,7 +725,7 @@ def _given_gradients(grad_fn: Any, grad_loss: Any) -> list[Any]:
 
 def _all_gradients(loss: Callable[[], Any], params: Any) -> list[tuple[Any, Variable]]:
     """(gradient, variable) pairs; raises where a variable has no gradient."""
-    params = _autodiff().structure(params)
+    params = _flat(params)
     with _device_of_all(params):
         _, pairs = _autodiff().gradients(loss, params)
     without = [variable.name for gradient, variable in pairs if gradient is None]

@@ -19,12 +19,13 @@ _KINDS = {"b": 0, "i": 1, "u": 1, "f": 2, "V": 2, "c": 3}
 """Kinds of dtypes, each with a place in those of no lower number. "V": the dtypes of ml_dtypes, bfloat16 for one."""
 
 _WANTED = ("truth values", "whole numbers", "real numbers", "numbers")
-_IN_LISTS = (list, tuple, int, float, complex, np.generic)
+IN_HOST_MEMORY = (list, tuple, int, float, complex)
+"""Types of what is no array, and is copied to wherever it is to go."""
 
 
 def place_of(value: Any) -> Device | None:
     """The device in whose memory a value lies; None for numbers and lists."""
-    return None if isinstance(value, _IN_LISTS) else device_of(value)
+    return None if isinstance(value, (*IN_HOST_MEMORY, np.generic)) else device_of(value)
 
 
 def as_numbers(value: Any, argument: str, remedy: str = "pass numbers or an array") -> Array:
@@ -100,3 +101,8 @@ def on_host(array: Array) -> np.ndarray:
     place = device_of(array)
     assert place is not None
     return place.numpy(array)
+
+
+def copied_to(device: Device, array: Array) -> Array:
+    """A copy on `device` of an array of any device."""
+    return device.array(on_host(array) if device.xp is np else array)

@@ -279,12 +279,6 @@ class PresentValue(float):
     def __reduce__(self) -> tuple[Any, ...]:
         return float, (float(self),)
 
-    def __copy__(self) -> float:
-        return float(self)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> float:
-        return float(self)
-
 
 class Hyperparameter:
     """An attribute of an optimizer that reads as its present value and may be assigned at any time.

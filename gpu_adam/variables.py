@@ -13,7 +13,7 @@ from numpy.lib.mixins import NDArrayOperatorsMixin
 
 from gpu_adam.arrays import add_at
 from gpu_adam.autodiff_seam import adapter, check_overwrite, operand, shown
-from gpu_adam.conversion import as_numbers, cast, on_host, place_of
+from gpu_adam.conversion import as_numbers, cast, copied_to, on_host, place_of
 from gpu_adam.devices import Array, Device, find_device
 from gpu_adam.errors import ArgumentTypeError, ArgumentValueError, SparseIndexError
 from gpu_adam.rules import truth_value
@@ -95,7 +95,7 @@ class Variable(NDArrayOperatorsMixin):
                 array.dtype if hasattr(initial_value, "dtype") else _PYTHON_DTYPES.get(array.dtype.kind, array.dtype)
             )
         array = cast(array, wanted.newbyteorder("="), "initial_value")
-        self._value = self._device.array(on_host(array) if self._device.xp is np else array)
+        self._value = copied_to(self._device, array)
         self._name = "Variable" if name is None else name
         self.trainable = truth_value("trainable", trainable)
         self._constraint: Callable[[Variable], Any] | None = constraint

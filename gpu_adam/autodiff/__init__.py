@@ -28,11 +28,11 @@ from gpu_adam.autodiff import (  # noqa: F401  # fill the table
     shapes,
     statistics,
 )
-from gpu_adam.autodiff.gradients import flatten, gradients, structure, value_and_grad
+from gpu_adam.autodiff.gradients import flatten, gradients, value_and_grad
 from gpu_adam.autodiff.rules import register_vjp
 from gpu_adam.autodiff_seam import adapter
 
-__all__ = ["flatten", "gradients", "register_vjp", "structure", "value_and_grad"]
+__all__ = ["flatten", "gradients", "register_vjp", "value_and_grad"]
 
 
 def __getattr__(name: str) -> Any:

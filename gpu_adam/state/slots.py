@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from gpu_adam.conversion import as_numbers, cast, on_host, place_of
+from gpu_adam.conversion import as_numbers, cast, copied_to, on_host, place_of
 from gpu_adam.devices import Array, Device, find_device
 from gpu_adam.errors import ArgumentValueError
 from gpu_adam.variables import Variable
@@ -58,7 +58,7 @@ def initialized(initializer: Any, shape: tuple[int, ...], dtype: np.dtype, devic
     value = initializer(shape=shape, dtype=dtype) if callable(initializer) else initializer
     value = value.value if isinstance(value, Variable) else value
     array = cast(as_numbers(value, "initializer", "pass 'zeros', or an array"), dtype, "initializer")
-    return device.array(on_host(array) if device.xp is np else array)
+    return copied_to(device, array)
 
 
 def as_slot(value: Any, slot: Variable, argument: str, *, from_file: bool) -> Array:

@@ -122,8 +122,6 @@ class Transaction:
 
     def ensure_slots(self, variables: Sequence[Variable], rule: UpdateRule) -> None:
         """Create the slots of an update that are missing, zero, slot name by slot name."""
-        if not variables:  # a step like the last one
-            return
         state = self._state
         for spec in slots_of(rule):
             owned = state.slots.get(spec.name, {})

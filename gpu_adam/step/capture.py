@@ -16,9 +16,9 @@ from contextlib import AbstractContextManager, ExitStack
 from types import TracebackType
 from typing import Any
 
+from gpu_adam.conversion import IN_HOST_MEMORY
 from gpu_adam.devices import Device
 from gpu_adam.errors import ArgumentTypeError, ArgumentValueError
-from gpu_adam.step.gradients import IN_HOST_MEMORY
 
 
 class Graph:

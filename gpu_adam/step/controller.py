@@ -181,10 +181,8 @@ class Controller:
                 variables = [self._known(obj, f"var_list[{number}]", News()) for number, obj in listed]
             for variable in variables:
                 self._state.slot(variable, "average")  # which raises where there is none
-            registry, news = self._state.registry, News()
-            arrays = registry.arrays(variables)
-            for array in arrays:  # whose memory may have moved since the last step
-                registry.find(array, "a raw variable", news)
+            arrays = self._state.registry.arrays(variables)
+            news = self._news_of(arrays)
             with Transaction(self._state) as change:
                 change.adopt(news)
                 make_all([*self._overwriting(variables, None), *written_calls(arrays), *change.commit])
@@ -270,12 +268,17 @@ class Controller:
     def follow_memory(self) -> None:
         """Let the variables of raw arrays lie where the arrays lie now."""
         with self._state.alone():
-            news = News()
-            for obj in self._state.registry.arrays():
-                self._state.registry.find(obj, "a raw variable", news)
+            news = self._news_of(self._state.registry.arrays())
             with Transaction(self._state) as change:
                 change.adopt(news)
             self._drop_what_moved()
+
+    def _news_of(self, arrays: Sequence[Any]) -> News:
+        """Which of the raw variables lie elsewhere by now."""
+        news = News()
+        for array in arrays:
+            self._state.registry.find(array, "a raw variable", news)
+        return news
 
     def check_errors(self) -> None:
         """Raise what the kernels have noted. Waits for the device."""

@@ -6,15 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from gpu_adam.conversion import as_numbers, cast
+from gpu_adam.conversion import IN_HOST_MEMORY, as_numbers, cast
 from gpu_adam.devices import Array, Device, device_of, view_of
 from gpu_adam.devices.placement import has_all_its_memory
 from gpu_adam.devices.torch_tensors import readable
 from gpu_adam.errors import ArgumentTypeError, ArgumentValueError
 from gpu_adam.variables import Variable
-
-IN_HOST_MEMORY = (list, tuple, int, float, complex)
-"""Types of gradients that a step copies to the variable's device."""
 
 
 def as_array(gradient: Any, variable: Variable, what: str = "gradient") -> Array:
