@@ -20,15 +20,20 @@
 //                                                 Decay Regularization", ICLR 2019 (arXiv:1711.05101), Algorithm 2
 //     average_t = momentum average_{t-1} + (1 - momentum) theta_t              of the updated theta
 //
+// A variable of 16 bits is updated in float. Its master is theta_t before it is rounded, from which the next step goes
+// on; without one the next step goes on from the rounded theta_t, of which the average then is.
+//
 // In a kernel with the first three of them, sign and decay are 1.0 where they are not asked for, which changes no bit.
 // 0.0 is not neutral for l2 (0 times infinity is NaN): that term is left out by a condition, the same for all elements.
 //
 // The order of the operations, each rounded once, is that of tf.keras.optimizers.Adam: every device gives Keras' bits.
 #pragma once
+#include "noise.cuh"
 #include "slots.cuh"
 
 // The scalars of one step, computed on the host. Mirrored by gpu_adam.kernels.step_scalars.
 struct StepScalars {
+    unsigned long long noise;     // of the optimizer's seed and t (noise.cuh)
     StoredReal alpha;             // alpha_t
     StoredReal one_minus_beta_1;
     StoredReal one_minus_beta_2;
@@ -45,7 +50,8 @@ struct StepScalars {
 // they cost float32 4 to 10 % more instructions, float64 12 to 14 %, complex64 16 to 43 %.
 constexpr bool ADJUSTS = GPU_ADAM_ADJUST;
 
-__device__ inline Element adam(Element e, Value g, const StepScalars& step) {
+__device__ inline Element adam(Element e, Value g, const StepScalars& step, unsigned noise) {
+    if constexpr (MASTER) e.theta = e.master;
     if constexpr (ADJUSTS) {
         g = g * real(step.sign);
         if (step.l2 != 0) g = g + e.theta * real(step.l2);
@@ -59,6 +65,8 @@ __device__ inline Element adam(Element e, Value g, const StepScalars& step) {
     }
     if constexpr (ADJUSTS) e.theta = e.theta * real(step.decay);
     e.theta = e.theta - (e.m * real(step.alpha)) / (square_root(second_moment) + real(step.epsilon));
+    if constexpr (MASTER) e.master = e.theta;
+    if constexpr (!MASTER && (EMA || STOCHASTIC)) e.theta = as_stored(e.theta, noise);
     if constexpr (EMA) e.average = e.average * real(step.momentum) + e.theta * real(step.one_minus_momentum);
     return e;
 }

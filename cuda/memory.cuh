@@ -20,8 +20,9 @@
 
 constexpr int PACK = GPU_ADAM_PACK_BYTES / sizeof(Stored) > 0 ? GPU_ADAM_PACK_BYTES / sizeof(Stored) : 1;
 
+// N consecutive elements. Where the variable's are of 16 bits, eight of 32 are loaded as two times 16 bytes.
 template <typename T, int N = PACK>
-struct alignas(sizeof(T) * N) Pack {
+struct alignas(sizeof(T) * N < 16 || N == 1 ? sizeof(T) * N : 16) Pack {
     T x[N];
 };
 
@@ -33,7 +34,7 @@ __device__ inline void store_pack(T* p, const Pack<T, N>& pack) { *reinterpret_c
 
 template <typename T>
 __device__ inline bool aligned(const T* p) {
-    return PACK == 1 || reinterpret_cast<unsigned long long>(p) % sizeof(Pack<T>) == 0;
+    return PACK == 1 || reinterpret_cast<unsigned long long>(p) % alignof(Pack<T>) == 0;
 }
 
 // Elements before the first pack boundary of p, at most n.
@@ -54,10 +55,12 @@ __device__ inline Pack<T, N> gradient_pack(const T* g) {
     return pack;
 }
 
-// Consecutive elements to update: where they begin, and how many.
+// Consecutive elements of a variable to update.
 struct Range {
-    Slots slots;
-    int size;
+    Slots slots;               // where they begin
+    int size;                  // how many
+    long long first;           // index of the first one in the variable
+    unsigned long long noise;  // of the variable
 };
 
 // N consecutive elements of every slot, as one thread loads and stores them.
@@ -71,12 +74,12 @@ struct SlotPacks {
 // A gradient in global memory, clipped on its way in.
 template <bool PACKED>
 struct GlobalGradient {
-    const Stored* __restrict__ g;
+    const Gradient* __restrict__ g;
     double factor;
 
     template <int N>
-    __device__ Pack<Stored, N> pack(int i) const { return gradient_pack<N, PACKED>(g + i); }
-    __device__ Value computed(Stored x, const StepScalars& step) const {
+    __device__ Pack<Gradient, N> pack(int i) const { return gradient_pack<N, PACKED>(g + i); }
+    __device__ Value computed(Gradient x, const StepScalars& step) const {
         return clipped(value(x), step, factor);
     }
 };
@@ -91,8 +94,8 @@ struct SharedGradient {
     __device__ Value computed(Value x, const StepScalars&) const { return x; }
 };
 
-template <typename Gradient>
-__device__ __forceinline__ void prefetch(const Range& range, const Gradient& gradient, int i) {
+template <typename Source>
+__device__ __forceinline__ void prefetch(const Range& range, const Source& gradient, int i) {
 #define FETCH(slot, Memory, Register, present) \
     if constexpr (present) GPU_ADAM_PREFETCH(range.slots.slot + i);
     GPU_ADAM_SLOTS(FETCH)
@@ -101,8 +104,9 @@ __device__ __forceinline__ void prefetch(const Range& range, const Gradient& gra
 }
 
 // Load, compute and store what one thread updates in one go: a pack, or one element of head or tail.
-template <int N, typename Gradient>
-__device__ inline void update_pack(const Slots& slots, const Gradient& gradient, const StepScalars& step, int i) {
+template <int N, typename Source>
+__device__ inline void update_pack(const Range& range, const Source& gradient, const StepScalars& step, int i) {
+    const Slots& slots = range.slots;
     const auto g = gradient.template pack<N>(i);
     SlotPacks<N> packs;
 #define LOAD(slot, Memory, Register, present) \
@@ -116,7 +120,7 @@ __device__ inline void update_pack(const Slots& slots, const Gradient& gradient,
     if constexpr (present) e.slot = Converted<Register>::from(packs.slot.x[k]);
         GPU_ADAM_SLOTS(READ)
 #undef READ
-        e = adam(e, gradient.computed(g.x[k], step), step);
+        e = adam(e, gradient.computed(g.x[k], step), step, noise_at(range.noise, range.first + i + k));
 #define WRITE(slot, Memory, Register, present) \
     if constexpr (present) store(packs.slot.x[k], e.slot);
         GPU_ADAM_SLOTS(WRITE)
@@ -131,8 +135,8 @@ __device__ inline void update_pack(const Slots& slots, const Gradient& gradient,
 // Update every element of the range once. Threads of the block stride through it; any blockDim.x is right. An element is
 // read before it is written, by the thread that writes it, so the gradient may be one of the slots itself, but must
 // not overlap a slot otherwise. No barrier inside. size = 0: nothing happens.
-template <typename Gradient>
-__device__ inline void update_range(const Range range, const Gradient gradient, const StepScalars step) {
+template <typename Source>
+__device__ inline void update_range(const Range range, const Source gradient, const StepScalars step) {
     const int head = head_size(range.slots.theta, range.size);
     const int packs = (range.size - head) / PACK;
     const bool prefetches = GPU_ADAM_PREFETCHES;
@@ -141,12 +145,12 @@ __device__ inline void update_range(const Range range, const Gradient gradient, 
         if (prefetches) prefetch(range, gradient, head + strip * PACK);
         GPU_ADAM_INDEPENDENT
         for (int j = strip + threadIdx.x; j < end; j += blockDim.x) {
-            update_pack<PACK>(range.slots, gradient, step, head + j * PACK);
+            update_pack<PACK>(range, gradient, step, head + j * PACK);
         }
     }
     // Head and tail together are fewer than 2 PACK elements.
     const int tail = head + packs * PACK;
     for (int j = threadIdx.x; j < head + range.size - tail; j += blockDim.x) {
-        update_pack<1>(range.slots, gradient, step, j < head ? j : tail + j - head);
+        update_pack<1>(range, gradient, step, j < head ? j : tail + j - head);
     }
 }

@@ -59,15 +59,15 @@ __device__ inline double ordered_sum(long long n, const Terms terms, double* lan
 }
 
 struct Squares {
-    const Stored* g;
+    const Gradient* g;
     StoredReal clip_value;
     bool packed;
 
-    __device__ double term(Stored x) const { return norm_term(bounded(value(x), clip_value)); }
+    __device__ double term(Gradient x) const { return norm_term(bounded(value(x), clip_value)); }
     __device__ double at(long long i) const { return term(g[i]); }
     __device__ void add(double* sum, long long i) const {
         if (packed) {
-            const Pack<Stored> pack = load_pack<PACK>(g + i);
+            const Pack<Gradient> pack = load_pack<PACK>(g + i);
 #pragma unroll
             for (int k = 0; k < PACK; ++k) sum[k] += term(pack.x[k]);
         } else {
@@ -77,7 +77,7 @@ struct Squares {
     }
 };
 
-__device__ inline double sum_of_squares(const Stored* g, long long n, StoredReal clip_value, double* lanes) {
+__device__ inline double sum_of_squares(const Gradient* g, long long n, StoredReal clip_value, double* lanes) {
     return ordered_sum(n, Squares{g, clip_value, aligned(g)}, lanes);
 }
 
@@ -96,7 +96,7 @@ square_sums(const TensorTable table, const StoredReal clip_value, double* sums) 
     __shared__ double lanes[LANES];
     for (long long index = blockIdx.x; index < table.chunks; index += gridDim.x) {
         const Chunk chunk = chunk_at(table, index);
-        const Stored* const g = in_global_memory(table.gradients[chunk.tensor]) + chunk.begin;
+        const Gradient* const g = in_global_memory(table.gradients[chunk.tensor]) + chunk.begin;
         const double sum = sum_of_squares(g, chunk.size, clip_value, lanes);
         if (threadIdx.x == 0) sums[index] = sum;
     }
@@ -104,7 +104,7 @@ square_sums(const TensorTable table, const StoredReal clip_value, double* sums) 
 
 // sums[chunk] of one array: the values of a sparse gradient, before duplicates are summed.
 extern "C" __global__ void __launch_bounds__(256)
-square_sums_of(const Stored* values, const long long size, const StoredReal clip_value, double* sums) {
+square_sums_of(const Gradient* values, const long long size, const StoredReal clip_value, double* sums) {
     __shared__ double lanes[LANES];
     for (long long index = blockIdx.x; index * GPU_ADAM_CHUNK < size; index += gridDim.x) {
         const long long begin = index * GPU_ADAM_CHUNK;

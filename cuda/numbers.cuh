@@ -1,10 +1,17 @@
 // Numbers: what is stored, what is computed with, and the operations on which devices would otherwise differ.
 //
-// A row of the dtype table (gpu_adam/kernels/dtypes.py) names four types:
-//   GPU_ADAM_STORED        an element of a variable and of its gradient in memory
-//   GPU_ADAM_STORED_REAL   an element of v and vhat in memory
-//   GPU_ADAM_VALUE         the same element while it is computed with
+// A row of the dtype table (gpu_adam/kernels/dtypes.py) names five types:
+//   GPU_ADAM_STORED        an element of a variable in memory
+//   GPU_ADAM_WIDE          the same element where it is kept without rounding; STORED but for numbers of 16 bits
+//   GPU_ADAM_STORED_REAL   a scalar of a step in memory
+//   GPU_ADAM_VALUE         an element while it is computed with
 //   GPU_ADAM_REAL          v, and every scalar of a step, while computed with
+// A variant adds what lies beside the variable:
+//   GPU_ADAM_GRADIENT      an element of the gradient in memory
+//   GPU_ADAM_SLOT          an element of m in memory
+//   GPU_ADAM_SLOT_REAL     an element of v and vhat in memory
+//
+// Numbers of 16 bits are computed with in float, and rounded once, when they are stored.
 //
 // Rounding is IEEE nearest-even for + - * / sqrt, and no multiply-add is contracted (-fmad=false, -ffp-contract=off).
 // Denormal numbers are zero, sign kept, as operands and as results:
@@ -14,6 +21,7 @@
 //            give the same bits: FTZ rounds as if there were no smallest exponent, and then calls a result denormal,
 //            which differs for a result that rounds up to the smallest normal number. DAZ does give the same bits, so
 //            the host uses DAZ alone.
+// A denormal Float16 is a normal float, and stays; a denormal BFloat16 is a denormal float.
 #pragma once
 
 #ifndef GPU_ADAM_DAZ  // 1 where the processor takes denormal operands for zeros
@@ -108,10 +116,57 @@ __device__ inline Complex<Real> scaled(Complex<Real> x, double factor) {
     return {scaled(x.re, factor), scaled(x.im, factor)};
 }
 
+// Numbers of 16 bits in memory: 5 bits of exponent and 10 of fraction, or 8 and 7, the upper half of a float.
+struct Float16 {
+    unsigned short bits;
+};
+struct BFloat16 {
+    unsigned short bits;
+};
+
+// By integers and by float operations on normal numbers alone: the same bits on every device in every mode, and a form
+// that compilers vectorise. The instructions that processors and GPUs have for it differ in what they make of NaN.
+__device__ inline float widened(Float16 x) {
+    const unsigned magnitude = x.bits & 0x7fffu, sign = (x.bits & 0x8000u) << 16;
+    const unsigned rebased = (magnitude << 13) + (112u << 23);  // 127 - 15: the exponents' biases
+    const unsigned special = rebased + (112u << 23);            // infinity and NaN
+    // 2^-14 (1 + fraction) - 2^-14
+    const unsigned denormal = __float_as_uint(__uint_as_float(rebased + (1u << 23)) - __uint_as_float(113u << 23));
+    return __uint_as_float(sign | (magnitude >= 0x7c00u ? special : magnitude < 0x400u ? denormal : rebased));
+}
+__device__ inline float widened(BFloat16 x) { return __uint_as_float(static_cast<unsigned>(x.bits) << 16); }
+
+// To the nearest, ties to even; beyond the largest number infinity.
+__device__ inline void narrow(Float16& place, float x) {
+    const unsigned bits = __float_as_uint(x), magnitude = bits & 0x7fffffffu;
+    const unsigned normal = (magnitude - (112u << 23) + 0xfffu + (magnitude >> 13 & 1u)) >> 13;
+    // 0.5 + x has its last bit at 2^-24, as a denormal Float16 has.
+    const unsigned denormal = __float_as_uint(__uint_as_float(magnitude) + 0.5f) - __float_as_uint(0.5f);
+    const unsigned special = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
+    const unsigned rounded = magnitude >= 0x477ff000u ? special : magnitude < (113u << 23) ? denormal : normal;
+    place.bits = static_cast<unsigned short>(rounded | (bits >> 16 & 0x8000u));
+}
+__device__ inline void narrow(BFloat16& place, float x) {
+    const unsigned bits = __float_as_uint(x);
+    const unsigned rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+    place.bits = static_cast<unsigned short>((bits & 0x7fffffffu) > 0x7f800000u ? bits >> 16 | 0x40u : rounded);
+}
+
+// To one of the two neighbours, away from zero with the probability that makes the mean x. `noise` is uniform in its
+// lower 16 bits.
+__device__ inline void narrow_stochastically(BFloat16& place, float x, unsigned noise) {
+    const unsigned bits = __float_as_uint(x);
+    const unsigned rounded = (bits + (noise & 0xffffu)) >> 16;
+    narrow(place, x);  // of infinity and NaN
+    if ((bits & 0x7f800000u) != 0x7f800000u) place.bits = static_cast<unsigned short>(rounded);
+}
+
 // Memory <-> registers.
 template <typename To> struct Converted;
 template <> struct Converted<float> {
     __device__ static float from(float x) { return x; }
+    __device__ static float from(Float16 x) { return widened(x); }
+    __device__ static float from(BFloat16 x) { return widened(x); }
 };
 template <> struct Converted<Double> {
     __device__ static Double from(double x) { return flush_unless_daz(x); }
@@ -123,6 +178,8 @@ template <typename Real> struct Converted<Complex<Real>> {
     }
 };
 __device__ inline void store(float& place, float x) { place = x; }
+__device__ inline void store(Float16& place, float x) { narrow(place, x); }
+__device__ inline void store(BFloat16& place, float x) { narrow(place, x); }
 __device__ inline void store(double& place, Double x) { place = GPU_ADAM_DAZ ? flush_always(x.x).x : x.x; }
 template <typename To, typename From>
 __device__ inline void store(Complex<To>& place, Complex<From> x) {
@@ -136,9 +193,12 @@ using StoredComplexDouble = Complex<double>;
 using ComplexDouble = Complex<Double>;
 
 using Stored = GPU_ADAM_STORED;
+using Wide = GPU_ADAM_WIDE;
 using StoredReal = GPU_ADAM_STORED_REAL;
 using Value = GPU_ADAM_VALUE;
 using Real = GPU_ADAM_REAL;
+using Gradient = GPU_ADAM_GRADIENT;
 
-__device__ inline Value value(Stored x) { return Converted<Value>::from(x); }
+template <typename Memory>
+__device__ inline Value value(Memory x) { return Converted<Value>::from(x); }
 __device__ inline Real real(StoredReal x) { return Converted<Real>::from(x); }

@@ -7,16 +7,21 @@
 #include "numbers.cuh"
 
 constexpr bool AMSGRAD = GPU_ADAM_AMSGRAD;
-constexpr bool EMA = GPU_ADAM_EMA;  // an exponential moving average of the variable
+constexpr bool EMA = GPU_ADAM_EMA;        // an exponential moving average of the variable
+constexpr bool MASTER = GPU_ADAM_MASTER;  // theta before it was rounded to 16 bits
+
+using Slot = GPU_ADAM_SLOT;
+using SlotReal = GPU_ADAM_SLOT_REAL;
 
 // A row: the slot's name, its type in memory, its type while computed with, whether this kernel has the slot. A macro,
 // because C++17 has no other way to go over the members of a struct by name; its users are five lines each.
 #define GPU_ADAM_SLOTS(SLOT)                        \
     SLOT(theta, Stored, Value, true)                \
-    SLOT(m, Stored, Value, true)                    \
-    SLOT(v, StoredReal, Real, true)                 \
-    SLOT(vhat, StoredReal, Real, AMSGRAD)           \
-    SLOT(average, Stored, Value, EMA)
+    SLOT(m, Slot, Value, true)                      \
+    SLOT(v, SlotReal, Real, true)                   \
+    SLOT(vhat, SlotReal, Real, AMSGRAD)             \
+    SLOT(average, Wide, Value, EMA)                 \
+    SLOT(master, Wide, Value, MASTER)
 
 // The pointer `p`, which comes out of a table. Without this hint the compiler could not see that `p` points to global
 // memory, and would load through the slower generic path.

@@ -23,6 +23,7 @@ struct EmbeddingTable {
     long long rows_per_tile;   // 1 where a row is cut into pieces
     long long pieces;          // tiles per row where a row does not fit into one, else 1
     long long tiles;
+    long long place;           // among the variables, in the order in which they got their slots
 };
 
 // The first k in [begin, end) with row[k] >= wanted; `end` where there is none.
@@ -59,7 +60,7 @@ __device__ inline Tile tile_at(const EmbeddingTable& table, long long index) {
 
 // gradient[row, column] of the tile = the sum of its occurrences; keys [begin, end) are those of the tile's rows. Groups
 // of threads take a row each, threads of a group its columns.
-__device__ inline void sum_rows(const Tile& tile, const Keys keys, long long begin, long long end, const Stored* values,
+__device__ inline void sum_rows(const Tile& tile, const Keys keys, long long begin, long long end, const Gradient* values,
                                 long long row_size, double factor, const StepScalars& step, Value* gradient) {
     const int lanes = tile.columns < static_cast<int>(blockDim.x) ? tile.columns : blockDim.x;
     const int groups = blockDim.x / lanes;
@@ -71,8 +72,8 @@ __device__ inline void sum_rows(const Tile& tile, const Keys keys, long long beg
         const long long last = lower_bound(keys.row, k + 1, end, row + 1);
         Value* const target = gradient + (row - tile.first_row) * tile.columns;
         for (int c = lane; c < tile.columns; c += lanes) {
-            const Stored* const column = values + tile.first_column + c;
-            Value sum = value(Stored{});
+            const Gradient* const column = values + tile.first_column + c;
+            Value sum = value(Gradient{});
 #pragma unroll 8
             for (long long j = k; j < last; ++j) {
                 sum = sum + clipped(value(column[keys.position[j] * row_size]), step, factor);
@@ -83,7 +84,7 @@ __device__ inline void sum_rows(const Tile& tile, const Keys keys, long long beg
 }
 
 extern "C" __global__ void __launch_bounds__(256)
-sparse(const EmbeddingTable table, const Indices indices, const Keys keys, const Stored* values, const double* factors,
+sparse(const EmbeddingTable table, const Indices indices, const Keys keys, const Gradient* values, const double* factors,
        const StepScalars scalars, const StepScalars* staged, IndexErrors* errors) {
     const StepScalars step = STAGED ? *staged : scalars;
     alignas(16) __shared__ Value gradient[GPU_ADAM_TILE];
@@ -93,14 +94,14 @@ sparse(const EmbeddingTable table, const Indices indices, const Keys keys, const
     for (long long index = blockIdx.x; index < table.tiles; index += gridDim.x) {
         const Tile tile = tile_at(table, index);
         const int size = static_cast<int>(tile.last_row - tile.first_row) * tile.columns;
-        for (int i = threadIdx.x; i < size; i += blockDim.x) gradient[i] = value(Stored{});
+        for (int i = threadIdx.x; i < size; i += blockDim.x) gradient[i] = value(Gradient{});
         const long long begin = lower_bound(keys.row, 0, indices.count, tile.first_row);
         const long long end = lower_bound(keys.row, begin, indices.count, tile.last_row);
         __syncthreads();
         sum_rows(tile, keys, begin, end, values, table.row_size, factor, step, gradient);
         __syncthreads();
         const long long offset = tile.first_row * table.row_size + tile.first_column;
-        const Range range = {table.slots.at(offset), size};
+        const Range range = {table.slots.at(offset), size, offset, noise_of(step.noise, table.place)};
         if (aligned(gradient + head_size(range.slots.theta, size))) {  // two loops, as in dense.cu
             update_range(range, SharedGradient<true>{gradient}, step);
         } else {

@@ -12,12 +12,13 @@ struct Tensor {
     long long size;         // elements, > 0
     long long first_chunk;
     long long group;        // which of the staged scalars are its own
+    long long place;        // among the variables, in the order in which they got their slots
 };
 
 struct TensorTable {
     const Tensor* tensors;
-    const Stored* const* gradients;  // one pointer per tensor
-    const int* chunk_tensor;         // the tensor of each chunk
+    const Gradient* const* gradients;  // one pointer per tensor
+    const int* chunk_tensor;           // the tensor of each chunk
     long long chunks;
 };
 

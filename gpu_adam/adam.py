@@ -85,13 +85,20 @@ class Adam:
             ``weight_decay`` >= 0 and ``l2`` >= 0, None for none; ``maximize``; ``epsilon_form`` "hat" (default) or
             "paper"; ``use_ema`` keeps each variable's moving average in the slot "average", which begins at the
             variable's value, with ``ema_momentum`` in [0, 1] (0.99), and ``ema_overwrite_frequency``: after so many
-            steps the updated variables are overwritten by their averages.
+            steps the updated variables are overwritten by their averages. For variables of 16 bits, float16 and
+            bfloat16, which are computed with in float32 and rounded once, when they are stored: ``master_weights``
+            keeps them unrounded in the slot "master", from which each step goes on; or ``stochastic_rounding`` rounds
+            those of bfloat16 to one of two neighbours, so that the mean is right, by noise that depends on ``seed`` in
+            [0, 2^64) (0), t, the variable's place in order of its slots and the element's index alone.
+            ``slot_dtype="bfloat16"`` halves the slots m, v and vhat, which are float32 otherwise; it needs variables of
+            16 bits or float32.
 
     Callables and schedules are evaluated once per step; a schedule gets t - 1.
 
     Raises:
         ArgumentTypeError: an argument of the wrong kind, or an unknown keyword.
-        ArgumentValueError: a value outside its range; ``clipnorm`` together with ``global_clipnorm``.
+        ArgumentValueError: a value outside its range; ``clipnorm`` together with ``global_clipnorm``, or
+            ``master_weights`` with ``stochastic_rounding``.
 
     References:
         Kingma & Ba, ICLR 2015, https://arxiv.org/abs/1412.6980; Reddi, Kale & Kumar, ICLR 2018,
@@ -139,7 +146,7 @@ class Adam:
         for keyword in ("clipvalue", "clipnorm", "global_clipnorm"):
             setattr(self, keyword, kwargs.get(keyword))
         self._complex_mode = one_of("complex_mode", kwargs.get("complex_mode", COMPLEX_MODES[0]), COMPLEX_MODES)
-        self._state = AdamState(name or type(self).__name__, self._complex_mode)
+        self._state = AdamState(name or type(self).__name__, self._complex_mode, self._flavour.slot_dtype)
         self._controller = Controller(self._state, self._flavour)
 
     @property
@@ -164,8 +171,9 @@ class Adam:
             grads_and_vars: (gradient, variable) pairs. A variable is a Variable, or a writeable C-contiguous array of a
                 device (NumPy, CuPy, or anything with DLPack or an array interface), which is recognised again by its
                 memory. A gradient has its variable's shape, dtype and device, or is an IndexedSlices, or None: then its
-                variable stays as it is, with a UserWarning. A variable that comes twice is updated twice, in order,
-                with the same t. A variable with a constraint comes once, and not with an IndexedSlices.
+                variable stays as it is, with a UserWarning. Gradients of float32, float16 and bfloat16 may belong to
+                variables of either. A variable that comes twice is updated twice, in order, with the same t. A variable
+                with a constraint comes once, and not with an IndexedSlices.
             name: ignored, for compatibility with Keras.
             experimental_aggregate_gradients: ignored, for compatibility with Keras: there is one replica.
 
@@ -191,7 +199,8 @@ class Adam:
         clip, flavour, hyper = self._clip, self._flavour, self._hyper
         adjusts = flavour.maximize or hyper["weight_decay"] or hyper["l2"] or self._state.settings_decay
         return _update_rule(
-            self._complex_mode, self._amsgrad, clip.clipvalue is not None, clip.norm, flavour.use_ema, bool(adjusts)
+            *(self._complex_mode, self._amsgrad, clip.clipvalue is not None, clip.norm, flavour.use_ema, bool(adjusts)),
+            *(flavour.slot_dtype, flavour.master_weights, flavour.stochastic_rounding),
         )
 
     def minimize(

@@ -22,6 +22,7 @@ from gpu_adam.rules import (
     items_of,
     one_of,
     real_number,
+    shown,
     truth_value,
 )
 from gpu_adam.schedules import LearningRateSchedule
@@ -140,6 +141,10 @@ class Flavour(NamedTuple):
         use_ema: whether it keeps an exponential moving average of each variable, in the slot "average".
         ema_momentum: share of the old average in the new one, in [0, 1].
         ema_overwrite_frequency: after so many steps each variable is overwritten by its average; None for never.
+        slot_dtype: of the moving averages of gradients, one of SLOT_DTYPES; None for the one that they are computed in.
+        master_weights: whether variables of 16 bits have a master of 32 bits, in the slot "master".
+        stochastic_rounding: whether variables of bfloat16 are rounded to one of two neighbours by chance.
+        seed: of that chance, in [0, 2^64).
     """
 
     maximize: bool = False
@@ -147,6 +152,10 @@ class Flavour(NamedTuple):
     use_ema: bool = False
     ema_momentum: float = 0.99
     ema_overwrite_frequency: int | None = None
+    slot_dtype: str | None = None
+    master_weights: bool = False
+    stochastic_rounding: bool = False
+    seed: int = 0
 
     def config(self) -> dict[str, Any]:
         """The constructor's arguments that are not the default ones."""
@@ -158,6 +167,7 @@ class Flavour(NamedTuple):
 
 
 PLAIN = Flavour()
+SLOT_DTYPES = ("bfloat16",)
 EPSILON_FORMS = ("hat", "paper")
 """To what epsilon is added: the root of v ("epsilon hat" of the paper's section 2), or that of v / (1 - beta_2^t)."""
 
@@ -170,14 +180,22 @@ def checked_flavour(arguments: Mapping[str, Any]) -> Flavour:
             overwriting without averages.
     """
     given = {name: value for name, value in arguments.items() if name in Flavour._fields}
-    for name in ("maximize", "use_ema"):
+    for name in ("maximize", "use_ema", "master_weights", "stochastic_rounding"):
         if name in given:
             given[name] = truth_value(name, given[name])
     if "ema_momentum" in given:
         given["ema_momentum"] = as_number("ema_momentum", given["ema_momentum"])
     if "epsilon_form" in given:
         given["epsilon_form"] = one_of("epsilon_form", given["epsilon_form"], EPSILON_FORMS)
+    if given.get("slot_dtype") is not None:
+        given["slot_dtype"] = one_of("slot_dtype", given["slot_dtype"], SLOT_DTYPES)
+    if not is_whole(given.get("seed", 0)) or not 0 <= given.get("seed", 0) < 2**64:
+        raise ArgumentValueError("seed", "must be a whole number in [0, 2^64)", shown(given["seed"]), "pass 0, say")
     flavour = Flavour(**given)
+    flavour = flavour._replace(seed=int(flavour.seed))
+    if flavour.master_weights and flavour.stochastic_rounding:
+        rule = "must not be set together with master_weights"
+        raise ArgumentValueError("stochastic_rounding", rule, True, "choose one: a master is not rounded at all")
     frequency = flavour.ema_overwrite_frequency
     if frequency is not None:
         if not is_whole(frequency) or frequency < 1:

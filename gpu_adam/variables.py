@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import operator
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -25,8 +26,7 @@ _PYTHON_DTYPES = {"f": np.dtype(np.float32), "i": np.dtype(np.int32)}
 def _in_place(ufunc: np.ufunc) -> Any:
     def operator(self: Variable, other: Any) -> Variable:
         check_overwrite(self)
-        with self._device.activate():
-            ufunc(self._value, _plain(other), out=self._value)
+        self._change(lambda array: ufunc(array, _plain(other), out=array))
         return self
 
     return operator
@@ -64,6 +64,8 @@ class Variable(NDArrayOperatorsMixin):
 
     # Arrays leave mixed expressions to the variable.
     __array_priority__ = 200
+
+    _master: weakref.ref[Variable] | None = None
 
     def __init__(
         self,
@@ -109,6 +111,28 @@ class Variable(NDArrayOperatorsMixin):
         self.trainable = trainable
         self._constraint = None
         return self
+
+    def follow(self, master: Variable) -> None:
+        """Be the rounding of another variable of the same shape and device as long as it lives.
+
+        Whatever is assigned to this variable is assigned to the master too. (What is written into `value` is not.)
+        """
+        self._master = weakref.ref(master)
+
+    @property
+    def has_master(self) -> bool:
+        """Whether the variable is the rounding of another one."""
+        return self._master is not None and self._master() is not None
+
+    def _change(self, operation: Callable[[Array], object]) -> None:
+        """Let an operation write into the array; into the master's where there is one, of which this is the rounding."""
+        master = None if self._master is None else self._master()
+        with self._device.activate():
+            if master is None:
+                operation(self._value)
+            else:
+                operation(master._value)
+                self._value[...] = master._value
 
     def _move_to(self, array: Array) -> None:
         """Stand for another array of the same shape and dtype: a variable follows the object whose memory it shows."""
@@ -194,21 +218,18 @@ class Variable(NDArrayOperatorsMixin):
 
     def _assign(self, value: Any, argument: str) -> None:
         converted = self._converted(value, argument)
-        with self._device.activate():
-            self._value[...] = converted
+        self._change(lambda array: operator.setitem(array, ..., converted))
 
     def assign_add(self, delta: Any) -> Variable:
         """Add `delta`, of exactly the variable's shape, in place. Returns the variable."""
         converted = self._converted(delta, "assign_add's delta")
-        with self._device.activate():
-            self._value[...] += converted
+        self._change(lambda array: np.add(array, converted, out=array))
         return self
 
     def assign_sub(self, delta: Any) -> Variable:
         """Subtract `delta`, of exactly the variable's shape, in place. Returns the variable."""
         converted = self._converted(delta, "assign_sub's delta")
-        with self._device.activate():
-            self._value[...] -= converted
+        self._change(lambda array: np.subtract(array, converted, out=array))
         return self
 
     def _converted(self, value: Any, argument: str) -> Array:
@@ -218,7 +239,9 @@ class Variable(NDArrayOperatorsMixin):
         if tuple(array.shape) != self.shape:
             rule = f"must have the variable's shape {self.shape}"
             raise ArgumentValueError(argument, rule, tuple(array.shape), "reshape it")
-        array = cast(array, self.dtype, argument)
+        rounded = cast(array, self.dtype, argument)
+        master = None if self._master is None else self._master()
+        array = rounded if master is None else cast(array, master.dtype, argument)
         if self._device.xp is np:
             return on_host(array)
         place = place_of(array)
@@ -287,8 +310,7 @@ class Variable(NDArrayOperatorsMixin):
 
     def __setitem__(self, index: Any, value: Any) -> None:
         check_overwrite(self)
-        with self._device.activate():
-            self._value[_plain(index)] = _plain(value)
+        self._change(lambda array: operator.setitem(array, _plain(index), _plain(value)))
 
     def __len__(self) -> int:
         return len(self._value)

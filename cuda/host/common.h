@@ -33,6 +33,17 @@ static inline double __longlong_as_double(long long bits) {
     return x;
 }
 
+static inline unsigned __float_as_uint(float x) {
+    unsigned bits;
+    memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+static inline float __uint_as_float(unsigned bits) {
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
 static inline int __popc(unsigned x) { return __builtin_popcount(x); }
 
 static inline unsigned long long atomicAdd(unsigned long long* place, unsigned long long x) {

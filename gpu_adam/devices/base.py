@@ -123,7 +123,8 @@ class Device(ABC):
 
         Args:
             targets: C-contiguous arrays of this device.
-            sources: for each a C-contiguous array of the same shape and dtype, on this device or in host memory.
+            sources: for each a C-contiguous array of the same shape and dtype, on this device or in host memory; or
+                arrays of this device alone, which are cast.
         """
 
     @abstractmethod

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import operator
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -15,6 +16,7 @@ import numpy as np
 from gpu_adam.devices.base import PACK_BYTES, Array, Device, Launch, StagedArray
 from gpu_adam.devices.native_pairs import ArrayKind, NativeAddressReader, NativePairReader, cupy_is_read_in_c
 from gpu_adam.devices.pair_reader import AddressReader, ExpectedPairs, PairReader
+from gpu_adam.devices.torch_tensors import from_dlpack
 from gpu_adam.errors import ArgumentValueError, KernelCompileError
 from gpu_adam.kernels import BLOCK_SIZE, Kernel
 from gpu_adam.uninterrupted import Call, all_of, make_all
@@ -149,6 +151,8 @@ class CudaDevice(Device):
 
     def copy_call(self, targets: Sequence[Array], sources: Sequence[Array]) -> Call:
         """A call, to be made once, that enqueues copies on the current stream of this device."""
+        if any(target.dtype != source.dtype for target, source in zip(targets, sources, strict=True)):
+            return self._made_there(all_of(operator.setitem, targets, itertools.repeat(...), sources))
         runtime = cupy.cuda.runtime
         to_device, on_device = runtime.memcpyHostToDevice, runtime.memcpyDeviceToDevice
         is_host = [isinstance(source, np.ndarray) for source in sources]
@@ -260,13 +264,13 @@ def _shared(obj: Any) -> Array:
     is_capturing = cupy.cuda.get_current_stream().is_capturing()
     if hasattr(obj, "__dlpack__") and not is_capturing:
         try:
-            return cupy.from_dlpack(obj)
+            return from_dlpack(obj, cupy.from_dlpack)
         except BufferError:  # memory that DLPack calls read-only, which the array interface may give nevertheless
             if not hasattr(obj, "__cuda_array_interface__"):
                 raise
     if hasattr(obj, "__cuda_array_interface__"):
         return cupy.asarray(_Interface(obj) if is_capturing else obj)
-    return cupy.from_dlpack(obj)
+    return from_dlpack(obj, cupy.from_dlpack)
 
 
 class _Interface:

@@ -25,6 +25,7 @@ from gpu_adam.devices.native_pairs import (
     numpy_is_read_in_c,
 )
 from gpu_adam.devices.pair_reader import AddressReader, ExpectedPairs, PairReader
+from gpu_adam.devices.torch_tensors import from_dlpack
 from gpu_adam.errors import ArgumentValueError
 from gpu_adam.kernels import Kernel, Source
 from gpu_adam.uninterrupted import Call, all_of
@@ -96,7 +97,7 @@ class HostDevice(Device):
             return None
         if hasattr(obj, "__dlpack_device__"):
             kind, _ = obj.__dlpack_device__()
-            return np.from_dlpack(obj) if kind == 1 else None
+            return from_dlpack(obj, np.from_dlpack) if kind == 1 else None
         if hasattr(obj, "__array_interface__"):
             return np.asarray(obj)
         return None
@@ -137,7 +138,7 @@ class HostDevice(Device):
         return _HostArray(size, dtype)
 
     def copy_call(self, targets: Sequence[Array], sources: Sequence[Array]) -> Call:
-        """A call, to be made once, that copies into arrays."""
+        """A call, to be made once, that copies into arrays, and casts where dtypes differ."""
         return all_of(operator.setitem, targets, itertools.repeat(...), sources)
 
     def prepare(self, kernel: Kernel, arguments: Sequence[np.ndarray]) -> Launch:

@@ -29,7 +29,7 @@ class ExpectedPairs(NamedTuple):
         placements: where the targets lie, if that may change; None for a gpu_adam.Variable.
         other_types: the exact type of a gradient that is no array; None where an array is expected.
         shapes: the variables'.
-        dtypes: the variables'.
+        dtypes: the gradients'.
         never_arrays: types of objects for which a pair must be read anew where an array is expected.
     """
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from gpu_adam.devices.pair_reader import ExpectedPairs
 from gpu_adam.errors import ArgumentTypeError
+from gpu_adam.kernels import MIXING
 from gpu_adam.uninterrupted import Call
 
 
@@ -46,9 +47,16 @@ def readable(obj: Any, argument: str) -> Any:
             argument, "must have memory", "a tensor on the device meta", "compute it on another one"
         )
     name = str(obj.dtype).removeprefix("torch.")
-    if obj.is_quantized or not hasattr(np, name):
+    if obj.is_quantized or not (hasattr(np, name) or name in MIXING):
         raise ArgumentTypeError(argument, "must have a dtype that NumPy has", name, "cast it with its float()")
     return obj.resolve_conj().resolve_neg()
+
+
+def from_dlpack(obj: Any, function: Callable[[Any], Any]) -> Any:
+    """The memory of an object by `function`, NumPy's or CuPy's from_dlpack, neither of which takes torch's bfloat16."""
+    if is_tensor(obj) and obj.dtype is sys.modules["torch"].bfloat16:
+        return function(obj.view(sys.modules["torch"].int16)).view(MIXING["bfloat16"])
+    return function(obj)
 
 
 def writeable(obj: Any, argument: str) -> Any:

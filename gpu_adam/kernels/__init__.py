@@ -9,7 +9,7 @@
 A new dtype or slot is a row of its table; ``cuda/README.md`` says what else.
 """
 
-from gpu_adam.kernels.dtypes import COMPLEX_MODES, DTYPES, Dtype, Layout, dtype_row
+from gpu_adam.kernels.dtypes import COMPLEX_MODES, DTYPES, HALVES, MIXING, Dtype, Layout, dtype_row
 from gpu_adam.kernels.slot_specs import SLOT_SPECS, SlotSpec, slot_spec, slots_of
 from gpu_adam.kernels.sources import Kernel, Source, directory, kernel_names
 from gpu_adam.kernels.structs import (
@@ -50,9 +50,11 @@ __all__ = [
     "DIGIT_BITS",
     "DTYPES",
     "EMBEDDING_TABLE",
+    "HALVES",
     "INDEX_ERRORS",
     "INDICES",
     "KEYS",
+    "MIXING",
     "NO_INDEX_ERRORS",
     "SLOT_POINTERS",
     "SLOT_SPECS",

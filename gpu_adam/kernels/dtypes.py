@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import ml_dtypes
 import numpy as np
 
 from gpu_adam.errors import ArgumentValueError
@@ -15,18 +16,22 @@ class Dtype:
     """A row of the dtype table.
 
     Attributes:
-        stored: C type of an element of a variable, its gradient and ``m`` in memory.
-        stored_real: C type of an element of ``v`` and ``vhat`` in memory.
+        stored: C type of an element of a variable in memory.
+        wide: C type of the same element in a slot; another one where the variable's is of 16 bits.
+        stored_real: C type of an element of ``v`` in a slot, and of the scalars of a step in memory.
         value: C type in which an element is computed with.
         real: C type in which ``v`` and the scalars of a step are computed with.
-        real_dtype: NumPy dtype of ``stored_real``, in which the scalars of a step are computed on the host.
+        wide_dtype: NumPy's name of ``wide``.
+        real_dtype: NumPy's name of ``stored_real``, in which the scalars of a step are computed on the host.
         ftz: whether the processor's own mode (FTZ, "flush to zero") flushes denormals, rather than the kernels' code.
     """
 
     stored: str
+    wide: str
     stored_real: str
     value: str
     real: str
+    wide_dtype: str
     real_dtype: str
     ftz: bool
 
@@ -35,6 +40,7 @@ class Dtype:
         """The row as preprocessor definitions."""
         return (
             f"GPU_ADAM_STORED={self.stored}",
+            f"GPU_ADAM_WIDE={self.wide}",
             f"GPU_ADAM_STORED_REAL={self.stored_real}",
             f"GPU_ADAM_VALUE={self.value}",
             f"GPU_ADAM_REAL={self.real}",
@@ -42,12 +48,26 @@ class Dtype:
         )
 
 
+_FLOAT = ("float", "float", "float", "float", "float32", "float32")
 DTYPES = {
-    "float32": Dtype("float", "float", "float", "float", "float32", ftz=True),
-    "float64": Dtype("double", "double", "Double", "Double", "float64", ftz=False),
-    "complex64": Dtype("ComplexFloat", "float", "ComplexFloat", "float", "float32", ftz=True),
-    "complex128": Dtype("StoredComplexDouble", "double", "ComplexDouble", "Double", "float64", ftz=False),
+    "float32": Dtype("float", *_FLOAT, ftz=True),
+    "float64": Dtype("double", "double", "double", "Double", "Double", "float64", "float64", ftz=False),
+    "complex64": Dtype(
+        "ComplexFloat", "ComplexFloat", "float", "ComplexFloat", "float", "complex64", "float32", ftz=True
+    ),
+    "complex128": Dtype(
+        *("StoredComplexDouble", "StoredComplexDouble", "double", "ComplexDouble", "Double", "complex128", "float64"),
+        ftz=False,
+    ),
+    "float16": Dtype("Float16", *_FLOAT, ftz=True),
+    "bfloat16": Dtype("BFloat16", *_FLOAT, ftz=True),
 }
+
+MIXING = {name: np.dtype(getattr(ml_dtypes, name, name)) for name, row in DTYPES.items() if row.value == "float"}
+"""The dtypes, by name, of gradients that a variable of one of them may have: all are computed with in float32."""
+
+HALVES = tuple(name for name, row in DTYPES.items() if row.stored != row.wide)
+"""The dtypes of 16 bits, which are rounded when they are stored."""
 
 
 def dtype_row(dtype: np.dtype, argument: str) -> Dtype:
@@ -64,12 +84,14 @@ COMPLEX_MODES = ("abs2", "real_imag")
 
 
 class Layout(NamedTuple):
-    """How a variable's elements appear to the kernels.
+    """How a variable's elements, and its gradient's, appear to the kernels.
 
     Attributes:
         dtype: name of a row of the dtype table.
         parts: kernel elements per element of the variable: 2 for complex ones in the mode "real_imag", else 1.
+        gradient: name of the gradient's row.
     """
 
     dtype: str
     parts: int
+    gradient: str

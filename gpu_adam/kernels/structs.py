@@ -21,14 +21,14 @@ def step_scalars(real_dtype: str) -> np.dtype:
     """``StepScalars`` of adam_math.cuh, for a dtype whose real numbers are of `real_dtype`."""
     adam = ("alpha", "one_minus_beta_1", "one_minus_beta_2", "epsilon")
     others = ("sign", "l2", "decay", "momentum", "one_minus_momentum", "clip_value")
-    return np.dtype([(name, real_dtype) for name in (*adam, *others)], align=True)
+    return np.dtype([("noise", np.uint64), *((name, real_dtype) for name in (*adam, *others))], align=True)
 
 
 SLOT_POINTERS = np.dtype([(name, _POINTER) for name in ("theta", *(spec.name for spec in SLOT_SPECS))], align=True)
 """``Slots`` of slots.cuh: where a variable and its slots lie; a slot that the rule has not is null."""
 
 TENSOR = np.dtype(
-    [("slots", SLOT_POINTERS), *((name, _INTEGER) for name in ("size", "first_chunk", "group"))], align=True
+    [("slots", SLOT_POINTERS), *((name, _INTEGER) for name in ("size", "first_chunk", "group", "place"))], align=True
 )
 """``Tensor`` of tensor_table.cuh."""
 
@@ -39,7 +39,7 @@ TENSOR_TABLE = np.dtype(
 
 EMBEDDING_TABLE = np.dtype(
     [("slots", SLOT_POINTERS)]
-    + [(name, _INTEGER) for name in ("rows", "row_size", "rows_per_tile", "pieces", "tiles")],
+    + [(name, _INTEGER) for name in ("rows", "row_size", "rows_per_tile", "pieces", "tiles", "place")],
     align=True,
 )
 """``EmbeddingTable`` of sparse.cu."""

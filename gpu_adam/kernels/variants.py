@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gpu_adam.kernels.dtypes import DTYPES, Layout
+from gpu_adam.kernels.dtypes import DTYPES, HALVES, MIXING, Layout
 from gpu_adam.kernels.sources import Kernel, Source
 
 CHUNK = 4096
@@ -53,6 +53,9 @@ class UpdateRule(NamedTuple):
         norm: which norm gradients are clipped by: None, "each" variable's own, or the "global" one over all variables.
         ema: whether the update keeps an exponential moving average of the variable.
         adjusts: whether it changes the gradient's sign, adds a penalty's gradient or lets weights decay.
+        slot_dtype: dtype of the moving averages of gradients; None for the one in which they are computed.
+        master: whether variables of 16 bits have a master, which is not rounded.
+        stochastic: whether variables of 16 bits are rounded to one of two neighbours by chance.
     """
 
     complex_mode: str = "abs2"
@@ -61,22 +64,35 @@ class UpdateRule(NamedTuple):
     norm: str | None = None
     ema: bool = False
     adjusts: bool = False
+    slot_dtype: str | None = None
+    master: bool = False
+    stochastic: bool = False
 
     @property
     def clip(self) -> int:
         """``GPU_ADAM_CLIP``: 0 for gradients as they are, 1 where they are clipped by norm, 2 where by value too."""
         return 2 if self.bounded else int(self.norm is not None)
 
-    def layout(self, dtype: np.dtype) -> Layout:
-        """How a variable of that dtype appears to the kernels."""
+    def layout(self, dtype: np.dtype, gradient: np.dtype) -> Layout:
+        """How a variable of that dtype appears to the kernels, with a gradient of that dtype."""
         if dtype.kind == "c" and self.complex_mode == "real_imag":
-            return Layout(DTYPES[dtype.name].real_dtype, 2)
-        return Layout(dtype.name, 1)
+            real = DTYPES[dtype.name].real_dtype
+            return Layout(real, 2, real)
+        return Layout(dtype.name, 1, gradient.name)
+
+    def of(self, dtype_name: str) -> UpdateRule:
+        """The rule for variables of that dtype alone, without what concerns those of 16 bits where it is another."""
+        if dtype_name in HALVES or not (self.master or self.stochastic):
+            return self
+        return self._replace(master=False, stochastic=False)
 
     @property
     def switches(self) -> tuple[tuple[str, int], ...]:
         """What chooses the variant of an update: names of the preprocessor, and their numbers."""
-        return ("AMSGRAD", self.amsgrad), ("EMA", self.ema), ("ADJUST", self.adjusts), ("CLIP", self.clip)
+        return (
+            *(("AMSGRAD", self.amsgrad), ("EMA", self.ema), ("ADJUST", self.adjusts), ("CLIP", self.clip)),
+            *(("MASTER", self.master), ("STOCHASTIC", self.stochastic)),
+        )
 
 
 def _definitions(*switches: tuple[str, int]) -> tuple[str, ...]:
@@ -85,29 +101,41 @@ def _definitions(*switches: tuple[str, int]) -> tuple[str, ...]:
 
 def tile_size(dtype_name: str) -> int:
     """Elements of a tile of the sparse update."""
-    return _TILE_BYTES // np.dtype(dtype_name).itemsize
+    return _TILE_BYTES // np.dtype(DTYPES[dtype_name].wide_dtype).itemsize
 
 
-def dense(dtype_name: str, rule: UpdateRule, *, staged: bool = False) -> Kernel:
+def dense(dtype_name: str, rule: UpdateRule, *, gradient: str | None = None, staged: bool = False) -> Kernel:
     """The update of all dense variables of a dtype.
 
     Args:
         dtype_name: a key of DTYPES.
         rule: the update.
+        gradient: the gradients' dtype, by default the variables'.
         staged: whether the scalars of the step are read through the argument ``staged``, a pointer to device memory,
             instead of from the argument ``scalars``.
     """
-    return _update("dense", dtype_name, rule.switches, staged)
+    return _update("dense", (dtype_name, gradient or dtype_name, rule.slot_dtype), rule.of(dtype_name).switches, staged)
 
 
-def sparse(dtype_name: str, rule: UpdateRule, *, staged: bool = False) -> Kernel:
+def sparse(dtype_name: str, rule: UpdateRule, *, gradient: str | None = None, staged: bool = False) -> Kernel:
     """The update of one variable by some of its rows. Arguments as for dense."""
-    return _update("sparse", dtype_name, rule.switches, staged)
+    return _update("sparse", (dtype_name, gradient or dtype_name, rule.slot_dtype), rule.of(dtype_name).switches, staged)
+
+
+def _types(dtype_name: str, gradient: str, slot_dtype: str | None) -> tuple[str, ...]:
+    """The definitions of the types: a row of the dtype table, and what lies beside the variable."""
+    row = DTYPES[dtype_name]
+    slot, slot_real = (row.wide, row.stored_real) if slot_dtype is None else (DTYPES[slot_dtype].stored,) * 2
+    beside = {"GRADIENT": DTYPES[gradient].stored, "SLOT": slot, "SLOT_REAL": slot_real}
+    return (*row.defines, *(f"GPU_ADAM_{name}={type_name}" for name, type_name in beside.items()))
 
 
 @functools.cache  # by what chooses the variant: rules that differ in nothing else have one kernel object
-def _update(name: str, dtype_name: str, switches: tuple[tuple[str, int], ...], staged: bool) -> Kernel:
-    defines = (*DTYPES[dtype_name].defines, *_definitions(*switches, ("STAGED", staged)))
+def _update(
+    name: str, dtypes: tuple[str, str, str | None], switches: tuple[tuple[str, int], ...], staged: bool
+) -> Kernel:
+    dtype_name = dtypes[0]
+    defines = (*_types(*dtypes), *_definitions(*switches, ("STAGED", staged)))
     if name == "sparse":
         defines += (f"GPU_ADAM_TILE={tile_size(dtype_name)}", *_SORT_DEFINES)
     return Kernel(Source(f"{name}.cu", defines), name)
@@ -118,12 +146,12 @@ def norm(dtype_name: str, kernel_name: str, *, bounded: bool = False) -> Kernel:
     """A pass of the norms of gradients: square_sums, square_sums_of, clip_by_norm or clip_by_global_norm.
 
     Args:
-        dtype_name: a key of DTYPES.
+        dtype_name: of the gradients, a key of DTYPES.
         kernel_name: the pass.
         bounded: whether the gradients are clipped by value first.
     """
     switches = UpdateRule(bounded=bounded, norm="global").switches
-    defines = (*DTYPES[dtype_name].defines, *_definitions(*switches, ("STAGED", False)))
+    defines = (*_types(dtype_name, dtype_name, None), *_definitions(*switches, ("STAGED", False)))
     return Kernel(Source("norm.cu", defines), kernel_name)
 
 
@@ -133,19 +161,38 @@ def sort(kernel_name: str) -> Kernel:
     return Kernel(Source("sort.cu", _SORT_DEFINES), kernel_name)
 
 
-def update_rules() -> list[UpdateRule]:
-    """Rules for the variants of the updates that tests compile and profiling lists.
+def update_rules(dtype_name: str = "float32") -> list[UpdateRule]:
+    """Rules for the variants of the updates of a dtype that tests compile and profiling lists.
 
-    AMSGrad and clipping are on and off beside each other; averages and adjustments are on alone, and all together.
+    AMSGrad and clipping are on and off beside each other; averages and adjustments are on alone, and all together. What
+    concerns numbers of 16 bits alone is on where the dtype has it.
     """
     clippings: list[dict[str, Any]] = [{}, {"norm": "global"}, {"bounded": True}]
     plain = [UpdateRule(amsgrad=amsgrad, **clipping) for amsgrad in (False, True) for clipping in clippings]
     everything = UpdateRule(amsgrad=True, bounded=True, ema=True, adjusts=True)
-    return [*plain, UpdateRule(ema=True), UpdateRule(adjusts=True), everything]
+    rules = [*plain, UpdateRule(ema=True), UpdateRule(adjusts=True), everything]
+    if dtype_name in MIXING:
+        rules.append(UpdateRule(slot_dtype="bfloat16"))
+    if dtype_name in HALVES:
+        rules += [UpdateRule(master=True), everything._replace(master=True, slot_dtype="bfloat16")]
+    if dtype_name == "bfloat16":
+        rules += [UpdateRule(stochastic=True), everything._replace(stochastic=True)]
+    return rules
 
 
 def variants() -> list[Source]:
     """Sources that a step can ask for, each once, by these rules: tests compile them, and profiling lists them."""
-    updates = [update(dtype, rule) for dtype in DTYPES for update in (dense, sparse) for rule in update_rules()]
+    updates = [update(dtype, rule) for dtype in DTYPES for update in (dense, sparse) for rule in update_rules(dtype)]
+    mixed = [dense(*pair, gradient=gradient) for *pair, gradient in _MIXED]
     norms = [norm(dtype, "square_sums", bounded=bounded) for dtype in DTYPES for bounded in (False, True)]
-    return [kernel.source for kernel in (*updates, *norms, sort("sort_rows"))]
+    return [kernel.source for kernel in (*updates, *mixed, *norms, sort("sort_rows"))]
+
+
+# Variables with gradients of another dtype, as mixed-precision training has them.
+_MIXED = (
+    ("bfloat16", UpdateRule(), "float32"),
+    ("bfloat16", UpdateRule(master=True), "float32"),
+    ("float16", UpdateRule(master=True), "float32"),
+    ("float32", UpdateRule(), "bfloat16"),
+    ("float32", UpdateRule(), "float16"),
+)

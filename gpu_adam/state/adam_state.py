@@ -33,6 +33,7 @@ class AdamState:
     Args:
         name: begins the names of the slots.
         complex_mode: one of kernels.COMPLEX_MODES, on which the dtypes of slots depend.
+        slot_dtype: of the moving averages of gradients; None for the one in which they are computed.
 
     Attributes:
         weights: the counter and all slots in order of creation: for the first step the counter, every m, every v, and
@@ -52,8 +53,8 @@ class AdamState:
             call of the optimizer is at work, in another thread or around this one.
     """
 
-    def __init__(self, name: str, complex_mode: str) -> None:
-        self.name, self.complex_mode = name, complex_mode
+    def __init__(self, name: str, complex_mode: str, slot_dtype: str | None = None) -> None:
+        self.name, self.complex_mode, self.slot_dtype = name, complex_mode, slot_dtype
         self.weights: list[Variable] = []
         self.names: list[str] = []
         self.registry = Registry()
@@ -119,12 +120,17 @@ class AdamState:
         return settings
 
     def slots_at(self, variables: Sequence[Variable], rule: UpdateRule) -> dict[str, list[Array]]:
-        """For each slot of an update, in the order of the kernels' structs, the variables' arrays."""
+        """For each slot of an update, in the order of the kernels' structs, the arrays of variables of one dtype."""
         return {
             spec.name: [owned[variable].value for variable in variables]
-            for spec in slots_of(rule)
+            for spec in slots_of(rule, variables[0].dtype.name)
             for owned in (self.slots[spec.name],)
         }
+
+    def link_masters(self) -> None:
+        """Let the variables with a master be its rounding, whatever is assigned to them."""
+        for variable, master in self.slots.get("master", {}).items():
+            variable.follow(master)
 
     # As a whole, by name.
 
@@ -207,9 +213,11 @@ class AdamState:
         # As lists: a copied dict of variables would be filled before the variables are.
         state["slots"] = {name: list(owned.items()) for name, owned in self.slots.items()}
         state["settings"] = list(self.settings.items())
+        state["masters"] = any(variable.has_master for variable in self.slots.get("master", ()))
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        has_masters = state.pop("masters")
         self.__dict__.update(state)
         self.alone = Door(self.name)
         self.index_errors, self.layout = {}, object()
@@ -219,6 +227,8 @@ class AdamState:
             for variable, slot in owned.items():
                 if not is_beside(slot, variable):
                     slot._move_to(beside(slot.value, variable))
+        if has_masters:
+            self.link_masters()
 
 
 def _unique_names(variables: Sequence[Variable]) -> dict[Variable, str]:

@@ -13,7 +13,7 @@ import numpy as np
 from gpu_adam.devices import Array, Device
 from gpu_adam.errors import ArgumentValueError
 from gpu_adam.hyperparameters import OWN_SETTINGS
-from gpu_adam.kernels import UpdateRule, slot_spec, slots_of
+from gpu_adam.kernels import SLOT_SPECS, UpdateRule, slot_spec, slots_of
 from gpu_adam.state.adam_state import AdamState
 from gpu_adam.state.registry import News
 from gpu_adam.state.slots import beside, initialized, is_beside
@@ -123,24 +123,30 @@ class Transaction:
     def ensure_slots(self, variables: Sequence[Variable], rule: UpdateRule) -> None:
         """Create the slots of an update that are missing, zero, slot name by slot name."""
         state = self._state
-        for spec in slots_of(rule):
+        kinds: dict[tuple[Device, np.dtype], list[Variable]] = {}
+        for variable in dict.fromkeys(variables):
+            kinds.setdefault((variable.device, variable.dtype), []).append(variable)
+        for spec in SLOT_SPECS:
             owned = state.slots.get(spec.name, {})
-            missing = [variable for variable in dict.fromkeys(variables) if variable not in owned]
-            if not missing:
-                continue
-            self._remember()
-            by_kind: dict[tuple[Device, np.dtype], list[Variable]] = {}
-            for variable in missing:
-                by_kind.setdefault((variable.device, variable.dtype), []).append(variable)
             arrays: dict[Variable, Array] = {}
-            for (device, variable_dtype), same in by_kind.items():
-                dtype = spec.dtype(variable_dtype, state.complex_mode)
-                values = [variable.value for variable in same]
+            for (device, variable_dtype), same in kinds.items():
+                if spec not in slots_of(rule, variable_dtype.name):
+                    continue
+                missing = [variable for variable in same if variable not in owned]
+                if not missing:
+                    continue
+                self._remember()
+                dtype = spec.dtype(variable_dtype, state.complex_mode, state.slot_dtype)
+                values = [variable.value for variable in missing]
                 made = device.zeros_beside(values, dtype)
                 if spec.begins_at_variable:
                     make_all([device.copy_call(made, values)])
-                arrays.update(zip(same, made, strict=True))
-            self._add(missing, spec.name, [arrays[variable] for variable in missing])
+                arrays.update(zip(missing, made, strict=True))
+            if arrays:
+                in_order = [variable for variable in dict.fromkeys(variables) if variable in arrays]
+                self._add(in_order, spec.name, [arrays[variable] for variable in in_order])
+        if rule.master:
+            state.link_masters()
 
     def add_slot(self, variable: Variable, name: str, initializer: Any, shape: tuple[int, ...] | None) -> Variable:
         """A slot of this shape, or the variable's, with values from an initializer; where the slot exists, as it is."""
@@ -148,7 +154,9 @@ class Transaction:
         if state.has_slot(variable, name):
             return state.slot(variable, name)
         spec = slot_spec(name)
-        dtype = variable.dtype if spec is None else spec.dtype(variable.dtype, state.complex_mode)
+        dtype = (
+            variable.dtype if spec is None else spec.dtype(variable.dtype, state.complex_mode, state.slot_dtype)
+        )
         array = beside(
             initialized(initializer, variable.shape if shape is None else shape, dtype, variable.device), variable
         )
@@ -232,5 +240,7 @@ class Transaction:
             state.settings[new] = state.settings.pop(old)
         if old in state.never_decayed:
             state.never_decayed = state.never_decayed - {old} | {new}
+        if old.has_master:
+            state.link_masters()
         state.registry.drop(old)
         state.layout = object()

@@ -30,6 +30,7 @@ from gpu_adam.state.replace import successors
 from gpu_adam.state.transaction import Transaction
 from gpu_adam.step import request as requests
 from gpu_adam.step.capture import Graph, Graphs
+from gpu_adam.step.gradients import OtherGradientDtype
 from gpu_adam.step.plan import Plan, check_updatable
 from gpu_adam.step.request import Memo, Request
 from gpu_adam.step.scalars import Scalars
@@ -84,7 +85,14 @@ class Controller:
             with self._graphs.step(plan.devices) as graph:
                 if graph is not None:
                     graph.check(pairs, is_first=not plan.is_launched)
-                gradients = plan.check(pairs, addresses)
+                try:
+                    gradients = plan.check(pairs, addresses)
+                except OtherGradientDtype:
+                    request, memo, addresses = self._resolved(pairs, rule)
+                    pairs, plan = request.pairs, memo.plan
+                    if graph is not None:
+                        graph.check(pairs, is_first=not plan.is_launched)
+                    gradients = plan.check(pairs, addresses)
                 done = check_countable(state.counter)
                 now = Scalars(hyper, done, self._flavour)
                 if now.are_called:
@@ -135,7 +143,10 @@ class Controller:
             memo = known
         else:
             settings = self._state.settings_of
-            plan = Plan(request.variables, request.sparse, rule, moved, settings) if known is None else known.plan
+            if known is None:
+                plan = Plan(request.variables, request.sparse, request.gradient_dtypes, rule, moved, settings)
+            else:
+                plan = known.plan
             memo = Memo(plan, request, self._state.registry)
         addresses = memo.read(request.pairs)
         return request, memo, requests.unknown_addresses(len(request.pairs)) if addresses is None else addresses
@@ -165,11 +176,14 @@ class Controller:
         by_device: dict[Device, list[Variable]] = {}
         for variable in dict.fromkeys(variables):
             by_device.setdefault(variable.device, []).append(variable)
-        averages = self._state.slots.get("average", {})
-        return [
-            device.copy_call([each.value for each in there], [averages[each].value for each in there])
-            for device, there in by_device.items()
-        ]
+        averages, masters = (self._state.slots.get(name, {}) for name in ("average", "master"))
+        calls = []
+        for device, there in by_device.items():
+            with_master = [variable for variable in there if variable in masters]
+            targets = [*there, *(masters[variable] for variable in with_master)]
+            sources = [averages[variable].value for variable in (*there, *with_master)]
+            calls.append(device.copy_call([target.value for target in targets], sources))
+        return calls
 
     def overwrite_by_averages(self, objects: Iterable[Any] | None) -> None:
         """Overwrite variables, all those with an average if none are named, by their averages."""
@@ -214,7 +228,7 @@ class Controller:
             found = [
                 find(obj, f"{argument}[{number}]", news) for number, obj in enumerate(_in_order(objects, argument))
             ]
-            check_updatable(found, news.moved)
+            check_updatable(found, news.moved, rule)
             with Transaction(self._state) as change:
                 change.ensure_counter()
                 change.adopt(news)
@@ -248,7 +262,7 @@ class Controller:
             if self._state.has_slots(new):
                 got = f"{new.name!r}, which has slots"
                 raise ArgumentValueError("new", "must be a variable without slots", got, "call forget(new) first")
-            check_updatable([new], {})
+            check_updatable([new], {}, UpdateRule())
             arrays = successors(self._state, old, new, index)
             with Transaction(self._state) as change:
                 change.replace(old, new, arrays)
@@ -301,7 +315,7 @@ def _in_order(objects: Iterable[Any], argument: str) -> Iterable[Any]:
 
 
 def _key(request: Request, rule: UpdateRule) -> Any:
-    return tuple(map(id, request.variables)), request.sparse, rule
+    return tuple(map(id, request.variables)), request.sparse, request.gradient_dtypes, rule
 
 
 def _warn(without: Sequence[str]) -> None:

@@ -20,6 +20,7 @@ class DenseTable:
     Args:
         group: its variables.
         slots: the arrays of each slot, for each of the variables.
+        places: of each variable among all that have slots.
 
     Attributes:
         struct: the TensorTable, without gradients.
@@ -27,17 +28,18 @@ class DenseTable:
         chunk_ends: device array with the end of each tensor's chunks.
     """
 
-    def __init__(self, group: DenseGroup, slots: Mapping[str, Sequence[Array]]) -> None:
+    def __init__(self, group: DenseGroup, slots: Mapping[str, Sequence[Array]], places: Sequence[int]) -> None:
         device, filled, parts = group.device, group.filled, group.layout.parts
         table = np.zeros(len(filled), kernels.TENSOR)
         arrays = {"theta": [variable.value for variable in group.variables], **slots}
         for name, column in arrays.items():
             table["slots"][name] = device.addresses(column)[filled]
-        table["size"] = (group.nbytes // group.variables[0].dtype.itemsize)[filled].astype(np.int64) * parts
+        table["size"] = group.sizes[filled].astype(np.int64) * parts
         chunks = -(-table["size"] // kernels.CHUNK)
         ends = np.cumsum(chunks)
         table["first_chunk"] = ends - chunks
         table["group"] = group.setting_numbers[filled]
+        table["place"] = np.array(places, np.int64)[filled]
         self.chunks = int(ends[-1]) if len(ends) else 0
         self.chunk_ends = device.array(ends)
         self._tensors = device.array(table.view(np.uint8))
@@ -56,19 +58,19 @@ class DenseLaunch:
 
     def __init__(self, group: DenseGroup, table: DenseTable, *, captured: bool = False) -> None:
         self.group, self.table, self._captured = group, table, captured
-        self.device, self.dtype = group.device, group.layout.dtype
+        self.device, self.gradient = group.device, group.layout.gradient
         self.tensors, self.chunk_ends = len(group.filled), table.chunk_ends
         self._tensor_table = tensor_table = kernels.struct(kernels.TENSOR_TABLE, *table.struct)
         self._read_from(group.device.staged(max(1, self.tensors), np.dtype(np.uint64)))
         self.arguments = arguments = UpdateArguments(group.layout, group.device, len(group.settings), captured=captured)
         self._launch = self.device.prepare(
-            kernels.dense(self.dtype, group.rule, staged=arguments.is_staged),
+            kernels.dense(group.layout.dtype, group.rule, gradient=self.gradient, staged=arguments.is_staged),
             [tensor_table, arguments.factors, arguments.factor_stride, arguments.scalars, arguments.staged],
         )
         self._square_sums = None
         if group.rule.norm is not None:
             self._square_sums = self.device.prepare(
-                kernels.norm(self.dtype, "square_sums", bounded=group.rule.bounded),
+                kernels.norm(self.gradient, "square_sums", bounded=group.rule.bounded),
                 [tensor_table, arguments.clip_value, arguments.sums],
             )
         self._bound: DenseGradients | None = None

@@ -11,27 +11,51 @@ from gpu_adam.devices import Array, Device, device_of, view_of
 from gpu_adam.devices.placement import has_all_its_memory
 from gpu_adam.devices.torch_tensors import readable
 from gpu_adam.errors import ArgumentTypeError, ArgumentValueError
-from gpu_adam.variables import Variable
+from gpu_adam.kernels import MIXING
+from gpu_adam.variables import IndexedSlices, Variable
 
 
-def as_array(gradient: Any, variable: Variable, what: str = "gradient") -> Array:
-    """`gradient` as a C-contiguous array on the variable's device, with the variable's dtype; its shape is as given.
+class OtherGradientDtype(Exception):
+    """A gradient has another dtype than the launches read, though one that other launches do."""
+
+
+def dtype_read(gradient: Any, variable: Variable) -> np.dtype:
+    """The dtype in which the kernels read a gradient: its own where they mix it with the variable's, else that one.
+
+    Args:
+        gradient: anything, IndexedSlices among it.
+        variable: the variable it belongs to.
+    """
+    own = variable.dtype
+    if own.name not in MIXING:
+        return own
+    dtype = getattr(gradient.values if isinstance(gradient, IndexedSlices) else gradient, "dtype", own)
+    return own if dtype is own else MIXING.get(str(dtype).removeprefix("torch."), own)
+
+
+def as_array(gradient: Any, variable: Variable, dtype: np.dtype, what: str = "gradient") -> Array:
+    """`gradient` as a C-contiguous array on the variable's device, with that dtype; its shape is as given.
 
     Arrays are taken as they are, lists and Python numbers are converted.
 
     Args:
-        gradient: an array of the variable's device and dtype, a Variable, a nested list or a number.
+        gradient: an array of the variable's device, a Variable, a nested list or a number.
         variable: the variable it belongs to.
+        dtype: what `dtype_read` gave, for this gradient or one before it.
         what: the gradient's part, for messages.
 
     Raises:
         ArgumentTypeError: `gradient` makes no array of numbers.
-        ArgumentValueError: another dtype or device than the variable's.
+        ArgumentValueError: another device than the variable's; a dtype that does not mix with the variable's.
+        OtherGradientDtype: another dtype, which does.
     """
     argument = f"{what} of variable {variable.name!r}"
-    array = on_device(gradient, variable.device, argument, variable.dtype)
-    if array.dtype != variable.dtype:
-        raise ArgumentValueError(argument, f"must have dtype {variable.dtype}", array.dtype, "cast it with astype")
+    array = on_device(gradient, variable.device, argument, dtype)
+    if array.dtype != dtype:
+        if array.dtype == dtype_read(array, variable):
+            raise OtherGradientDtype(argument)
+        mixing = " or ".join(MIXING) if variable.dtype.name in MIXING else variable.dtype
+        raise ArgumentValueError(argument, f"must have dtype {mixing}", array.dtype, "cast it with astype")
     return array
 
 

@@ -26,6 +26,7 @@ class DenseGroup:
         numbers: which pairs of the step are theirs.
         rule: of the update.
         settings: of each variable.
+        gradient_dtype: of all their gradients.
 
     Attributes:
         variables, numbers, rule: as above.
@@ -33,24 +34,30 @@ class DenseGroup:
         setting_numbers: which of them each variable has.
         device: where all of the variables lie.
         layout: how their elements appear to the kernels.
+        sizes: how many elements each variable has.
         filled: which of the variables have elements.
         all_filled: whether all of them have.
-        nbytes: size of each gradient.
+        nbytes: size of each gradient in bytes.
     """
 
     def __init__(
-        self, variables: Sequence[Variable], numbers: Sequence[int], rule: UpdateRule, settings: Sequence[Settings]
+        self,
+        variables: Sequence[Variable],
+        numbers: Sequence[int],
+        rule: UpdateRule,
+        settings: Sequence[Settings],
+        gradient_dtype: np.dtype,
     ) -> None:
         self.variables, self.numbers, self.rule = list(variables), np.array(numbers, np.intp), rule
         self.settings = list(dict.fromkeys(settings))
         places = {each: place for place, each in enumerate(self.settings)}
         self.setting_numbers = np.array([places[each] for each in settings], np.int64)
-        self.device = variables[0].device
-        self.layout = rule.layout(variables[0].dtype)
-        sizes = np.array([variable.size for variable in variables], np.uint64)
-        self.filled = np.flatnonzero(sizes)
-        self.all_filled = len(self.filled) == len(sizes)
-        self.nbytes = sizes * np.uint64(variables[0].dtype.itemsize)
+        self.device, self._gradient_dtype = variables[0].device, gradient_dtype
+        self.layout = rule.layout(variables[0].dtype, gradient_dtype)
+        self.sizes = np.array([variable.size for variable in variables], np.uint64)
+        self.filled = np.flatnonzero(self.sizes)
+        self.all_filled = len(self.filled) == len(self.sizes)
+        self.nbytes = self.sizes * np.uint64(gradient_dtype.itemsize)
 
     def check(self, pairs: Sequence[Any], addresses: np.ndarray) -> DenseGradients:
         """The gradients of a step's pairs, ready to bind; what is no array of the right kind is converted or refused.
@@ -67,12 +74,16 @@ class DenseGroup:
         addresses, kept = addresses.copy(), []
         for index in np.flatnonzero(addresses == 0):
             variable, gradient = self.variables[index], pairs[self.numbers[index]][0]
-            array = as_array(gradient, variable)
+            array = self.as_array(gradient, variable)
             check_shape(array, variable.shape, variable)
             addresses[index] = self.device.address(array)
             if array is not gradient:
                 kept.append(array)
         return DenseGradients(self, addresses, kept, may_be_remembered=False)
+
+    def as_array(self, gradient: Any, variable: Variable) -> Array:
+        """A gradient as the launch reads it; see `gradients.as_array`."""
+        return as_array(gradient, variable, self._gradient_dtype)
 
 
 class DenseGradients:
@@ -103,7 +114,7 @@ class DenseGradients:
     def with_copy(self, pairs: Sequence[Any], index: int) -> DenseGradients:
         """The same gradients of a step's pairs, number `index` read from a copy."""
         group = self._group
-        copy = group.device.array(as_array(pairs[group.numbers[index]][0], group.variables[index]))
+        copy = group.device.array(group.as_array(pairs[group.numbers[index]][0], group.variables[index]))
         addresses = self.addresses.copy()
         addresses[index] = group.device.address(copy)
         return DenseGradients(group, addresses, [*self.kept, copy], may_be_remembered=False)
@@ -117,13 +128,19 @@ class SparseGroup:
         numbers: which pair of the step is its own, alone.
         rule: of the update.
         settings: of the variable, alone.
+        gradient_dtype: of the gradient's values.
 
     Raises:
         ArgumentValueError: a variable without rows.
     """
 
     def __init__(
-        self, variables: Sequence[Variable], numbers: Sequence[int], rule: UpdateRule, settings: Sequence[Settings]
+        self,
+        variables: Sequence[Variable],
+        numbers: Sequence[int],
+        rule: UpdateRule,
+        settings: Sequence[Settings],
+        gradient_dtype: np.dtype,
     ) -> None:
         self.variables, self.numbers, self.rule = list(variables), np.array(numbers, np.intp), rule
         self.settings = list(settings)
@@ -136,8 +153,8 @@ class SparseGroup:
                 "pass an array",
             )
         self.device = self.variable.device
-        self._dtype, self._shape = self.variable.dtype, self.variable.shape
-        self.layout = rule.layout(self._dtype)
+        self._gradient_dtype, self._shape = gradient_dtype, self.variable.shape
+        self.layout = rule.layout(self.variable.dtype, gradient_dtype)
 
     def check(self, pairs: Sequence[Any], addresses: np.ndarray) -> SparseGradient:
         """The gradient of the group's pair, ready to bind.
@@ -154,8 +171,8 @@ class SparseGroup:
         indices, values = gradient.indices, gradient.values
         if not (is_plain(indices, _INT64) or is_plain(indices, _INT32)) or indices.ndim != 1:
             indices = _as_indices(indices, variable)
-        if not is_plain(values, self._dtype):
-            values = as_array(values, variable, "IndexedSlices.values")
+        if not is_plain(values, self._gradient_dtype):
+            values = as_array(values, variable, self._gradient_dtype, "IndexedSlices.values")
         rows = self._shape[0]
         if values.shape != (indices.shape[0], *self._shape[1:]):
             check_shape(values, (int(indices.shape[0]), *self._shape[1:]), variable, "IndexedSlices.values")

@@ -70,19 +70,21 @@ class Launches:
             state: has the slots.
             index_errors: where rows out of range are noted, for each variable with a sparse gradient.
         """
+        places = {variable: place for place, variable in enumerate(state.variables)} if rule.stochastic else {}
         updates: list[DenseLaunch | SparseLaunch] = []
         memory: dict[str, list[np.ndarray]] = {}
         kept: list[Array] = []
         for group in groups:
             slots = state.slots_at(group.variables, rule)
+            own_places = [places.get(variable, 0) for variable in group.variables]
             columns = [[variable.value for variable in group.variables], *slots.values()]
             written = [memory_of(group.device, column) for column in columns]
             memory.setdefault(group.device.name, []).extend(written)
             kept += itertools.chain(*columns)
             if isinstance(group, SparseGroup):
-                updates.append(SparseLaunch(group, EmbeddingTable(group, slots), index_errors[group.variable]))
+                updates.append(SparseLaunch(group, EmbeddingTable(group, slots, *own_places), index_errors[group.variable]))
             else:
-                updates.append(DenseLaunch(group, DenseTable(group, slots)))
+                updates.append(DenseLaunch(group, DenseTable(group, slots, own_places)))
         written_on = {place: Intervals(np.concatenate(parts)) for place, parts in memory.items()}
         return cls(updates, written_on, rule, kept, captures=any(group.device.captures for group in groups))
 

@@ -19,7 +19,7 @@ class Normed(Protocol):
     """A launch whose gradients have a norm."""
 
     device: Device
-    dtype: str
+    gradient: str
     tensors: int
     chunk_ends: Array | None
     arguments: UpdateArguments
@@ -55,12 +55,12 @@ class NormPass:
             launch.arguments.factors[0] = self._device.address(self._factors)
             launch.arguments.factor_stride[0] = 0 if is_global else 1
         if is_global:
-            kernel = norm(launches[0].dtype, "clip_by_global_norm")
+            kernel = norm(launches[0].gradient, "clip_by_global_norm")
             arguments = [self._sums_pointer, self._count, self._limit, factors]
         else:
             self._chunk_ends = launches[0].chunk_ends
             ends = kernels.pointer(0 if self._chunk_ends is None else self._device.address(self._chunk_ends))
-            kernel = norm(launches[0].dtype, "clip_by_norm")
+            kernel = norm(launches[0].gradient, "clip_by_norm")
             tensors = kernels.scalar(self._blocks)
             arguments = [self._sums_pointer, ends, tensors, self._count, self._limit, factors]
         self._launch = self._device.prepare(kernel, arguments)

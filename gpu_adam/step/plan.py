@@ -12,7 +12,7 @@ from gpu_adam import kernels
 from gpu_adam.devices import Array, Device
 from gpu_adam.errors import ArgumentValueError
 from gpu_adam.hyperparameters import OWN_SETTINGS, Clip, Settings
-from gpu_adam.kernels import UpdateRule, dtype_row
+from gpu_adam.kernels import MIXING, UpdateRule, dtype_row
 from gpu_adam.nvtx import stage
 from gpu_adam.state.adam_state import AdamState
 from gpu_adam.step.capture import Graph
@@ -27,13 +27,14 @@ from gpu_adam.variables import Variable
 class Plan:
     """How a set of variables is updated: the groups, and once slots exist the launches.
 
-    There is one group for all dense gradients of a dtype and device, and one for each sparse gradient. A variable that
-    comes several times is updated that often, in order: its second gradient waits for a second round of launches, so
-    that no launch has two threads at one element.
+    There is one group for all dense gradients of a device, a dtype and a dtype of their variables, and one for each
+    sparse gradient. A variable that comes several times is updated that often, in order: its second gradient waits for
+    a second round of launches, so that no launch has two threads at one element.
 
     Args:
         variables: of each pair, in order.
         sparse: whether each pair's gradient names rows.
+        gradient_dtypes: of each pair's gradient.
         rule: of the update.
         moved: the arrays that variables are about to move to, where their memory has moved.
         settings: gives those of a variable.
@@ -52,22 +53,28 @@ class Plan:
         self,
         variables: Sequence[Variable],
         sparse: Sequence[bool],
+        gradient_dtypes: Sequence[np.dtype],
         rule: UpdateRule,
         moved: Mapping[Variable, Array],
         settings: Callable[[Variable], Settings],
     ) -> None:
-        check_updatable(variables, moved)
+        check_updatable(variables, moved, rule)
         self.rule, self.variables = rule, list(variables)
         rounds: dict[Variable, int] = {}
         members: dict[Any, list[int]] = {}
         for number, variable in enumerate(variables):
             turn = rounds[variable] = rounds.get(variable, -1) + 1
-            key = (turn, number) if sparse[number] else (turn, variable.device, variable.dtype)
+            kind = variable.device, variable.dtype, gradient_dtypes[number]
+            key = (turn, number) if sparse[number] else (turn, *kind)
             members.setdefault(key, []).append(number)
         in_order = sorted(members.items(), key=lambda item: item[0][0])
         self.groups = [
             (SparseGroup if sparse[numbers[0]] else DenseGroup)(
-                [variables[n] for n in numbers], numbers, rule, [settings(variables[n]) for n in numbers]
+                [variables[n] for n in numbers],
+                numbers,
+                rule,
+                [settings(variables[n]) for n in numbers],
+                gradient_dtypes[numbers[0]],
             )
             for _, numbers in in_order
         ]
@@ -186,18 +193,19 @@ class _Checked(NamedTuple):
     is_whole: bool
 
 
-def check_updatable(variables: Sequence[Variable], moved: Mapping[Variable, Array]) -> None:
-    """Raise ArgumentValueError for a dtype that is not computed with, and for variables that share memory.
+def check_updatable(variables: Sequence[Variable], moved: Mapping[Variable, Array], rule: UpdateRule) -> None:
+    """Raise ArgumentValueError for a dtype that the rule does not update, and for variables that share memory.
 
     Args:
         variables: the variables.
         moved: the arrays that some of them are about to move to.
+        rule: of the update.
     """
     by_place: dict[str, list[Variable]] = {}  # several host devices share one memory
     dtypes: set[np.dtype] = set()
     for variable in dict.fromkeys(variables):
         if variable.dtype not in dtypes:
-            dtype_row(variable.dtype, f"variable {variable.name!r}")
+            _check_dtype(variable, rule)
             dtypes.add(variable.dtype)
         by_place.setdefault(variable.device.name, []).append(variable)
     for there in by_place.values():
@@ -210,3 +218,17 @@ def check_updatable(variables: Sequence[Variable], moved: Mapping[Variable, Arra
                 f"{shared} shared bytes",
                 "pass arrays that own their memory, or one variable for both",
             )
+
+
+def _check_dtype(variable: Variable, rule: UpdateRule) -> None:
+    """Raise ArgumentValueError where the rule does not update variables of that dtype."""
+    argument, name = f"variable {variable.name!r}", variable.dtype.name
+    dtype_row(variable.dtype, argument)
+    for keyword, is_asked, fitting in (
+        ("slot_dtype", rule.slot_dtype is not None, tuple(MIXING)),
+        ("master_weights", rule.master, tuple(MIXING)),
+        ("stochastic_rounding", rule.stochastic, ("bfloat16",)),
+    ):
+        if is_asked and name not in fitting:
+            rule_text = f"must have dtype {' or '.join(fitting)} with {keyword}"
+            raise ArgumentValueError(argument, rule_text, name, f"update it by an optimizer without {keyword}")

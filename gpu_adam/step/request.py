@@ -13,6 +13,7 @@ from gpu_adam.devices.torch_tensors import written_calls
 from gpu_adam.errors import ArgumentTypeError, ArgumentValueError
 from gpu_adam.rules import items_of
 from gpu_adam.state.registry import News, Registry
+from gpu_adam.step.gradients import dtype_read
 from gpu_adam.step.plan import Plan
 from gpu_adam.variables import IndexedSlices, Variable
 
@@ -24,6 +25,7 @@ class Request(NamedTuple):
         pairs: the (gradient, variable) pairs that have a gradient.
         variables: the variable of each pair.
         sparse: whether each pair's gradient names rows.
+        gradient_dtypes: in which dtype each pair's gradient is read.
         without: the names of the variables without gradient.
         news: what the registry does not know yet.
     """
@@ -31,6 +33,7 @@ class Request(NamedTuple):
     pairs: Sequence[Any]
     variables: Sequence[Variable]
     sparse: tuple[bool, ...]
+    gradient_dtypes: tuple[np.dtype, ...]
     without: Sequence[str]
     news: News
 
@@ -67,7 +70,8 @@ def read(pairs: Sequence[Any], registry: Registry) -> Request:
         got = f"none for {without}" if without else "no pairs"
         raise ArgumentValueError("grads_and_vars", rule, got, "check that the loss depends on the variables")
     sparse = tuple([isinstance(gradient, IndexedSlices) for gradient, _ in with_gradient])
-    return Request(with_gradient, variables, sparse, without, news)
+    dtypes = tuple([dtype_read(gradient, each) for (gradient, _), each in zip(with_gradient, variables, strict=True)])
+    return Request(with_gradient, variables, sparse, dtypes, without, news)
 
 
 def listed(grads_and_vars: Iterable[Any]) -> Sequence[Any]:
@@ -103,7 +107,7 @@ class Memo:
                 for target in self._targets
             ]
             shapes = [variable.shape for variable in request.variables]
-            dtypes = [variable.dtype for variable in request.variables]
+            dtypes = list(request.gradient_dtypes)
             expected = ExpectedPairs(self._targets, placements, kinds, shapes, dtypes, _NEVER_ARRAYS)
             self.read = plan.devices[0].pair_reader(expected)
 

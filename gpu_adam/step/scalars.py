@@ -73,15 +73,21 @@ class Scalars:
             dtype: "float32" or "float64".
 
         Returns:
-            The fields of StepScalars but the last, which bounds gradients: alpha_t, 1 - beta_1, 1 - beta_2, epsilon,
-            sign, l2, decay, momentum, 1 - momentum, as Python floats that `dtype` holds exactly.
+            The fields of StepScalars but the last, which bounds gradients: the noise as an int; alpha_t, 1 - beta_1,
+            1 - beta_2, epsilon, sign, l2, decay, momentum, 1 - momentum, as Python floats that `dtype` holds exactly.
 
         Raises:
             ArgumentValueError: rounding a value to `dtype` breaks its rule.
         """
         adam = self._float64() if dtype == "float64" else self._float32()
         is_plain = self.flavour == PLAIN and not self.weight_decay and not self.l2
-        return adam + (_NEUTRAL if is_plain else self._others(dtype))
+        if is_plain:
+            return (0, *adam, *_NEUTRAL)
+        return (self._noise() if self.flavour.stochastic_rounding else 0, *adam, *self._others(dtype))
+
+    def _noise(self) -> int:
+        """A hash of the seed and t in 64 bits, from which noise.cuh makes that of each element."""
+        return _mixed(_mixed(self.flavour.seed) + self.iterations + 1)
 
     def _others(self, dtype: str) -> tuple[float, ...]:
         """sign, l2, decay, momentum, 1 - momentum."""
@@ -145,6 +151,14 @@ class Scalars:
             # A C float becomes infinite in silence; NumPy warns of it.
             stored.value = quotient if -_LARGEST <= quotient <= _LARGEST else float(np.float32(quotient))
         return (stored.value, *others)
+
+
+def _mixed(number: int) -> int:
+    """The finalizer of splitmix64, as in noise.cuh."""
+    number = (number + 0x9E3779B97F4A7C15) % 2**64
+    number = (number ^ number >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    number = (number ^ number >> 27) * 0x94D049BB133111EB % 2**64
+    return number ^ number >> 31
 
 
 def _too_large(argument: str, number: float, dtype: str) -> ArgumentValueError:

@@ -22,13 +22,14 @@ class EmbeddingTable:
     Args:
         group: the variable.
         slots: the array of each slot, alone in a list.
+        place: of the variable among all that have slots.
 
     Attributes:
         struct: the kernel argument.
         tiles: how many there are.
     """
 
-    def __init__(self, group: SparseGroup, slots: Mapping[str, Sequence[Array]]) -> None:
+    def __init__(self, group: SparseGroup, slots: Mapping[str, Sequence[Array]], place: int) -> None:
         variable, device = group.variable, group.device
         rows = variable.shape[0]
         row_size = group.layout.parts * variable.size // rows if rows else 0
@@ -42,7 +43,7 @@ class EmbeddingTable:
         arrays = {"theta": variable.value, **{name: array for name, (array,) in slots.items()}}
         for name, array in arrays.items():
             self.struct["slots"][name] = device.address(array)
-        numbers = {"rows": rows, "row_size": row_size, "rows_per_tile": rows_per_tile, "pieces": pieces}
+        numbers = {"rows": rows, "row_size": row_size, "rows_per_tile": rows_per_tile, "pieces": pieces, "place": place}
         for name, number in {**numbers, "tiles": self.tiles}.items():
             self.struct[name] = number
 
@@ -60,14 +61,14 @@ class SparseLaunch:
 
     def __init__(self, group: SparseGroup, table: EmbeddingTable, errors: IndexErrors) -> None:
         self.group, self.table = group, table
-        self.device, self.dtype = group.device, group.layout.dtype
+        self.device, self.gradient = group.device, group.layout.gradient
         self._errors = errors
         self.arguments = arguments = UpdateArguments(group.layout, group.device)
         self._values, self._size = kernels.pointer(0), kernels.scalar(0)
         self._sorter = RowSorter(self.device, group.variable.shape[0], errors)
         sorter = self._sorter
         self._launch = self.device.prepare(
-            kernels.sparse(self.dtype, group.rule),
+            kernels.sparse(group.layout.dtype, group.rule, gradient=self.gradient),
             [
                 *(table.struct, sorter.indices, sorter.keys, self._values),
                 *(arguments.factors, arguments.scalars, arguments.staged, sorter.errors),
@@ -76,7 +77,7 @@ class SparseLaunch:
         self._square_sums = None
         if group.rule.norm is not None:
             self._square_sums = self.device.prepare(
-                kernels.norm(self.dtype, "square_sums_of", bounded=group.rule.bounded),
+                kernels.norm(self.gradient, "square_sums_of", bounded=group.rule.bounded),
                 [self._values, self._size, arguments.clip_value, arguments.sums],
             )
         self._gradient: SparseGradient | None = None
