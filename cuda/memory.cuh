@@ -120,7 +120,7 @@ __device__ inline void update_pack(const Range& range, const Source& gradient, c
     if constexpr (present) e.slot = Converted<Register>::from(packs.slot.x[k]);
         GPU_ADAM_SLOTS(READ)
 #undef READ
-        e = adam(e, gradient.computed(g.x[k], step), step, noise_at(range.noise, range.first + i + k));
+        e = adam(e, gradient.computed(g.x[k], step), step, noise_at(range.noise, range.first, i + k));
 #define WRITE(slot, Memory, Register, present) \
     if constexpr (present) store(packs.slot.x[k], e.slot);
         GPU_ADAM_SLOTS(WRITE)

@@ -18,23 +18,21 @@ __device__ inline unsigned long long mixed(unsigned long long x) {
     return x ^ x >> 31;
 }
 
-// The same for 32 bits, which processors multiply eight at a time: the finalizer of MurmurHash3 (Appleby, 2011).
-__device__ inline unsigned mixed(unsigned x) {
-    x = (x ^ x >> 16) * 0x85ebca6bu;
-    x = (x ^ x >> 13) * 0xc2b2ae35u;
-    return x ^ x >> 16;
-}
-
 // The noise of one variable in one step.
 __device__ inline unsigned long long noise_of(unsigned long long step_noise, long long place) {
     return STOCHASTIC ? mixed(step_noise + static_cast<unsigned long long>(place) * 0x9e3779b97f4a7c15ULL) : 0;
 }
 
-// The noise of one of its elements: 32 bits.
-__device__ inline unsigned noise_at(unsigned long long noise, long long index) {
+// The noise of its element first + i: 32 bits, by the finalizer of MurmurHash3 (Appleby, 2011) with half of the variable's
+// noise before the first multiplication and half before the second. In 32 bits, which processors multiply eight at a time.
+__device__ inline unsigned noise_at(unsigned long long noise, long long first, int i) {
     if constexpr (!STOCHASTIC) return 0;
-    const unsigned low = static_cast<unsigned>(index), high = static_cast<unsigned>(index >> 32);
-    return mixed((mixed(low ^ static_cast<unsigned>(noise)) + high) ^ static_cast<unsigned>(noise >> 32));
+    const unsigned low = static_cast<unsigned>(first) + static_cast<unsigned>(i);
+    const unsigned high = static_cast<unsigned>(first >> 32) + (low < static_cast<unsigned>(i));
+    unsigned x = low ^ static_cast<unsigned>(noise);
+    x = (x ^ x >> 16) * 0x85ebca6bu + static_cast<unsigned>(noise >> 32) + high;
+    x = (x ^ x >> 13) * 0xc2b2ae35u;
+    return x ^ x >> 16;
 }
 
 // A number as its variable's memory keeps it.

@@ -124,41 +124,40 @@ struct BFloat16 {
     unsigned short bits;
 };
 
-// By integers and by float operations on normal numbers alone: the same bits on every device in every mode, and a form
-// that compilers vectorise. The instructions that processors and GPUs have for it differ in what they make of NaN.
+// By integers and by float operations whose operands and results are no denormals: the same bits on every device in every
+// mode, in a form that compilers vectorise. Every NaN is stored as one and the same.
 __device__ inline float widened(Float16 x) {
-    const unsigned magnitude = x.bits & 0x7fffu, sign = (x.bits & 0x8000u) << 16;
-    const unsigned rebased = (magnitude << 13) + (112u << 23);  // 127 - 15: the exponents' biases
-    const unsigned special = rebased + (112u << 23);            // infinity and NaN
-    // 2^-14 (1 + fraction) - 2^-14
-    const unsigned denormal = __float_as_uint(__uint_as_float(rebased + (1u << 23)) - __uint_as_float(113u << 23));
-    return __uint_as_float(sign | (magnitude >= 0x7c00u ? special : magnitude < 0x400u ? denormal : rebased));
+    const unsigned magnitude = x.bits & 0x7fffu;
+    // The exponent is brought from one end of float's range to where it belongs, so that infinity stays infinity.
+    const float normal = __uint_as_float((magnitude << 13) + (224u << 23)) * __uint_as_float(15u << 23);  // 2^-112
+    const float denormal = __uint_as_float(magnitude | 126u << 23) - 0.5f;  // 0.5 + magnitude 2^-24, less 0.5
+    return __uint_as_float((x.bits & 0x8000u) << 16 | __float_as_uint(magnitude < 0x400u ? denormal : normal));
 }
 __device__ inline float widened(BFloat16 x) { return __uint_as_float(static_cast<unsigned>(x.bits) << 16); }
 
 // To the nearest, ties to even; beyond the largest number infinity.
 __device__ inline void narrow(Float16& place, float x) {
-    const unsigned bits = __float_as_uint(x), magnitude = bits & 0x7fffffffu;
-    const unsigned normal = (magnitude - (112u << 23) + 0xfffu + (magnitude >> 13 & 1u)) >> 13;
-    // 0.5 + x has its last bit at 2^-24, as a denormal Float16 has.
-    const unsigned denormal = __float_as_uint(__uint_as_float(magnitude) + 0.5f) - __float_as_uint(0.5f);
-    const unsigned special = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
-    const unsigned rounded = magnitude >= 0x477ff000u ? special : magnitude < (113u << 23) ? denormal : normal;
-    place.bits = static_cast<unsigned short>(rounded | (bits >> 16 & 0x8000u));
+    const unsigned bits = __float_as_uint(x), exponent = bits & 0x7f800000u, smallest = 113u << 23;  // 2^-14
+    // 4 |x|, infinite from 2^16 on: times 2^112, times 2^-110. A number 2^13 times as large is added, so that the sum is
+    // rounded where a Float16 is: its last 12 bits are the fraction and the leading 1, which counts up the exponent.
+    const float scaled = magnitude(x) * __uint_as_float(239u << 23) * __uint_as_float(17u << 23);
+    const float larger = __uint_as_float((exponent > smallest ? exponent : smallest) + (15u << 23));
+    const unsigned sum = __float_as_uint(scaled + larger);
+    const unsigned rounded = (sum >> 13 & 0x7c00u) + (sum & 0xfffu);
+    place.bits = static_cast<unsigned short>(x != x ? 0x7e00u : rounded | (bits >> 16 & 0x8000u));
 }
 __device__ inline void narrow(BFloat16& place, float x) {
     const unsigned bits = __float_as_uint(x);
     const unsigned rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
-    place.bits = static_cast<unsigned short>((bits & 0x7fffffffu) > 0x7f800000u ? bits >> 16 | 0x40u : rounded);
+    place.bits = static_cast<unsigned short>(x != x ? 0x7fc0u : rounded);
 }
 
 // To one of the two neighbours, away from zero with the probability that makes the mean x. `noise` is uniform in its
 // lower 16 bits.
 __device__ inline void narrow_stochastically(BFloat16& place, float x, unsigned noise) {
     const unsigned bits = __float_as_uint(x);
-    const unsigned rounded = (bits + (noise & 0xffffu)) >> 16;
-    narrow(place, x);  // of infinity and NaN
-    if ((bits & 0x7f800000u) != 0x7f800000u) place.bits = static_cast<unsigned short>(rounded);
+    const unsigned rounded = (bits & 0x7f800000u) == 0x7f800000u ? bits : bits + (noise & 0xffffu);
+    place.bits = static_cast<unsigned short>(x != x ? 0x7fc0u : rounded >> 16);
 }
 
 // Memory <-> registers.
