@@ -125,7 +125,7 @@ class Variable(NDArrayOperatorsMixin):
         return self._master is not None and self._master() is not None
 
     def _change(self, operation: Callable[[Array], object]) -> None:
-        """Let an operation write into the array; into the master's where there is one, of which this is the rounding."""
+        """Let an operation write into the array; where there is a master into that one, which is then rounded."""
         master = None if self._master is None else self._master()
         with self._device.activate():
             if master is None:

@@ -1,6 +1,7 @@
 """The oracle: Adam and AMSGrad in plain NumPy, in the order of operations of Kingma & Ba, each rounded in one dtype.
 
-Shares no code with gpu_adam. float32 and float64, dense gradients; denormals are flushed, as the kernels do.
+Shares no code with gpu_adam. Dense gradients; denormals are flushed, as the kernels do. float32 and float64; float16
+and bfloat16 in float32, rounded once, when a variable or slot is stored.
 """
 
 import ctypes
@@ -28,6 +29,8 @@ class Adam:
         iterations: steps done before.
         weight_decay, l2, maximize, paper, ema: what the keywords of gpu_adam.Adam add; `paper` for the paper's form of
             epsilon, `ema` the momentum of the averages.
+        slot_dtype: of m, v and vhat; default: the one that is computed in.
+        masters: whether steps go on from what a variable was before it was rounded.
     """
 
     def __init__(
@@ -46,15 +49,17 @@ class Adam:
         maximize: bool = False,
         paper: bool = False,
         ema: float | None = None,
+        slot_dtype: Any = None,
+        masters: bool = False,
     ) -> None:
         self.variables: list[Array] = [np.array(value) for value in initial]
-        self.m = [np.zeros_like(variable) for variable in self.variables]
-        self.v = [np.zeros_like(variable) for variable in self.variables]
-        self.vhat = [np.zeros_like(variable) for variable in self.variables]
+        self.masters = [widened(variable) for variable in self.variables] if masters else None
+        slots = [np.zeros_like(widened(variable), slot_dtype) for variable in self.variables]
+        self.m, self.v, self.vhat = ([slot.copy() for slot in slots] for _ in range(3))
         self.learning_rate, self.beta_1, self.beta_2, self.epsilon = learning_rate, beta_1, beta_2, epsilon
         self.amsgrad, self.decay, self.iterations = amsgrad, decay, iterations
         self.weight_decay, self.l2, self.maximize, self.paper, self.ema = weight_decay, l2, maximize, paper, ema
-        self.average = [variable.copy() for variable in self.variables]
+        self.average = [widened(variable) for variable in self.variables]
 
     def step(self, gradients: Iterable[Any]) -> None:
         """One step with a gradient for each variable, or None."""
@@ -68,27 +73,35 @@ class Adam:
         self.iterations += 1
 
     def _update(self, k: int, g: Array) -> None:
-        theta, m, v = self.variables[k], self.m[k], self.v[k]
+        kept, slot = self.variables[k].dtype, self.m[k].dtype
+        theta = self.variables[k] if self.masters is None else self.masters[k]
+        g, theta, m, v = (flushed(widened(x)) for x in (g, theta, self.m[k], self.v[k]))
         real = theta.dtype.type
-        g, theta, m, v = flushed(g), flushed(theta), flushed(m), flushed(v)
         one, beta_1, beta_2 = real(1), real(self.beta_1), real(self.beta_2)
         g = -g if self.maximize else g
         if self.l2:
             g = flushed(g + flushed(theta * real(self.l2)))
         m = flushed(m + flushed(flushed(g - m) * (one - beta_1)))
         v = flushed(v + flushed(flushed(flushed(g * g) - v) * (one - beta_2)))
-        self.m[k], self.v[k] = m, v
+        self.m[k], self.v[k] = m.astype(slot), v.astype(slot)
         if self.amsgrad:
-            self.vhat[k] = v = np.where(self.vhat[k] < v, v, self.vhat[k])
+            vhat = widened(self.vhat[k])
+            v = np.where(vhat < v, v, vhat)
+            self.vhat[k] = v.astype(slot)
         epsilon = real(self.epsilon) * self._root(real) if self.paper else real(self.epsilon)
         divisor = flushed(flushed(np.sqrt(v)) + flushed(epsilon))
         if self.weight_decay:
             rate = float(self.learning_rate) / (1 + self.decay * self.iterations)
             theta = flushed(theta * real(1 - rate * self.weight_decay))
-        self.variables[k] = flushed(theta - flushed(flushed(m * flushed(self._alpha(real))) / divisor))
+        theta = flushed(theta - flushed(flushed(m * flushed(self._alpha(real))) / divisor))
+        self.variables[k] = theta.astype(kept)
+        if self.masters is not None:
+            self.masters[k] = theta
+        else:
+            theta = widened(self.variables[k])
         if self.ema is not None:
-            kept = flushed(flushed(self.average[k]) * real(self.ema))
-            self.average[k] = flushed(kept + flushed(self.variables[k] * real(1 - self.ema)))
+            old = flushed(flushed(self.average[k]) * real(self.ema))
+            self.average[k] = flushed(old + flushed(theta * real(1 - self.ema)))
 
     def _root(self, real: Any) -> Any:
         power = _powf if real is np.float32 else math.pow
@@ -102,6 +115,12 @@ class Adam:
         if self.decay > 0:
             rate = rate / (one + real(self.decay) * real(self.iterations))
         return (rate * self._root(real)) / (one - real(power(real(self.beta_1), t)))
+
+
+def widened(x: Any) -> Array:
+    """A copy in the dtype that is computed in."""
+    copied: Array = np.array(x)
+    return copied.astype(np.float32) if copied.dtype.itemsize == 2 else copied
 
 
 def flushed(x: Any) -> Array:

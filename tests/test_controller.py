@@ -299,8 +299,11 @@ def test_shapes_without_elements_and_without_axes(device: Device) -> None:
         (np.ones(2, np.float32), r"must have shape \(3, 2\) \(got \(2,\)\)"),
         (np.ones((1, 3, 2), np.float32), r"must have shape \(3, 2\) \(got \(1, 3, 2\)\)"),
         (np.float32(1), r"must have shape \(3, 2\) \(got \(\)\)|must lie on"),
-        (np.ones((3, 2), np.float64), r"gradient of variable 'a' must have dtype float32 \(got float64\); cast it"),
-        (np.ones((3, 2), np.int32), r"must have dtype float32 \(got int32\)"),
+        (
+            np.ones((3, 2), np.float64),
+            r"gradient of variable 'a' must have dtype float32.* \(got float64\); cast it",
+        ),
+        (np.ones((3, 2), np.int32), r"must have dtype float32.* \(got int32\)"),
         (np.ones((3, 2), ">f4"), r"must have dtype float32|must lie on"),
     ],
 )

@@ -1,6 +1,7 @@
 """Trajectories recorded from TensorFlow: the same bits where the operations are the same, else near, by derived bounds.
 
-A case is replayed as soon as kernels.DTYPES has all its dtypes; a dtype that rounds otherwise needs its own row here.
+Cases of float16 and bfloat16 are not replayed: the reference rounds every operation to 16 bits, the kernels compute in
+float32 and round once. tests/test_halves.py compares them with NumPy.
 """
 
 from contextlib import nullcontext
@@ -14,7 +15,6 @@ import reference
 from reference import assert_same_bits
 
 import gpu_adam
-from gpu_adam import kernels
 from gpu_adam.devices import Device, find_device
 
 Case = tuple[dict[str, Any], golden.Arrays, golden.Arrays, golden.Arrays | None]
@@ -33,7 +33,7 @@ def dtypes_of(case: dict[str, Any]) -> set[str]:
 
 
 ALL = list(golden.load())
-CASES = [case for case in ALL if dtypes_of(case[0]) <= set(kernels.DTYPES)]
+CASES = [case for case in ALL if dtypes_of(case[0]) <= set(TOLERANCE)]
 
 
 def has_schedule(case: dict[str, Any]) -> bool:

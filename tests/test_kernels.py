@@ -21,6 +21,7 @@ import gpu_adam
 from gpu_adam import IndexedSlices, Variable, kernels
 from gpu_adam.devices import HostDevice, compiler, host
 from gpu_adam.kernels import sources
+from gpu_adam.kernels.variants import MIXED_UPDATES
 from gpu_adam.step.index_errors import IndexErrors
 from gpu_adam.step.row_sort import RowSorter
 from gpu_adam.uninterrupted import make_all
@@ -120,7 +121,7 @@ def test_the_two_lists_of_slots_agree(amsgrad: bool, ema: bool, tmp_path: Path) 
     show = "#define SHOW(slot, Memory, Register, present) "
     show += 'printf(#slot " %zu %zu %d\\n", sizeof(Memory), sizeof(Register), bool(present));'
     lines = output_of([show, "GPU_ADAM_SLOTS(SHOW)"], rule, "complex64", tmp_path).splitlines()
-    sizes = [spec.dtype(np.dtype(np.complex64), "abs2").itemsize for spec in kernels.SLOT_SPECS]
+    sizes = [spec.dtype(np.dtype(np.complex64), "abs2", None).itemsize for spec in kernels.SLOT_SPECS]
     assert lines == [
         "theta 8 8 1",
         *(f"{spec.name} {n} {n} {spec.exists(rule):d}" for spec, n in zip(kernels.SLOT_SPECS, sizes, strict=True)),
@@ -131,7 +132,7 @@ def test_moved_slots_and_absent_ones(tmp_path: Path) -> None:
     """A slot that a kernel has moves by elements; one that it has not stays null."""
     statements = [
         "alignas(16) static ComplexFloat complex[8]; static float real[8];",
-        "const Slots slots = {complex, complex, real, nullptr, nullptr}, moved = slots.at(3);",
+        "const Slots slots = {complex, complex, real, nullptr, nullptr, nullptr}, moved = slots.at(3);",
         'printf("%ld %ld %ld ", moved.theta - complex, moved.m - complex, moved.v - real);',
         'printf("%d %d", moved.vhat == nullptr, moved.average == nullptr);',
     ]
@@ -139,13 +140,16 @@ def test_moved_slots_and_absent_ones(tmp_path: Path) -> None:
 
 
 def test_slots_of_a_rule() -> None:
-    names = {(r.amsgrad, r.ema): [spec.name for spec in kernels.slots_of(r)] for r in kernels.update_rules()}
+    names = {(r.amsgrad, r.ema): [spec.name for spec in kernels.slots_of(r, "float64")] for r in kernels.update_rules()}
     assert names == {
         (False, False): ["m", "v"],
         (True, False): ["m", "v", "vhat"],
         (False, True): ["m", "v", "average"],
         (True, True): ["m", "v", "vhat", "average"],
     }
+    master = kernels.UpdateRule(master=True)
+    assert [spec.name for spec in kernels.slots_of(master, "float16")] == ["m", "v", "master"]
+    assert [spec.name for spec in kernels.slots_of(master, "float32")] == ["m", "v"]
     assert kernels.slot_spec("vhat") is kernels.SLOT_SPECS[2]
     assert kernels.slot_spec("theta") is kernels.slot_spec("a user's") is None
 
@@ -163,13 +167,14 @@ def test_slots_of_a_rule() -> None:
 def test_dtypes_of_slots(dtype: str, mode: str, v: str) -> None:
     """Moving averages of |g|^2 are real in the mode "abs2"; a dtype that the kernels do not know gives itself."""
     variable = np.dtype(dtype)
-    dtypes = {spec.name: spec.dtype(variable, mode) for spec in kernels.SLOT_SPECS}
-    assert dtypes == {"m": variable, "v": np.dtype(v), "vhat": np.dtype(v), "average": variable}
+    dtypes = {spec.name: spec.dtype(variable, mode, None) for spec in kernels.SLOT_SPECS}
+    wide = {"m": variable, "average": variable, "master": variable}
+    assert dtypes == {**wide, "v": np.dtype(v), "vhat": np.dtype(v)}
 
 
 def test_addresses_of_slots_that_are_missing_are_null() -> None:
-    assert kernels.slot_pointers({"m": 2, "theta": 1, "v": 3}) == (1, 2, 3, 0, 0)
-    assert kernels.struct(kernels.SLOT_POINTERS, *kernels.slot_pointers({"vhat": 4})).tolist() == [(0, 0, 0, 4, 0)]
+    assert kernels.slot_pointers({"m": 2, "theta": 1, "v": 3}) == (1, 2, 3, 0, 0, 0)
+    assert kernels.struct(kernels.SLOT_POINTERS, *kernels.slot_pointers({"vhat": 4})).tolist() == [(0, 0, 0, 4, 0, 0)]
 
 
 # Sources.
@@ -260,13 +265,15 @@ def test_variants_are_distinct_and_complete() -> None:
     updates = {
         update(dtype, rule).source
         for dtype, update in itertools.product(DTYPES, (kernels.dense, kernels.sparse))
-        for rule in kernels.update_rules()
+        for rule in kernels.update_rules(dtype)
     }
     staged = {
         update(dtype, rule, staged=True).source
         for dtype, update in itertools.product(DTYPES, (kernels.dense, kernels.sparse))
-        for rule in kernels.update_rules()
+        for rule in kernels.update_rules(dtype)
     }
+    mixed = {kernels.dense(dtype, rule, gradient=gradient).source for dtype, rule, gradient in MIXED_UPDATES}
+    assert not mixed & updates
     assert len(staged) == len(updates)
     assert not staged & updates
     norms = {
@@ -274,7 +281,7 @@ def test_variants_are_distinct_and_complete() -> None:
         for dtype, name, bounded in itertools.product(DTYPES, kernels.kernel_names("norm.cu"), (False, True))
     }
     sorts = {kernels.sort(name).source for name in kernels.kernel_names("sort.cu")}
-    assert set(variants) == updates | norms | sorts
+    assert set(variants) == updates | mixed | norms | sorts
 
 
 @pytest.mark.parametrize("update", [kernels.dense, kernels.sparse])
@@ -289,9 +296,10 @@ def test_rules_that_differ_in_nothing_a_kernel_knows_have_one_kernel(update: Cal
 
 def test_layouts() -> None:
     complex64, float64 = np.dtype(np.complex64), np.dtype(np.float64)
-    assert kernels.UpdateRule().layout(complex64) == ("complex64", 1)
-    assert kernels.UpdateRule("real_imag").layout(complex64) == ("float32", 2)
-    assert kernels.UpdateRule("real_imag").layout(float64) == ("float64", 1)
+    assert kernels.UpdateRule().layout(complex64, complex64) == ("complex64", 1, "complex64")
+    assert kernels.UpdateRule("real_imag").layout(complex64, complex64) == ("float32", 2, "float32")
+    assert kernels.UpdateRule("real_imag").layout(float64, float64) == ("float64", 1, "float64")
+    assert kernels.UpdateRule().layout(np.dtype(np.float16), np.dtype(np.float32)) == ("float16", 1, "float32")
 
 
 # The same bits.
@@ -322,9 +330,9 @@ MODES: dict[str, dict[str, Any]] = {
 STEPS = 2
 
 
-@pytest.fixture(scope="module", params=DTYPES)
+@pytest.fixture(scope="module", params=[name for name in DTYPES if name not in kernels.HALVES])
 def dtype(request: pytest.FixtureRequest) -> str:
-    """A row of the dtype table, its libraries compiled side by side."""
+    """A row of the dtype table, its libraries compiled side by side. Those of 16 bits have tests/test_halves.py."""
     name = str(request.param)
     needed = [kernels.norm(name, "square_sums").source, kernels.sort("sort_rows").source]
     for update in (kernels.dense, kernels.sparse):

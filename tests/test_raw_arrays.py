@@ -284,7 +284,6 @@ UNREADABLE: dict[str, tuple[Callable[[Any], Any], str]] = {
     "sparse": (lambda torch: torch.tensor(G).to_sparse(), r"must be a dense tensor .*sparse_coo.*to_dense"),
     "compressed": (lambda torch: torch.tensor(G).to_sparse_csr(), r"must be a dense tensor .*sparse_csr.*to_dense"),
     "on the device meta": (lambda torch: torch.tensor(G, device="meta"), r"must have memory .*device meta"),
-    "bfloat16": (lambda torch: torch.tensor(G).bfloat16(), r"must have a dtype that NumPy has .*bfloat16.*float\(\)"),
     "of 8 bits": (lambda torch: torch.tensor(G).to(torch.float8_e4m3fn), r"must have a dtype .*float8_e4m3fn"),
 }
 

@@ -25,8 +25,9 @@ FLAGS = (
 )
 
 # The rules of the variants, one for each dtype by turns; every second dtype has its scalars staged in memory.
-RULES = kernels.update_rules()[::-1]
+RULES = kernels.update_rules("float64")[::-1]
 RULE_OF = {dtype: RULES[number % len(RULES)] for number, dtype in enumerate(kernels.DTYPES)}
+RULE_OF |= {dtype: kernels.update_rules(dtype)[-1] for dtype in kernels.HALVES}
 STAGED = list(kernels.DTYPES)[1::2]
 
 

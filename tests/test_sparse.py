@@ -14,7 +14,7 @@ from gpu_adam import IndexedSlices, Variable, kernels
 from gpu_adam.devices import Device
 from gpu_adam.errors import ArgumentTypeError, ArgumentValueError, SparseIndexError
 
-DTYPES = list(kernels.DTYPES)
+DTYPES = [name for name in kernels.DTYPES if name not in kernels.HALVES]  # tests/test_halves.py has those
 REAL = [dtype for dtype in DTYPES if np.dtype(dtype).kind == "f"]
 Slices = tuple[Array, Array]
 
@@ -272,8 +272,18 @@ ONES = np.ones((2, 3), np.float32)
         (ONES[:, :2], [0, 1], ArgumentValueError, r"must have shape \(2, 3\) \(got \(2, 2\)\)"),
         (ONES[:, 0], [0, 1], ArgumentValueError, r"must have shape \(2, 3\) \(got \(2,\)\)"),
         (ONES[..., None], [0, 1], ArgumentValueError, r"must have shape \(2, 3\)"),
-        (ONES.astype(np.float64), [0, 1], ArgumentValueError, r"must have dtype float32 \(got float64\)"),
-        (ONES.astype(np.int32), [0, 1], ArgumentValueError, r"must have dtype float32 \(got int32\)"),
+        (
+            ONES.astype(np.float64),
+            [0, 1],
+            ArgumentValueError,
+            r"must have dtype float32.* \(got float64\)",
+        ),
+        (
+            ONES.astype(np.int32),
+            [0, 1],
+            ArgumentValueError,
+            r"must have dtype float32.* \(got int32\)",
+        ),
         (ONES, np.array([0, 1], np.int16), ArgumentValueError, r"indices of variable 'table' must have dtype int32 or"),
         (ONES, np.array([0, 1], np.uint64), ArgumentValueError, r"must have dtype int32 or int64 \(got uint64\)"),
         (ONES, np.array([0.0, 1.0]), ArgumentValueError, r"must have dtype int32 or int64 \(got float64\)"),

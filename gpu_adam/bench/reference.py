@@ -30,7 +30,7 @@ import ml_dtypes
 import numpy as np
 
 from gpu_adam import kernels
-from gpu_adam.bench.inputs import Inputs, as_dtype
+from gpu_adam.bench.inputs import Inputs
 from gpu_adam.bench.workloads import CLIP_NORM
 
 STEPS = 3
@@ -60,7 +60,9 @@ class Reference:
         self._inputs, self._workload = inputs, inputs.workload
         real = np.dtype(kernels.DTYPES[self._workload.dtype].real_dtype)
         self._one_minus = [float(real.type(1) - real.type(beta)) for beta in (BETA_1, BETA_2)]
-        self._unit = (_epsilon(as_dtype(self._workload.dtype)) + _epsilon(np.dtype(np.float64))) / 2
+        self._unit = (_epsilon(real) + _epsilon(np.dtype(np.float64))) / 2
+        # What a variable's store adds to the rounding of its last operation.
+        self._store = _epsilon(self._inputs.dtype) / 2 if self._workload.dtype in kernels.HALVES else 0.0
         differences = [2 * beta / (1 - beta) + 1 for beta in (BETA_1, BETA_2)]  # 1 - beta^t, relative, in units
         # The root halves what comes with 1 - beta_2^t; root, product and quotient are rounded.
         self._alpha_error = self._unit * (differences[0] + differences[1] / 2 + 3)
@@ -116,7 +118,7 @@ class Reference:
             size = np.abs(update)
             update_error = (alpha * m_error + size * divisor_error) / (divisor - divisor_error)
             theta = theta - update
-            theta_error += update_error + size * (self._alpha_error + 2 * unit) + unit * np.abs(theta)
+            theta_error += update_error + size * (self._alpha_error + 2 * unit) + (unit + self._store) * np.abs(theta)
         return theta, theta_error
 
     def _gradient(self, k: int, place: slice) -> tuple[np.ndarray, np.ndarray]:

@@ -114,12 +114,14 @@ def dense(dtype_name: str, rule: UpdateRule, *, gradient: str | None = None, sta
         staged: whether the scalars of the step are read through the argument ``staged``, a pointer to device memory,
             instead of from the argument ``scalars``.
     """
-    return _update("dense", (dtype_name, gradient or dtype_name, rule.slot_dtype), rule.of(dtype_name).switches, staged)
+    dtypes = dtype_name, gradient or dtype_name, rule.slot_dtype
+    return _update("dense", dtypes, rule.of(dtype_name).switches, staged)
 
 
 def sparse(dtype_name: str, rule: UpdateRule, *, gradient: str | None = None, staged: bool = False) -> Kernel:
     """The update of one variable by some of its rows. Arguments as for dense."""
-    return _update("sparse", (dtype_name, gradient or dtype_name, rule.slot_dtype), rule.of(dtype_name).switches, staged)
+    dtypes = dtype_name, gradient or dtype_name, rule.slot_dtype
+    return _update("sparse", dtypes, rule.of(dtype_name).switches, staged)
 
 
 def _types(dtype_name: str, gradient: str, slot_dtype: str | None) -> tuple[str, ...]:
@@ -161,6 +163,16 @@ def sort(kernel_name: str) -> Kernel:
     return Kernel(Source("sort.cu", _SORT_DEFINES), kernel_name)
 
 
+MIXED_UPDATES = (
+    ("bfloat16", UpdateRule(), "float32"),
+    ("bfloat16", UpdateRule(master=True), "float32"),
+    ("float16", UpdateRule(master=True), "float32"),
+    ("float32", UpdateRule(), "bfloat16"),
+    ("float32", UpdateRule(), "float16"),
+)
+"""Dtypes of variables, rules and dtypes of gradients, as training in mixed precision has them."""
+
+
 def update_rules(dtype_name: str = "float32") -> list[UpdateRule]:
     """Rules for the variants of the updates of a dtype that tests compile and profiling lists.
 
@@ -183,16 +195,6 @@ def update_rules(dtype_name: str = "float32") -> list[UpdateRule]:
 def variants() -> list[Source]:
     """Sources that a step can ask for, each once, by these rules: tests compile them, and profiling lists them."""
     updates = [update(dtype, rule) for dtype in DTYPES for update in (dense, sparse) for rule in update_rules(dtype)]
-    mixed = [dense(*pair, gradient=gradient) for *pair, gradient in _MIXED]
+    mixed = [dense(dtype, rule, gradient=gradient) for dtype, rule, gradient in MIXED_UPDATES]
     norms = [norm(dtype, "square_sums", bounded=bounded) for dtype in DTYPES for bounded in (False, True)]
     return [kernel.source for kernel in (*updates, *mixed, *norms, sort("sort_rows"))]
-
-
-# Variables with gradients of another dtype, as mixed-precision training has them.
-_MIXED = (
-    ("bfloat16", UpdateRule(), "float32"),
-    ("bfloat16", UpdateRule(master=True), "float32"),
-    ("float16", UpdateRule(master=True), "float32"),
-    ("float32", UpdateRule(), "bfloat16"),
-    ("float32", UpdateRule(), "float16"),
-)

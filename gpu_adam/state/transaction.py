@@ -154,9 +154,7 @@ class Transaction:
         if state.has_slot(variable, name):
             return state.slot(variable, name)
         spec = slot_spec(name)
-        dtype = (
-            variable.dtype if spec is None else spec.dtype(variable.dtype, state.complex_mode, state.slot_dtype)
-        )
+        dtype = variable.dtype if spec is None else spec.dtype(variable.dtype, state.complex_mode, state.slot_dtype)
         array = beside(
             initialized(initializer, variable.shape if shape is None else shape, dtype, variable.device), variable
         )

@@ -42,10 +42,10 @@ class UpdateArguments:
         if self.is_staged:
             self._table, self._captured = device.staged(settings, self._all.dtype), captured
             self.staged[0] = self._table.address
-        noise, *numbers = self.scalars.dtype.names or ()
-        self.clip_value, self.sums = self.scalars[numbers[-1]], kernels.pointer(0)
+        *names, last = self.scalars.dtype.names or ("",)
+        self.clip_value, self.sums = self.scalars[last], kernels.pointer(0)
         # A third of the time of an assignment to NumPy's struct.
-        form = struct.Struct(f"=Q{len(numbers)}{np.dtype(real_dtype).char}")
+        form = struct.Struct(f"=Q{len(names)}{np.dtype(real_dtype).char}")
         self._write = functools.partial(form.pack_into, self.scalars.view(np.uint8).data, 0)
 
     def set_scalars(self, scalars: Sequence[tuple[Any, ...]]) -> None:

@@ -30,7 +30,7 @@ from gpu_adam.state.replace import successors
 from gpu_adam.state.transaction import Transaction
 from gpu_adam.step import request as requests
 from gpu_adam.step.capture import Graph, Graphs
-from gpu_adam.step.gradients import OtherGradientDtype
+from gpu_adam.step.gradients import OtherDtypeError
 from gpu_adam.step.plan import Plan, check_updatable
 from gpu_adam.step.request import Memo, Request
 from gpu_adam.step.scalars import Scalars
@@ -87,7 +87,7 @@ class Controller:
                     graph.check(pairs, is_first=not plan.is_launched)
                 try:
                     gradients = plan.check(pairs, addresses)
-                except OtherGradientDtype:
+                except OtherDtypeError:
                     request, memo, addresses = self._resolved(pairs, rule)
                     pairs, plan = request.pairs, memo.plan
                     if graph is not None:

@@ -15,7 +15,7 @@ from gpu_adam.kernels import MIXING
 from gpu_adam.variables import IndexedSlices, Variable
 
 
-class OtherGradientDtype(Exception):
+class OtherDtypeError(Exception):
     """A gradient has another dtype than the launches read, though one that other launches do."""
 
 
@@ -47,13 +47,13 @@ def as_array(gradient: Any, variable: Variable, dtype: np.dtype, what: str = "gr
     Raises:
         ArgumentTypeError: `gradient` makes no array of numbers.
         ArgumentValueError: another device than the variable's; a dtype that does not mix with the variable's.
-        OtherGradientDtype: another dtype, which does.
+        OtherDtypeError: another dtype, which does.
     """
     argument = f"{what} of variable {variable.name!r}"
     array = on_device(gradient, variable.device, argument, dtype)
     if array.dtype != dtype:
         if array.dtype == dtype_read(array, variable):
-            raise OtherGradientDtype(argument)
+            raise OtherDtypeError(argument)
         mixing = " or ".join(MIXING) if variable.dtype.name in MIXING else variable.dtype
         raise ArgumentValueError(argument, f"must have dtype {mixing}", array.dtype, "cast it with astype")
     return array

@@ -82,7 +82,9 @@ class Launches:
             memory.setdefault(group.device.name, []).extend(written)
             kept += itertools.chain(*columns)
             if isinstance(group, SparseGroup):
-                updates.append(SparseLaunch(group, EmbeddingTable(group, slots, *own_places), index_errors[group.variable]))
+                updates.append(
+                    SparseLaunch(group, EmbeddingTable(group, slots, *own_places), index_errors[group.variable])
+                )
             else:
                 updates.append(DenseLaunch(group, DenseTable(group, slots, own_places)))
         written_on = {place: Intervals(np.concatenate(parts)) for place, parts in memory.items()}

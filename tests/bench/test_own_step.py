@@ -8,7 +8,7 @@ import pytest
 from gpu_adam import kernels
 from gpu_adam.bench import own_step
 from gpu_adam.bench.clocks import Effort, measure
-from gpu_adam.bench.inputs import Inputs
+from gpu_adam.bench.inputs import Inputs, as_dtype
 from gpu_adam.bench.workloads import Workload, many
 from gpu_adam.devices import Device
 
@@ -27,11 +27,11 @@ CASES = [
 @pytest.mark.parametrize("workload", CASES, ids=lambda workload: workload.name)
 def test_right_results_pass_and_their_facts_are_counted(device: Device, workload: Workload) -> None:
     facts = own_step.checked(workload, device)
-    wide = np.dtype(workload.dtype).itemsize
+    wide = as_dtype(workload.dtype).itemsize
     real = np.dtype(kernels.DTYPES[workload.dtype].real_dtype).itemsize
     if workload.complex_mode == "real_imag":
         real = wide
-    slots = wide + real * (2 if workload.amsgrad else 1)
+    slots = (real if workload.dtype in kernels.HALVES else wide) + real * (2 if workload.amsgrad else 1)
     count = len(workload.shapes())
     read = count * 64 * (7 * wide + 8) if workload.indices else workload.elements * wide * (2 if workload.clip else 1)
     assert facts.moved_bytes == read + 2 * workload.elements * (wide + slots)

@@ -90,21 +90,32 @@ static double random_number() { return static_cast<double>(random_bits()) / (1LL
 
 static void randomize(float& x) { x = static_cast<float>(random_number()); }
 static void randomize(double& x) { x = random_number(); }
+static void randomize(Float16& x) { narrow(x, static_cast<float>(random_number())); }
+static void randomize(BFloat16& x) { narrow(x, static_cast<float>(random_number())); }
 template <typename T> static void randomize(Complex<T>& x) { randomize(x.re), randomize(x.im); }
 template <typename T> static void randomize(Buffer<T>& buffer) {
     for (long long i = 0; i < buffer.size; ++i) randomize(buffer[i]);
 }
 
+// Numbers of 16 bits are computed with in float. (Their conversions have tests of their own, beside NumPy's.)
+template <typename T> static T wide(T x) { return x; }
+static float wide(Float16 x) { return widened(x); }
+static float wide(BFloat16 x) { return widened(x); }
+template <typename T> static void keep(T& place, T x) { place = x; }
+static void keep(Float16& place, float x) { narrow(place, x); }
+static void keep(BFloat16& place, float x) { narrow(place, x); }
+
 // What is clipped by value. (The rule for complex numbers has tests of its own; here they are left as they are.)
-constexpr bool CLIPS_BY_VALUE = BOUNDED && sizeof(Stored) == sizeof(StoredReal);
+constexpr bool CLIPS_BY_VALUE = BOUNDED && sizeof(Wide) == sizeof(StoredReal);
 static const StoredReal CLIP_VALUE = static_cast<StoredReal>(CLIPS_BY_VALUE ? 0.75 : INFINITY);
 
 template <typename T> static T bounded(T x) { return x < -CLIP_VALUE ? -CLIP_VALUE : x > CLIP_VALUE ? CLIP_VALUE : x; }
 template <typename T> static Complex<T> bounded(Complex<T> x) { return x; }
 
-static const StepScalars STEP = {StoredReal(0.01), StoredReal(0.1),   StoredReal(0.001), StoredReal(1e-7), StoredReal(-1),
-                                 StoredReal(0.25), StoredReal(0.875), StoredReal(0.7),   StoredReal(0.3),  CLIP_VALUE};
-static const StepScalars NOTHING = {NAN, NAN, NAN, NAN, NAN, NAN, NAN, NAN, NAN, NAN};
+static const StepScalars STEP = {12345, StoredReal(0.01), StoredReal(0.1), StoredReal(0.001), StoredReal(1e-7), StoredReal(-1),
+                                 StoredReal(0.25), StoredReal(0.875), StoredReal(0.7), StoredReal(0.3), CLIP_VALUE};
+static const StepScalars NOTHING = {0, NAN, NAN, NAN, NAN, NAN, NAN, NAN, NAN, NAN, NAN};
+static const long long PLACE = 3;  // of every variable among all
 
 // How a kernel is given them: a staged one must not look at the argument, another one not at the pointer.
 static const StepScalars SCALARS = STAGED ? NOTHING : STEP;
@@ -115,8 +126,8 @@ static const StepScalars* const STAGED_STEP = STAGED ? &STEP : nullptr;
 template <typename T> static T times(T x, double factor) { return static_cast<T>(static_cast<double>(x) * factor); }
 template <typename T> static Complex<T> times(Complex<T> x, double f) { return {times(x.re, f), times(x.im, f)}; }
 
-static Stored clipped_reference(Stored g, double factor) {
-    return CLIPS ? times(bounded(g), factor) : g;
+static Wide clipped_reference(Gradient g, double factor) {
+    return CLIPS ? times(bounded(wide(g)), factor) : wide(g);
 }
 
 template <typename T> static T norm_squared(T x) { return x * x; }
@@ -144,38 +155,52 @@ template <typename T> static Complex<T> smoothed(Complex<T> old, Complex<T> thet
 
 // A variable with its slots, updated by the kernel, and the same one updated here.
 struct Pair {
-    Buffer<Stored> theta, m;
-    Buffer<StoredReal> v, vhat;
-    Buffer<Stored> averaged, expected_theta, expected_m, expected_averaged;
-    Buffer<StoredReal> expected_v, expected_vhat;
+    Buffer<Stored> theta, expected_theta;
+    Buffer<Slot> m, expected_m;
+    Buffer<SlotReal> v, vhat, expected_v, expected_vhat;
+    Buffer<Wide> averaged, master, expected_averaged, expected_master;
 
     Pair(long long n, int offset)
-        : theta(n, offset), m(n, offset), v(n, offset), vhat(n, offset), averaged(n, offset), expected_theta(n),
-          expected_m(n), expected_averaged(n), expected_v(n), expected_vhat(n) {
-        randomize(theta), randomize(m), randomize(v), randomize(vhat), randomize(averaged);
+        : theta(n, offset), expected_theta(n), m(n, offset), expected_m(n), v(n, offset), vhat(n, offset), expected_v(n),
+          expected_vhat(n), averaged(n, offset), master(n, offset), expected_averaged(n), expected_master(n) {
+        randomize(theta), randomize(m), randomize(v), randomize(vhat), randomize(averaged), randomize(master);
         for (long long i = 0; i < n; ++i) {
-            v[i] = v[i] < 0 ? -v[i] : v[i];
-            vhat[i] = vhat[i] < 0 ? -vhat[i] : vhat[i];
+            keep(v[i], fabs_of(wide(v[i])));
+            keep(vhat[i], fabs_of(wide(vhat[i])));
             expected_theta[i] = theta[i], expected_m[i] = m[i], expected_v[i] = v[i], expected_vhat[i] = vhat[i];
-            expected_averaged[i] = averaged[i];
+            expected_averaged[i] = averaged[i], expected_master[i] = master[i];
         }
     }
 
-    void update(long long i, Stored g) {
-        if (ADJUSTS) g = penalized(g, expected_theta[i]);
-        average(expected_m[i], g, STEP.one_minus_beta_1);
-        average(expected_v[i], norm_squared(g), STEP.one_minus_beta_2);
-        StoredReal second_moment = expected_v[i];
+    static StoredReal fabs_of(StoredReal x) { return x < 0 ? -x : x; }
+
+    void update(long long i, Wide g) {
+        Wide updated = MASTER ? expected_master[i] : wide(expected_theta[i]), mean = wide(expected_m[i]);
+        StoredReal second_moment = wide(expected_v[i]);
+        if (ADJUSTS) g = penalized(g, updated);
+        average(mean, g, STEP.one_minus_beta_1);
+        average(second_moment, norm_squared(g), STEP.one_minus_beta_2);
+        keep(expected_m[i], mean), keep(expected_v[i], second_moment);
         if (AMSGRAD) {
-            if (expected_vhat[i] < second_moment) expected_vhat[i] = second_moment;
-            second_moment = expected_vhat[i];
+            if (second_moment < wide(expected_vhat[i])) second_moment = wide(expected_vhat[i]);
+            keep(expected_vhat[i], second_moment);
         }
         // The root of a float in float64 and rounded is the float nearest to the root.
-        descend(expected_theta[i], expected_m[i], static_cast<StoredReal>(sqrt(second_moment)) + STEP.epsilon);
-        if (EMA) expected_averaged[i] = smoothed(expected_averaged[i], expected_theta[i]);
+        descend(updated, mean, static_cast<StoredReal>(sqrt(second_moment)) + STEP.epsilon);
+        if (MASTER) expected_master[i] = updated;
+        if constexpr (STOCHASTIC) {
+            narrow_stochastically(expected_theta[i], updated, noise_at(noise_of(STEP.noise, PLACE), i, 0));
+        } else {
+            keep(expected_theta[i], updated);
+        }
+        if (!MASTER) updated = wide(expected_theta[i]);
+        if (EMA) expected_averaged[i] = smoothed(expected_averaged[i], updated);
     }
 
-    Slots slots() { return {theta.data, m.data, v.data, AMSGRAD ? vhat.data : nullptr, EMA ? averaged.data : nullptr}; }
+    Slots slots() {
+        return {theta.data, m.data, v.data, AMSGRAD ? vhat.data : nullptr, EMA ? averaged.data : nullptr,
+                MASTER ? master.data : nullptr};
+    }
 
     void check(const char* what) {
         for (long long i = 0; i < theta.size; ++i) {
@@ -184,6 +209,7 @@ struct Pair {
             compare(v[i], expected_v[i], what, theta.size, i);
             compare(vhat[i], expected_vhat[i], what, theta.size, i);
             compare(averaged[i], expected_averaged[i], what, theta.size, i);
+            compare(master[i], expected_master[i], what, theta.size, i);
         }
     }
 };
@@ -196,19 +222,19 @@ constexpr int TENSORS = sizeof SIZES / sizeof *SIZES;
 // The table of tensors of these sizes, with their gradients; the caller adds the rest.
 struct Tensors {
     Buffer<Tensor> tensors{TENSORS};
-    Buffer<const Stored*> gradient_pointers{TENSORS};
+    Buffer<const Gradient*> gradient_pointers{TENSORS};
     Buffer<int>* chunk_tensor;
     Buffer<long long> ends{TENSORS};
-    Buffer<Stored>* gradients[TENSORS];
+    Buffer<Gradient>* gradients[TENSORS];
     TensorTable table;
 
     explicit Tensors(int shift) {
         long long chunks = 0;
         for (int t = 0; t < TENSORS; ++t) {
-            gradients[t] = new Buffer<Stored>(SIZES[t], (t + 2 * shift + 1) % 4);
+            gradients[t] = new Buffer<Gradient>(SIZES[t], (t + 2 * shift + 1) % 4);
             randomize(*gradients[t]);
             gradient_pointers[t] = gradients[t]->data;
-            tensors[t] = {{}, SIZES[t], chunks, 1};
+            tensors[t] = {{}, SIZES[t], chunks, 1, PLACE};
             chunks += (SIZES[t] + GPU_ADAM_CHUNK - 1) / GPU_ADAM_CHUNK;
             ends[t] = chunks;
         }
@@ -219,7 +245,7 @@ struct Tensors {
         table = {tensors.data, gradient_pointers.data, chunk_tensor->data, chunks};
     }
     ~Tensors() {
-        for (Buffer<Stored>* gradient : gradients) delete gradient;
+        for (Buffer<Gradient>* gradient : gradients) delete gradient;
         delete chunk_tensor;
     }
 };
@@ -255,7 +281,7 @@ static void make_indices(Buffer<T>& indices, long long rows, bool valid) {
 
 static void test_table(long long rows, long long row_size, long long count, int offset, bool valid) {
     Pair pair(rows * row_size, offset);
-    Buffer<Stored> values(count * row_size, (offset + 1) % 4);
+    Buffer<Gradient> values(count * row_size, (offset + 1) % 4);
     randomize(values);
     Buffer<int> indices(count);
     make_indices(indices, rows, valid);
@@ -266,15 +292,15 @@ static void test_table(long long rows, long long row_size, long long count, int 
     long long filled = 0;
     IndexErrors expected = NO_ERRORS;
     for (long long row = 0; row <= rows; ++row) {
-        Buffer<Stored> sums(row_size);
-        for (long long c = 0; c < row_size; ++c) sums[c] = Stored{};
+        Buffer<Wide> sums(row_size);
+        for (long long c = 0; c < row_size; ++c) sums[c] = Wide{};
         for (long long i = 0; i < count; ++i) {
             const bool inside = 0 <= indices[i] && indices[i] < rows;
             if (inside ? indices[i] != row : row != rows) continue;
             sorted_rows[filled] = row, positions[filled++] = i;
             if (!inside && expected.count++ == 0) expected.first_position = i, expected.first_index = indices[i];
             for (long long c = 0; c < row_size; ++c) {
-                const Stored g = clipped_reference(values[i * row_size + c], factor ? *factor : 1.0);
+                const Wide g = clipped_reference(values[i * row_size + c], factor ? *factor : 1.0);
                 store(sums[c], value(sums[c]) + value(g));
             }
         }
@@ -287,7 +313,7 @@ static void test_table(long long rows, long long row_size, long long count, int 
     const long long pieces = (row_size + GPU_ADAM_TILE - 1) / GPU_ADAM_TILE;
     const long long rows_per_tile = pieces > 1 ? 1 : GPU_ADAM_TILE / row_size;
     const long long tiles = pieces * ((rows + rows_per_tile - 1) / rows_per_tile);
-    const EmbeddingTable table = {pair.slots(), rows, row_size, rows_per_tile, pieces, tiles};
+    const EmbeddingTable table = {pair.slots(), rows, row_size, rows_per_tile, pieces, tiles, PLACE};
     launch(tiles + 1, sparse, table, Indices{indices.data, 0, count, rows}, Keys{sorted_rows.data, positions.data},
            values.data, factor, SCALARS, STAGED_STEP, errors.data);
     pair.check("sparse");
@@ -388,15 +414,15 @@ static void test_norm() {
         Buffer<double> sums(chunks);
         launch(chunks, square_sums, all.table, CLIP_VALUE, sums.data);
         for (int t = shift; t < TENSORS; t += 2) {
-            const Buffer<Stored>& gradient = *all.gradients[t];
+            const Buffer<Gradient>& gradient = *all.gradients[t];
             const long long first = all.tensors[t].first_chunk;
             Buffer<double> alone(all.ends[t] - first);
             launch(alone.size, square_sums_of, gradient.data, gradient.size, CLIP_VALUE, alone.data);
             for (long long c = 0; c < alone.size; ++c) {
                 const long long left = gradient.size - c * GPU_ADAM_CHUNK;
                 const long long size = left < GPU_ADAM_CHUNK ? left : GPU_ADAM_CHUNK;
-                const Stored* const chunk = gradient.data + c * GPU_ADAM_CHUNK;
-                const double sum = lane_sum(chunk, size, [](Stored x) { return term(bounded(x)); });
+                const Gradient* const chunk = gradient.data + c * GPU_ADAM_CHUNK;
+                const double sum = lane_sum(chunk, size, [](Gradient x) { return term(bounded(wide(x))); });
                 compare(sums[first + c], sum, "square_sums", gradient.size, c);
                 compare(alone[c], sum, "square_sums_of", gradient.size, c);
             }
