@@ -150,13 +150,15 @@ def noise(seed: int, t: int, place: int, index: Array) -> Array:
     x: Array = low ^ np.uint32(own % 2**32)
     x = (x ^ x >> 16) * np.uint32(0x85EBCA6B) + np.uint32(own >> 32) + high
     x = (x ^ x >> 13) * np.uint32(0xC2B2AE35)
-    return x ^ x >> 16
+    x = x ^ x >> 16
+    return x
 
 
 def stochastically(x: Array, random: Array) -> Array:
     """float32 numbers rounded by the lower 16 bits of the noise."""
     rounded: Array = (x.view(np.uint32) + (random & 0xFFFF)) >> 16
-    return rounded.astype(np.uint16).view(BFLOAT16)
+    halves: Array = rounded.astype(np.uint16).view(BFLOAT16)
+    return halves
 
 
 @pytest.mark.parametrize("sparse", [False, True])

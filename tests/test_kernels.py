@@ -546,14 +546,15 @@ def test_fast_mode_gives_the_reference_bits(dtype: str, mode: str) -> None:
 
 def test_staged_scalars_give_the_same_bits() -> None:
     """Read through the pointer, and not from the argument, which holds other numbers."""
-    scalars = kernels.struct(kernels.step_scalars("float32"), 0.01, 0.1, 0.001, 1e-7, -1, 0.5, 0.9, 0, 1, 0.75)
-    garbage, null = np.full_like(scalars, np.nan), kernels.pointer(0)
+    scalars = kernels.struct(kernels.step_scalars("float32"), 0, 0.01, 0.1, 0.001, 1e-7, -1, 0.5, 0.9, 0, 1, 0.75)
+    garbage = kernels.struct(scalars.dtype, 0, *[np.nan] * 10)
+    null = kernels.pointer(0)
     results = []
     for staged in (False, True):
         rng = np.random.default_rng(1)
         theta, m, v, g = (np.abs(numbers(rng, 37, "float32")) for _ in range(4))
         addresses = {name: array.ctypes.data for name, array in (("theta", theta), ("m", m), ("v", v))}
-        tensor = kernels.struct(kernels.TENSOR, kernels.slot_pointers(addresses), 37, 0, 0)
+        tensor = kernels.struct(kernels.TENSOR, kernels.slot_pointers(addresses), 37, 0, 0, 0)
         gradients, chunk_tensor = np.array([g.ctypes.data], np.uint64), np.zeros(1, np.int32)
         places = [array.ctypes.data for array in (tensor, gradients, chunk_tensor)]
         table = kernels.struct(kernels.TENSOR_TABLE, *places, 1)
@@ -813,7 +814,7 @@ def test_factors_of_small_and_large_norms(dtype: str, launch: str) -> None:
 @pytest.mark.parametrize("launch", BOTH_MODES)
 def test_huge_float32_values_do_not_overflow(launch: str) -> None:
     for name in DTYPES:
-        if kernels.DTYPES[name].real_dtype == "float64":
+        if kernels.DTYPES[name].real_dtype == "float64" or name in kernels.HALVES:
             continue
         x = np.full(5000, np.finfo(np.float32).max, name)
         (norm,) = norms(BOTH_MODES[launch], [x])

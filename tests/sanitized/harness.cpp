@@ -105,6 +105,11 @@ template <typename T> static void keep(T& place, T x) { place = x; }
 static void keep(Float16& place, float x) { narrow(place, x); }
 static void keep(BFloat16& place, float x) { narrow(place, x); }
 
+template <typename T, typename X> static void keep_by_chance(T& place, X x, unsigned) { keep(place, x); }
+static void keep_by_chance(BFloat16& place, float x, unsigned noise) {
+    STOCHASTIC ? narrow_stochastically(place, x, noise) : narrow(place, x);
+}
+
 // What is clipped by value. (The rule for complex numbers has tests of its own; here they are left as they are.)
 constexpr bool CLIPS_BY_VALUE = BOUNDED && sizeof(Wide) == sizeof(StoredReal);
 static const StoredReal CLIP_VALUE = static_cast<StoredReal>(CLIPS_BY_VALUE ? 0.75 : INFINITY);
@@ -188,11 +193,7 @@ struct Pair {
         // The root of a float in float64 and rounded is the float nearest to the root.
         descend(updated, mean, static_cast<StoredReal>(sqrt(second_moment)) + STEP.epsilon);
         if (MASTER) expected_master[i] = updated;
-        if constexpr (STOCHASTIC) {
-            narrow_stochastically(expected_theta[i], updated, noise_at(noise_of(STEP.noise, PLACE), i, 0));
-        } else {
-            keep(expected_theta[i], updated);
-        }
+        keep_by_chance(expected_theta[i], updated, noise_at(noise_of(STEP.noise, PLACE), i, 0));
         if (!MASTER) updated = wide(expected_theta[i]);
         if (EMA) expected_averaged[i] = smoothed(expected_averaged[i], updated);
     }
