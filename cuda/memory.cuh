@@ -29,8 +29,19 @@ struct alignas(sizeof(T) * N < 16 || N == 1 ? sizeof(T) * N : 16) Pack {
 template <int N, typename T>
 __device__ inline Pack<T, N> load_pack(const T* p) { return *reinterpret_cast<const Pack<T, N>*>(p); }
 
+// A variable with a master is stored without having been loaded. NVRTC would store its pack of 16-bit numbers one by one,
+// and words of 32 bits too.
 template <typename T, int N>
-__device__ inline void store_pack(T* p, const Pack<T, N>& pack) { *reinterpret_cast<Pack<T, N>*>(p) = pack; }
+__device__ inline void store_pack(T* p, const Pack<T, N>& pack) {
+    if constexpr (MASTER && sizeof(T) == 2 && N == 8) {
+        Pack<unsigned long long, 2> words = {};
+#pragma unroll
+        for (int k = N - 1; k >= 0; --k) words.x[k / 4] = words.x[k / 4] << 16 | pack.x[k].bits;
+        *reinterpret_cast<Pack<unsigned long long, 2>*>(p) = words;
+    } else {
+        *reinterpret_cast<Pack<T, N>*>(p) = pack;
+    }
+}
 
 template <typename T>
 __device__ inline bool aligned(const T* p) {

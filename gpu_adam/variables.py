@@ -17,6 +17,7 @@ from gpu_adam.autodiff_seam import adapter, check_overwrite, operand, shown
 from gpu_adam.conversion import as_numbers, cast, copied_to, on_host, place_of
 from gpu_adam.devices import Array, Device, find_device
 from gpu_adam.errors import ArgumentTypeError, ArgumentValueError, SparseIndexError
+from gpu_adam.kernels import dtype_named
 from gpu_adam.rules import truth_value
 
 _PYTHON_DTYPES = {"f": np.dtype(np.float32), "i": np.dtype(np.int32)}
@@ -112,7 +113,7 @@ class Variable(NDArrayOperatorsMixin):
         self._constraint = None
         return self
 
-    def follow(self, master: Variable) -> None:
+    def _follow(self, master: Variable) -> None:
         """Be the rounding of another variable of the same shape and device as long as it lives.
 
         Whatever is assigned to this variable is assigned to the master too. (What is written into `value` is not.)
@@ -120,7 +121,7 @@ class Variable(NDArrayOperatorsMixin):
         self._master = weakref.ref(master)
 
     @property
-    def has_master(self) -> bool:
+    def _has_master(self) -> bool:
         """Whether the variable is the rounding of another one."""
         return self._master is not None and self._master() is not None
 
@@ -528,7 +529,7 @@ def _called_on(device: Device, method: Callable[..., Any], *args: Any, **kwargs:
 def as_dtype(dtype: Any) -> np.dtype:
     """`dtype` as NumPy's; ArgumentTypeError where it is none."""
     try:
-        found: np.dtype = np.dtype(dtype)
+        found: np.dtype = dtype_named(dtype) if isinstance(dtype, str) else np.dtype(dtype)
     except TypeError as error:
         raise ArgumentTypeError("dtype", "must be a NumPy dtype", repr(dtype), "pass 'float32', say") from error
     return found

@@ -32,7 +32,7 @@ template <typename T> static T* ones(long long n) {
     for (long long i = 0; i < n; ++i) p[i] = T{1};
     return p;
 }
-static StepScalars scalars = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
+static StepScalars scalars = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
 static const StepScalars* staged = nullptr;
 static Slots slots(long long n) {
 #define ONES(slot, Memory, Register, present) ones<Memory>(n),
@@ -47,7 +47,7 @@ _DENSE = """
 static const long long CHUNKS = %d, N = CHUNKS * GPU_ADAM_CHUNK;
 static TensorTable dense_table() {
     static Tensor tensor = {slots(N), N, 0};
-    static const Stored* gradient = ones<Stored>(N);
+    static const Gradient* gradient = ones<Gradient>(N);
     static int chunk_tensor[CHUNKS] = {};
     return {&tensor, &gradient, chunk_tensor, CHUNKS};
 }
@@ -81,7 +81,7 @@ int main() {
     Keys keys = {ones<long long>(COUNT), ones<long long>(COUNT)};
     for (long long i = 0; i < COUNT; ++i) keys.row[i] = 8 * i, keys.position[i] = i;
     Indices indices = {keys.row, 1, COUNT, ROWS};
-    Stored* values = ones<Stored>(COUNT * WIDTH);
+    Gradient* values = ones<Gradient>(COUNT * WIDTH);
     static IndexErrors error = {};
     IndexErrors* errors = &error;
     void* arguments[] = {&table, &indices, &keys, &values, &factors, &scalars, &staged, &errors};
@@ -116,20 +116,39 @@ def rows(only: str = "") -> dict[str, Any]:
 
 
 SWITCHES = {
-    **{word: (word.upper(), 1) for word in ("amsgrad", "ema", "adjust", "clip", "staged")},
+    **{word: (word.upper(), 1) for word in ("amsgrad", "ema", "adjust", "clip", "master", "stochastic", "staged")},
     "bounded": ("CLIP", 2),
 }
 """Words for the switches of a variant, as names and numbers of the preprocessor."""
 
 
+def description(source: kernels.Source) -> str:
+    """Dtypes and switches of a source in words: "bfloat16 gradient=float32 master", say."""
+    defined = dict(define.removeprefix("GPU_ADAM_").split("=") for define in source.defines)
+    names = {row.stored: dtype for dtype, row in kernels.DTYPES.items()}
+    words = [names[defined["STORED"]]] if "STORED" in defined else []
+    words += [
+        f"{word}={names[defined[name]]}"
+        for word, name, usual in (("gradient", "GRADIENT", "STORED"), ("slots", "SLOT", "WIDE"))
+        if defined.get(name) != defined.get(usual)
+    ]
+    words += [word for word, (name, value) in SWITCHES.items() if defined.get(name) == str(value)]
+    return " ".join(words)
+
+
 def _kernels() -> Iterator[tuple[str, kernels.Kernel]]:
     for dtype in kernels.DTYPES:
-        for name, make in (("dense", kernels.dense), ("sparse", kernels.sparse)):
-            for rule in kernels.update_rules():
-                words = [word for word, switch in SWITCHES.items() if switch in rule.switches]
-                yield " ".join([name, dtype, *words]), make(dtype, rule)
-        for word, bounded in (("clip", False), ("bounded", True)):
-            yield f"square_sums {dtype} {word}", kernels.norm(dtype, "square_sums", bounded=bounded)
+        for make in (kernels.dense, kernels.sparse):
+            for rule in kernels.update_rules(dtype):
+                yield _labelled(make(dtype, rule))
+        for bounded in (False, True):
+            yield _labelled(kernels.norm(dtype, "square_sums", bounded=bounded))
+    for dtype, rule, gradient in kernels.MIXED_UPDATES:
+        yield _labelled(kernels.dense(dtype, rule, gradient=gradient))
+
+
+def _labelled(kernel: kernels.Kernel) -> tuple[str, kernels.Kernel]:
+    return f"{kernel.name} {description(kernel.source)}", kernel
 
 
 def instructions(kernel: kernels.Kernel) -> int:

@@ -26,7 +26,6 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from cupy.cuda import nvrtc
 
 from gpu_adam import kernels
@@ -69,23 +68,12 @@ def _other(before: Table, measured: Table, tool: str) -> str:
 
 def table(only: str = "") -> Table:
     """All rows: "gpu" and "host", and by which compilers."""
-    sources = [source for source in dict.fromkeys(kernels.variants()) if only in description(source)]
+    sources = [source for source in dict.fromkeys(kernels.variants()) if only in callgrind.description(source)]
     pairs = list(itertools.product(sources, sass.ARCHITECTURES))
     with ProcessPoolExecutor(len(os.sched_getaffinity(0)), multiprocessing.get_context("spawn")) as pool:
         rows = {name: row for found in pool.map(gpu_rows, pairs) for name, row in found}
     version = "NVRTC {}.{}".format(*nvrtc.getVersion())
     return {"nvrtc": version, "compiler": callgrind.version(), "gpu": rows, "host": callgrind.rows(only)}
-
-
-def description(source: Source) -> str:
-    """Dtype and switches of a source in words."""
-    defines = set(source.defines)
-    words = [dtype for dtype, row in kernels.DTYPES.items() if set(row.defines) <= defines]
-    words += [word for word, (name, value) in callgrind.SWITCHES.items() if f"GPU_ADAM_{name}={value}" in defines]
-    known = {define for row in kernels.DTYPES.values() for define in row.defines}
-    constants = ("CHUNK", "TILE", "SORT_RUN", "SORT_ROWS", "DIGIT_BITS", "AMSGRAD", "EMA", "ADJUST", "CLIP", "STAGED")
-    words += [d for d in source.defines if d not in known and not re.match(rf"GPU_ADAM_({'|'.join(constants)})=", d)]
-    return " ".join(words)
 
 
 def gpu_rows(pair: tuple[Source, int]) -> list[tuple[str, Table]]:
@@ -111,7 +99,7 @@ def gpu_rows(pair: tuple[Source, int]) -> list[tuple[str, Table]]:
         }
         if function.main_loop is not None:
             row |= loop_row(name, source, function.main_loop)
-        rows.append((" ".join(f"{name} {description(source)} sm_{architecture}".split()), row))
+        rows.append((" ".join(f"{name} {callgrind.description(source)} sm_{architecture}".split()), row))
     return rows
 
 
@@ -128,13 +116,15 @@ def loop_row(name: str, source: Source, loop: sass.Code) -> Table:
 
 def stored_per_element(name: str, source: Source) -> int:
     """Bytes of one element of the variable and its slots; 0 for a kernel that stores something else."""
-    dtypes = [dtype for dtype, row in kernels.DTYPES.items() if set(row.defines) <= set(source.defines)]
+    defined = dict(define.removeprefix("GPU_ADAM_").split("=") for define in source.defines)
+    dtypes = [dtype for dtype, row in kernels.DTYPES.items() if row.stored == defined.get("STORED")]
     if name not in ("dense", "sparse") or not dtypes:
         return 0
-    wide = np.dtype(dtypes[0]).itemsize if dtypes[0] in np.sctypeDict else 2
-    real = np.dtype(kernels.DTYPES[dtypes[0]].real_dtype).itemsize
-    rule = kernels.UpdateRule(amsgrad="GPU_ADAM_AMSGRAD=1" in source.defines, ema="GPU_ADAM_EMA=1" in source.defines)
-    return wide + sum(real if spec.is_real else wide for spec in kernels.slots_of(rule))
+    amsgrad, ema, master = (defined[name] == "1" for name in ("AMSGRAD", "EMA", "MASTER"))
+    slot_dtype = "bfloat16" if defined["SLOT"] != defined["WIDE"] else None
+    variable = kernels.dtype_named(dtypes[0])
+    slots = kernels.slots_of(kernels.UpdateRule(amsgrad=amsgrad, ema=ema, master=master), dtypes[0])
+    return variable.itemsize + sum(spec.dtype(variable, "abs2", slot_dtype).itemsize for spec in slots)
 
 
 def compiled(source: Source, architecture: int) -> bytes:

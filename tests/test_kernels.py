@@ -21,7 +21,6 @@ import gpu_adam
 from gpu_adam import IndexedSlices, Variable, kernels
 from gpu_adam.devices import HostDevice, compiler, host
 from gpu_adam.kernels import sources
-from gpu_adam.kernels.variants import MIXED_UPDATES
 from gpu_adam.step.index_errors import IndexErrors
 from gpu_adam.step.row_sort import RowSorter
 from gpu_adam.uninterrupted import make_all
@@ -272,7 +271,7 @@ def test_variants_are_distinct_and_complete() -> None:
         for dtype, update in itertools.product(DTYPES, (kernels.dense, kernels.sparse))
         for rule in kernels.update_rules(dtype)
     }
-    mixed = {kernels.dense(dtype, rule, gradient=gradient).source for dtype, rule, gradient in MIXED_UPDATES}
+    mixed = {kernels.dense(dtype, rule, gradient=gradient).source for dtype, rule, gradient in kernels.MIXED_UPDATES}
     assert not mixed & updates
     assert len(staged) == len(updates)
     assert not staged & updates
@@ -525,7 +524,7 @@ def test_launches_that_try_fetching_ahead_give_the_same_bits(sparse: bool) -> No
 
 
 @pytest.mark.parametrize("mode", ["plain", "amsgrad, clipvalue"])
-@pytest.mark.parametrize("dtype", [name for name in DTYPES if np.dtype(name).kind == "f"], indirect=True)
+@pytest.mark.parametrize("dtype", ["float32", "float64"], indirect=True)
 def test_fast_mode_gives_the_reference_bits(dtype: str, mode: str) -> None:
     """What all the launches above are compared with. The oracle knows real numbers only."""
     job, config = job_of(dtype, mode), dict(MODES[mode])

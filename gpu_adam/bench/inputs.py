@@ -5,10 +5,10 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from gpu_adam.bench.workloads import Workload
+from gpu_adam.kernels import dtype_named
 
 _BLOCK = 2**20
 _ZIPF = 1.1
@@ -25,7 +25,7 @@ class Inputs:
     def __init__(self, workload: Workload, number: int) -> None:
         self.workload, self.number = workload, number
         self.shapes = workload.shapes()
-        self.dtype = as_dtype(workload.dtype)
+        self.dtype = dtype_named(workload.dtype)
 
     def theta(self, k: int) -> np.ndarray:
         """First value of variable `k`."""
@@ -61,7 +61,7 @@ class Inputs:
 @functools.cache
 def _random_block(dtype: str) -> np.ndarray:
     """Random numbers with magnitudes in [0.1, 1.1] and random signs, or phases."""
-    kind = as_dtype(dtype)
+    kind = dtype_named(dtype)
     rng = np.random.default_rng(0)
     magnitude = rng.random(_BLOCK) + 0.1
     if kind.kind == "c":
@@ -78,8 +78,3 @@ def _stride(rows: int) -> int:
     while np.gcd(stride, rows) != 1:
         stride += 1
     return stride
-
-
-def as_dtype(name: str) -> np.dtype:
-    """The dtype of that name, NumPy's or ml_dtypes'."""
-    return np.dtype(getattr(ml_dtypes, name)) if hasattr(ml_dtypes, name) else np.dtype(name)

@@ -13,12 +13,13 @@ from typing import Any
 from gpu_adam.bench import facts, host_costs, own_step, peers
 from gpu_adam.bench.clocks import Candidate, Effort, measure
 from gpu_adam.bench.copy_bandwidth import copy_bandwidth
-from gpu_adam.bench.inputs import Inputs, as_dtype
+from gpu_adam.bench.inputs import Inputs
 from gpu_adam.bench.own_step import WrongResultError
 from gpu_adam.bench.telemetry import NONE, Telemetry, between
 from gpu_adam.bench.workloads import Workload
 from gpu_adam.devices import Device
 from gpu_adam.errors import ArgumentValueError
+from gpu_adam.kernels import dtype_named
 
 FORMAT = 1
 _SPARE = 1.6  # a workload's own copies while it is made
@@ -290,4 +291,4 @@ def _maker(peer: peers.Peer, inputs: Sequence[Inputs], device: Device) -> Callab
 
 def _bytes_of(workload: Workload) -> int:
     """Memory of one set: variable, gradient, m, v and with AMSGrad vhat."""
-    return workload.elements * as_dtype(workload.dtype).itemsize * (5 if workload.amsgrad else 4)
+    return workload.elements * dtype_named(workload.dtype).itemsize * (5 if workload.amsgrad else 4)

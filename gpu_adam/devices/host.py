@@ -97,7 +97,7 @@ class HostDevice(Device):
             return None
         if hasattr(obj, "__dlpack_device__"):
             kind, _ = obj.__dlpack_device__()
-            if kind == 1 and getattr(obj, "dtype", None) == kernels.MIXING["bfloat16"]:
+            if kind == 1 and str(getattr(obj, "dtype", "")) == "bfloat16":
                 return np.asarray(obj)  # of JAX, whose arrays NumPy takes as they are, but not through DLPack
             return from_dlpack(obj, np.from_dlpack) if kind == 1 else None
         if hasattr(obj, "__array_interface__"):

@@ -12,7 +12,7 @@ import numpy as np
 
 from gpu_adam.devices.pair_reader import ExpectedPairs
 from gpu_adam.errors import ArgumentTypeError
-from gpu_adam.kernels import MIXING
+from gpu_adam.kernels import MIXING, dtype_named
 from gpu_adam.uninterrupted import Call
 
 
@@ -55,7 +55,7 @@ def readable(obj: Any, argument: str) -> Any:
 def from_dlpack(obj: Any, function: Callable[[Any], Any]) -> Any:
     """The memory of an object by `function`, NumPy's or CuPy's from_dlpack, neither of which takes torch's bfloat16."""
     if is_tensor(obj) and obj.dtype is sys.modules["torch"].bfloat16:
-        return function(obj.view(sys.modules["torch"].int16)).view(MIXING["bfloat16"])
+        return function(obj.view(sys.modules["torch"].int16)).view(dtype_named("bfloat16"))
     return function(obj)
 
 

@@ -9,7 +9,7 @@
 A new dtype or slot is a row of its table; ``cuda/README.md`` says what else.
 """
 
-from gpu_adam.kernels.dtypes import COMPLEX_MODES, DTYPES, HALVES, MIXING, Dtype, Layout, dtype_row
+from gpu_adam.kernels.dtypes import COMPLEX_MODES, DTYPES, HALVES, MIXING, Dtype, Layout, dtype_named, dtype_row
 from gpu_adam.kernels.slot_specs import SLOT_SPECS, SlotSpec, slot_spec, slots_of
 from gpu_adam.kernels.sources import Kernel, Source, directory, kernel_names
 from gpu_adam.kernels.structs import (
@@ -31,6 +31,7 @@ from gpu_adam.kernels.variants import (
     BLOCK_SIZE,
     CHUNK,
     DIGIT_BITS,
+    MIXED_UPDATES,
     SORT_ROWS,
     SORT_RUN,
     UpdateRule,
@@ -54,6 +55,7 @@ __all__ = [
     "INDEX_ERRORS",
     "INDICES",
     "KEYS",
+    "MIXED_UPDATES",
     "MIXING",
     "NO_INDEX_ERRORS",
     "SLOT_POINTERS",
@@ -70,6 +72,7 @@ __all__ = [
     "UpdateRule",
     "dense",
     "directory",
+    "dtype_named",
     "dtype_row",
     "kernel_names",
     "norm",

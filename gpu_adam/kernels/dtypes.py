@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import ml_dtypes
 import numpy as np
 
 from gpu_adam.errors import ArgumentValueError
@@ -63,11 +64,23 @@ DTYPES = {
     "bfloat16": Dtype("BFloat16", *_FLOAT, ftz=True),
 }
 
-MIXING = {name: np.dtype(getattr(ml_dtypes, name, name)) for name, row in DTYPES.items() if row.value == "float"}
-"""The dtypes, by name, of gradients that a variable of one of them may have: all are computed with in float32."""
+MIXING = tuple(name for name, row in DTYPES.items() if row.value == "float")
+"""The dtypes of gradients that a variable of one of these may have: all are computed with in float32."""
 
 HALVES = tuple(name for name, row in DTYPES.items() if row.stored != row.wide)
 """The dtypes of 16 bits, which are rounded when they are stored."""
+
+
+@functools.cache
+def dtype_named(name: str) -> np.dtype:
+    """NumPy's dtype of that name, or the one that the package ml_dtypes adds, imported when it is first asked for.
+
+    Raises:
+        TypeError: there is none.
+    """
+    if name == "bfloat16":
+        importlib.import_module("ml_dtypes")
+    return np.dtype(name)
 
 
 def dtype_row(dtype: np.dtype, argument: str) -> Dtype:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gpu_adam.kernels.dtypes import DTYPES, MIXING
+from gpu_adam.kernels.dtypes import DTYPES, dtype_named
 from gpu_adam.kernels.variants import UpdateRule
 
 
@@ -46,7 +46,7 @@ class SlotSpec:
         if row is None:
             return variable_dtype
         if slot_dtype is not None and self.is_moment:
-            return MIXING[slot_dtype]
+            return dtype_named(slot_dtype)
         return np.dtype(row.real_dtype if self.is_real and complex_mode == "abs2" else row.wide_dtype)
 
 

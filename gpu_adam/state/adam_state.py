@@ -130,7 +130,7 @@ class AdamState:
     def link_masters(self) -> None:
         """Let the variables with a master be its rounding, whatever is assigned to them."""
         for variable, master in self.slots.get("master", {}).items():
-            variable.follow(master)
+            variable._follow(master)
 
     # As a whole, by name.
 
@@ -213,7 +213,7 @@ class AdamState:
         # As lists: a copied dict of variables would be filled before the variables are.
         state["slots"] = {name: list(owned.items()) for name, owned in self.slots.items()}
         state["settings"] = list(self.settings.items())
-        state["masters"] = any(variable.has_master for variable in self.slots.get("master", ()))
+        state["masters"] = any(variable._has_master for variable in self.slots.get("master", ()))
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -238,7 +238,7 @@ class Transaction:
             state.settings[new] = state.settings.pop(old)
         if old in state.never_decayed:
             state.never_decayed = state.never_decayed - {old} | {new}
-        if old.has_master:
+        if old._has_master:
             state.link_masters()
         state.registry.drop(old)
         state.layout = object()

@@ -11,7 +11,7 @@ from gpu_adam.devices import Array, Device, device_of, view_of
 from gpu_adam.devices.placement import has_all_its_memory
 from gpu_adam.devices.torch_tensors import readable
 from gpu_adam.errors import ArgumentTypeError, ArgumentValueError
-from gpu_adam.kernels import MIXING
+from gpu_adam.kernels import MIXING, dtype_named
 from gpu_adam.variables import IndexedSlices, Variable
 
 
@@ -30,7 +30,8 @@ def dtype_read(gradient: Any, variable: Variable) -> np.dtype:
     if own.name not in MIXING:
         return own
     dtype = getattr(gradient.values if isinstance(gradient, IndexedSlices) else gradient, "dtype", own)
-    return own if dtype is own else MIXING.get(str(dtype).removeprefix("torch."), own)
+    name = own.name if dtype is own else str(dtype).removeprefix("torch.")
+    return dtype_named(name) if name in MIXING else own
 
 
 def as_array(gradient: Any, variable: Variable, dtype: np.dtype, what: str = "gradient") -> Array:

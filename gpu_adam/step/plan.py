@@ -225,8 +225,8 @@ def _check_dtype(variable: Variable, rule: UpdateRule) -> None:
     argument, name = f"variable {variable.name!r}", variable.dtype.name
     dtype_row(variable.dtype, argument)
     for keyword, is_asked, fitting in (
-        ("slot_dtype", rule.slot_dtype is not None, tuple(MIXING)),
-        ("master_weights", rule.master, tuple(MIXING)),
+        ("slot_dtype", rule.slot_dtype is not None, MIXING),
+        ("master_weights", rule.master, MIXING),
         ("stochastic_rounding", rule.stochastic, ("bfloat16",)),
     ):
         if is_asked and name not in fitting:

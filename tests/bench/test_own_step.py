@@ -8,7 +8,7 @@ import pytest
 from gpu_adam import kernels
 from gpu_adam.bench import own_step
 from gpu_adam.bench.clocks import Effort, measure
-from gpu_adam.bench.inputs import Inputs, as_dtype
+from gpu_adam.bench.inputs import Inputs
 from gpu_adam.bench.workloads import Workload, many
 from gpu_adam.devices import Device
 
@@ -27,7 +27,7 @@ CASES = [
 @pytest.mark.parametrize("workload", CASES, ids=lambda workload: workload.name)
 def test_right_results_pass_and_their_facts_are_counted(device: Device, workload: Workload) -> None:
     facts = own_step.checked(workload, device)
-    wide = as_dtype(workload.dtype).itemsize
+    wide = kernels.dtype_named(workload.dtype).itemsize
     real = np.dtype(kernels.DTYPES[workload.dtype].real_dtype).itemsize
     if workload.complex_mode == "real_imag":
         real = wide

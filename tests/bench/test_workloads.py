@@ -7,7 +7,7 @@ import pytest
 
 from gpu_adam import kernels
 from gpu_adam.bench import shapes
-from gpu_adam.bench.inputs import Inputs, as_dtype
+from gpu_adam.bench.inputs import Inputs
 from gpu_adam.bench.workloads import Workload, many, named, workloads
 
 
@@ -41,7 +41,7 @@ def test_values_are_nonzero_and_the_same_every_time() -> None:
     for dtype in kernels.DTYPES:
         one, again, other = (Inputs(Workload("w", many(2, 300, 5), dtype), number) for number in (0, 0, 1))
         assert one.theta(0).shape == one.gradient(1).shape == (300, 5)
-        assert one.theta(0).dtype == as_dtype(dtype)
+        assert one.theta(0).dtype == kernels.dtype_named(dtype)
         assert np.abs(one.gradient(0)).min() >= 0.09
         assert (one.theta(1) == again.theta(1)).all()
         for its in (other.theta(0), one.gradient(0), one.theta(1)):

@@ -42,7 +42,7 @@ def test_main_judges_only_the_same_compilers(monkeypatch: pytest.MonkeyPatch, tm
 
 def test_every_source_has_its_own_description() -> None:
     sources = dict.fromkeys([*kernels.variants(), kernels.dense("float32", kernels.UpdateRule(), staged=True).source])
-    described = {(source.file, static.description(source)) for source in sources}
+    described = {(source.file, callgrind.description(source)) for source in sources}
     assert len(described) == len(sources)
 
 
