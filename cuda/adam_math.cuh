@@ -14,6 +14,7 @@
 //
 // Around them, in this order:
 //
+//     g      <- unscale g                         1 / (the scale of the loss), before g is clipped
 //     g      <- sign g                            -1 to maximize, else 1
 //     g      <- g + l2 theta                      the gradient of l2/2 |theta|^2, as torch.optim.Adam's weight_decay
 //     theta  <- theta decay                       1 - lr weight_decay: AdamW, Loshchilov & Hutter, "Decoupled Weight
@@ -23,7 +24,8 @@
 // A variable of 16 bits is updated in float. Its master is theta_t before it is rounded, from which the next step goes
 // on; without one the next step goes on from the rounded theta_t, of which the average then is.
 //
-// In a kernel with the first three of them, sign and decay are 1.0 where they are not asked for, which changes no bit.
+// In a kernel with the first four of them, unscale, sign and decay are 1.0 where they are not asked for, which changes
+// no bit.
 // 0.0 is not neutral for l2 (0 times infinity is NaN): that term is left out by a condition, the same for all elements.
 //
 // The order of the operations, each rounded once, is that of tf.keras.optimizers.Adam: every device gives Keras' bits.
@@ -44,9 +46,11 @@ struct StepScalars {
     StoredReal momentum;          // of the average
     StoredReal one_minus_momentum;
     StoredReal clip_value;        // bound of |g|, infinity where there is none
+    StoredReal unscale;           // 1 where the gradient is as the loss has it
+    StoredReal apply;             // 1; 0 for an update that changes nothing, which staged scalars alone may ask for
 };
 
-// Whether this kernel has sign, l2 and decay. Chosen at compile time, although neutral elements change no bit: on the host
+// Whether this kernel has unscale, sign, l2 and decay. Chosen at compile time, although neutral elements change no bit: on the host
 // they cost float32 4 to 10 % more instructions, float64 12 to 14 %, complex64 16 to 43 %.
 constexpr bool ADJUSTS = GPU_ADAM_ADJUST;
 
@@ -78,15 +82,17 @@ __device__ inline Element adam(Element e, Value g, const StepScalars& step, unsi
 constexpr bool CLIPS = GPU_ADAM_CLIP > 0;
 constexpr bool BOUNDED = GPU_ADAM_CLIP > 1;
 
-// Clipped by value.
-__device__ inline Value bounded(Value g, StoredReal clip_value) {
-    if constexpr (BOUNDED) g = clamped(g, real(clip_value));
+// Unscaled, then clipped by value.
+__device__ inline Value bounded(Value g, const StepScalars& step) {
+    if constexpr (ADJUSTS) g = g * real(step.unscale);
+    if constexpr (BOUNDED) g = clamped(g, real(step.clip_value));
     return g;
 }
 
-// Clipped by value, then by norm: `factor` is the one that norm.cu computed, which has the equations.
+// Unscaled, clipped by value, then by norm: `factor` is the one that norm.cu computed, which has the equations.
 __device__ inline Value clipped(Value g, const StepScalars& step, double factor) {
-    if constexpr (CLIPS) g = scaled(bounded(g, step.clip_value), factor);
+    g = bounded(g, step);
+    if constexpr (CLIPS) g = scaled(g, factor);
     return g;
 }
 

@@ -1,7 +1,7 @@
 // Dense update: every variable of one dtype in one launch.
 //
 // Scalars  of the step: by value, and `staged` is null; or, with GPU_ADAM_STAGED, those of the tensor's group from the
-//          array that `staged` points to.
+//          array that `staged` points to. Where their `apply` is 0, the tensor stays as it is.
 // Launch   any grid, any block of at most 256 threads in x; blocks stride over chunks, threads over a chunk's elements.
 // Memory   all slots of one tensor (slots.cuh) lie at one offset from a 16-byte boundary; no two tensors of a launch
 //          overlap. A gradient may equal, but not partly overlap, an array of its own tensor; it must not
@@ -19,6 +19,7 @@ dense(const TensorTable table, const double* factors, const long long factor_str
         const Chunk chunk = chunk_at(table, index);
         const Tensor tensor = table.tensors[chunk.tensor];
         const StepScalars step = STAGED ? staged[tensor.group] : scalars;
+        if (STAGED && step.apply == 0) continue;
         const Range range = {tensor.slots.at(chunk.begin), chunk.size, chunk.begin, noise_of(step.noise, tensor.place)};
         const Gradient* const g = in_global_memory(table.gradients[chunk.tensor]) + chunk.begin;
         // One factor per tensor (stride 1), or one for all (stride 0, the global norm).

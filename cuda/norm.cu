@@ -3,6 +3,10 @@
 //     pass 1  square_sums (all dense gradients of a dtype) or square_sums_of (one array): sums over chunks
 //     pass 2  clip_by_norm (each tensor's own norm) or clip_by_global_norm (one norm over everything)
 //
+// With GPU_ADAM_STAGED pass 1 belongs to a step that guard.cu decides about: it takes the scalars from where `staged`
+// points, and adds to `found`, unless that is null, how many elements of the gradients are not finite. They are integers,
+// so that the order of the blocks changes nothing. add_square_sum adds the sums of one array of sums to a total.
+//
 // Launch   any grid, any block of at most 256 threads in x.
 // Order    fixed by the element's index, not by the launch: within a chunk element i is added to lane i % 1024 in order of
 //          i, then the lanes are added as a binary tree, lane k taking lane k + 512, k + 256, ... A tensor's or the
@@ -60,10 +64,10 @@ __device__ inline double ordered_sum(long long n, const Terms terms, double* lan
 
 struct Squares {
     const Gradient* g;
-    StoredReal clip_value;
+    const StepScalars& step;
     bool packed;
 
-    __device__ double term(Gradient x) const { return norm_term(bounded(value(x), clip_value)); }
+    __device__ double term(Gradient x) const { return norm_term(bounded(value(x), step)); }
     __device__ double at(long long i) const { return term(g[i]); }
     __device__ void add(double* sum, long long i) const {
         if (packed) {
@@ -77,8 +81,24 @@ struct Squares {
     }
 };
 
-__device__ inline double sum_of_squares(const Gradient* g, long long n, StoredReal clip_value, double* lanes) {
-    return ordered_sum(n, Squares{g, clip_value, aligned(g)}, lanes);
+__device__ inline bool is_finite(float x) { return x - x == 0; }
+__device__ inline bool is_finite(Double x) { return x.x - x.x == 0; }
+template <typename Real>
+__device__ inline bool is_finite(Complex<Real> x) { return is_finite(x.re) && is_finite(x.im); }
+
+// The sum over one chunk. An element that is not finite shows in the sum, unless it is clipped by value first. A sum of
+// finite numbers may become infinite too, so that the elements decide; they are in a cache by then.
+__device__ inline double sum_of_squares(const Gradient* g, int n, const StepScalars& step, unsigned long long* found,
+                                        double* lanes) {
+    const double sum = ordered_sum(n, Squares{g, step, aligned(g)}, lanes);
+    if constexpr (STAGED) {
+        if (found && (BOUNDED || !(sum - sum == 0))) {
+            unsigned long long here = 0;
+            for (int i = threadIdx.x; i < n; i += blockDim.x) here += !is_finite(value(g[i]));
+            if (here) atomicAdd(found, here);
+        }
+    }
+    return sum;
 }
 
 struct Partials {
@@ -92,25 +112,29 @@ struct Partials {
 
 // sums[chunk] of every dense gradient.
 extern "C" __global__ void __launch_bounds__(256)
-square_sums(const TensorTable table, const StoredReal clip_value, double* sums) {
+square_sums(const TensorTable table, const StepScalars scalars, const StepScalars* staged, double* sums,
+            unsigned long long* found) {
+    const StepScalars step = STAGED ? *staged : scalars;
     __shared__ double lanes[LANES];
     for (long long index = blockIdx.x; index < table.chunks; index += gridDim.x) {
         const Chunk chunk = chunk_at(table, index);
         const Gradient* const g = in_global_memory(table.gradients[chunk.tensor]) + chunk.begin;
-        const double sum = sum_of_squares(g, chunk.size, clip_value, lanes);
+        const double sum = sum_of_squares(g, chunk.size, step, found, lanes);
         if (threadIdx.x == 0) sums[index] = sum;
     }
 }
 
 // sums[chunk] of one array: the values of a sparse gradient, before duplicates are summed.
 extern "C" __global__ void __launch_bounds__(256)
-square_sums_of(const Gradient* values, const long long size, const StoredReal clip_value, double* sums) {
+square_sums_of(const Gradient* values, const long long size, const StepScalars scalars, const StepScalars* staged,
+               double* sums, unsigned long long* found) {
+    const StepScalars step = STAGED ? *staged : scalars;
     __shared__ double lanes[LANES];
     for (long long index = blockIdx.x; index * GPU_ADAM_CHUNK < size; index += gridDim.x) {
         const long long begin = index * GPU_ADAM_CHUNK;
         const long long left = size - begin;
-        const long long size_here = left < GPU_ADAM_CHUNK ? left : GPU_ADAM_CHUNK;
-        const double sum = sum_of_squares(values + begin, size_here, clip_value, lanes);
+        const int size_here = static_cast<int>(left < GPU_ADAM_CHUNK ? left : GPU_ADAM_CHUNK);
+        const double sum = sum_of_squares(values + begin, size_here, step, found, lanes);
         if (threadIdx.x == 0) sums[index] = sum;
     }
 }
@@ -142,4 +166,12 @@ clip_by_global_norm(const double* sums, const long long count, const double clip
     __shared__ double lanes[LANES];
     const double norm = sqrt(ordered_sum(count, Partials{sums}, lanes));
     if (threadIdx.x == 0) *factor = clip_factor(norm, clipnorm);
+}
+
+// Add all `count` sums to the total.
+extern "C" __global__ void __launch_bounds__(256)
+add_square_sum(const double* sums, const long long count, double* total) {
+    __shared__ double lanes[LANES];
+    const double sum = ordered_sum(count, Partials{sums}, lanes);
+    if (threadIdx.x == 0) *total += sum;
 }

@@ -7,7 +7,8 @@
 //
 // Launch   any grid, any block of at most 256 threads in x.
 // Needs    keys sorted by sort.cu; all slots at one offset from a 16-byte boundary.
-// Scalars  by value, or with GPU_ADAM_STAGED from where `staged` points.
+// Scalars  by value, or with GPU_ADAM_STAGED from where `staged` points. Where their `apply` is 0, the variable stays as
+//          it is; rows out of range are noted nevertheless.
 // Order    rows that occur several times: 0 + first + second + ..., by position in the gradient. No atomics on numbers:
 //          the same bits for every launch shape.
 // count=0  every row moves by its momentum, as with a dense gradient of zeros. Rows out of range are not applied.
@@ -89,6 +90,7 @@ sparse(const EmbeddingTable table, const Indices indices, const Keys keys, const
     const StepScalars step = STAGED ? *staged : scalars;
     alignas(16) __shared__ Value gradient[GPU_ADAM_TILE];
     if (blockIdx.x == 0 && threadIdx.x == 0) record_first(errors, indices);
+    if (STAGED && step.apply == 0) return;
     const double factor = factors ? *factors : 1.0;
 
     for (long long index = blockIdx.x; index < table.tiles; index += gridDim.x) {

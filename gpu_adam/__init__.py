@@ -17,6 +17,7 @@ from gpu_adam.errors import (
     SlotNotFoundError,
     SparseIndexError,
 )
+from gpu_adam.loss_scale import LossScale
 from gpu_adam.schedules import (
     CosineDecay,
     CosineDecayRestarts,
@@ -27,6 +28,7 @@ from gpu_adam.schedules import (
     PiecewiseConstantDecay,
     PolynomialDecay,
 )
+from gpu_adam.step.guard import Telemetry
 from gpu_adam.variables import IndexedSlices, Variable
 
 if TYPE_CHECKING:
@@ -50,10 +52,12 @@ __all__ = [
     "KernelCompileError",
     "LearningRateSchedule",
     "LinearCosineDecay",
+    "LossScale",
     "PiecewiseConstantDecay",
     "PolynomialDecay",
     "SlotNotFoundError",
     "SparseIndexError",
+    "Telemetry",
     "Variable",
     "get_device",
     "register_vjp",

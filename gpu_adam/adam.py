@@ -32,6 +32,7 @@ from gpu_adam.hyperparameters import (
     evaluated,
 )
 from gpu_adam.kernels import COMPLEX_MODES, UpdateRule
+from gpu_adam.loss_scale import CurrentLossScale
 from gpu_adam.rules import is_whole, one_of, truth_value
 from gpu_adam.schedules import LearningRateSchedule
 from gpu_adam.state import checkpoint
@@ -41,6 +42,7 @@ from gpu_adam.state.registry import News
 from gpu_adam.state.slots import initialized
 from gpu_adam.state.transaction import Transaction
 from gpu_adam.step.controller import Controller
+from gpu_adam.step.guard import Telemetry, checked_scale
 from gpu_adam.uninterrupted import make_all
 from gpu_adam.variables import Variable, as_dtype, as_shape
 
@@ -61,6 +63,7 @@ class Adam:
 
     What the keywords add, in this order::
 
+        g    = g (1 / scale)                         grad_scale of apply_gradients, loss_scale
         g    = clipped g, by value, then by norm     clipvalue, then clipnorm or global_clipnorm
         g    = -g                                    maximize
         g    = g + l2 θ                              l2: torch.optim.Adam's weight_decay
@@ -91,9 +94,13 @@ class Adam:
             those of bfloat16 to one of two neighbours, so that the mean is right, by noise that depends on ``seed`` in
             [0, 2^64) (0), t, the variable's place in order of its slots and the element's index alone.
             ``slot_dtype="bfloat16"`` halves the slots m, v and vhat, which are float32 otherwise; it needs variables of
-            16 bits or float32.
+            16 bits or float32. ``skip_nonfinite`` leaves a step out, t and all, whose gradients are not all finite;
+            ``loss_scale``, a `LossScale`, does so too, and divides all gradients by a scale that follows: see
+            `loss_scale`; ``telemetry`` has each step's numbers measured: see `read_telemetry`. The last three want a
+            step's variables on one device, and no graph.
 
-    Callables and schedules are evaluated once per step; a schedule gets t - 1.
+    Callables are evaluated once per step, and schedules, which get t - 1: with ``skip_nonfinite`` or ``loss_scale``
+    for every t that the step may turn out to have.
 
     Raises:
         ArgumentTypeError: an argument of the wrong kind, or an unknown keyword.
@@ -140,7 +147,8 @@ class Adam:
                 for name in ("weight_decay", "l2")
             },
         }
-        self._flavour = checked_flavour(kwargs)
+        self._flavour = flavour = checked_flavour(kwargs)
+        self._is_guarded = flavour.skips or flavour.telemetry
         self._amsgrad = truth_value("amsgrad", amsgrad)
         self._clip = NO_CLIPPING
         for keyword in ("clipvalue", "clipnorm", "global_clipnorm"):
@@ -161,8 +169,12 @@ class Adam:
     # Stepping.
 
     def apply_gradients(
-        self, grads_and_vars: Iterable[Any], name: str | None = None, experimental_aggregate_gradients: bool = True
-    ) -> int:
+        self,
+        grads_and_vars: Iterable[Any],
+        name: str | None = None,
+        experimental_aggregate_gradients: bool = True,
+        grad_scale: Any = None,
+    ) -> int | None:
         """Update variables by their gradients, in place.
 
         Everything is enqueued on the current stream; the host does not wait for the device.
@@ -176,12 +188,18 @@ class Adam:
                 with a constraint comes once, and not with an IndexedSlices.
             name: ignored, for compatibility with Keras.
             experimental_aggregate_gradients: ignored, for compatibility with Keras: there is one replica.
+            grad_scale: what the loss was multiplied by, > 0: a number, or a 0-d array of float16, float32 or float64,
+                of the variables' device or in host memory. Gradients, the values of slices each, are multiplied by
+                1 / grad_scale, a float64 quotient rounded to the dtype of the variable's real numbers, before anything
+                else. None: the optimizer's own loss scale, or 1.
 
         Returns:
-            The steps done, this one included.
+            The steps done, this one included. None where the device may have left out this step or an earlier one, as
+            it may with ``skip_nonfinite`` or ``loss_scale``: then `iterations` waits for the number. A step that is
+            left out changes no variable, slot or average; constraints are applied to what is there.
 
         Raises:
-            ArgumentTypeError: no pairs, or not of arrays.
+            ArgumentTypeError: no pairs, or not of arrays; a `grad_scale` that is no number.
             ArgumentValueError: no gradients at all; a shape, dtype or device that does not fit; variables that overlap;
                 a hyperparameter's value outside its range.
             ConcurrentStepError: another call of this optimizer is at work.
@@ -192,15 +210,26 @@ class Adam:
         """
         if current_tracer.get() is not None:
             _refuse_in_loss("apply_gradients")
-        return self._controller.step(grads_and_vars, self._rule(), self._hyper, self._clip)
+        scale = None if grad_scale is None else checked_scale(grad_scale)
+        return self._controller.step(grads_and_vars, self._rule(scale), self._hyper, self._clip, scale)
 
-    def _rule(self) -> UpdateRule:
-        """Which update the present configuration asks for; the same object for the same configuration."""
+    def _rule(self, scale: Any = None, *, is_guarded: bool = False) -> UpdateRule:
+        """Which update the present configuration asks for; the same object for the same configuration.
+
+        Args:
+            scale: of the gradients: a number, an array on a device, or None.
+            is_guarded: whether the device decides for another reason than the configuration.
+        """
         clip, flavour, hyper = self._clip, self._flavour, self._hyper
         adjusts = flavour.maximize or hyper["weight_decay"] or hyper["l2"] or self._state.settings_decay
+        bounded, ema, mode = clip.clipvalue is not None, flavour.use_ema, self._complex_mode
+        if not self._is_guarded and scale is None and not is_guarded:  # a key of fewer numbers takes less time
+            return _update_rule(mode, self._amsgrad, bounded, clip.norm, ema, bool(adjusts), *flavour.halves)
+        is_scaled = scale is not None or flavour.loss_scale is not None
+        guarded = self._is_guarded or is_guarded or not (scale is None or type(scale) is float)
         return _update_rule(
-            *(self._complex_mode, self._amsgrad, clip.clipvalue is not None, clip.norm, flavour.use_ema, bool(adjusts)),
-            *(flavour.slot_dtype, flavour.master_weights, flavour.stochastic_rounding),
+            *(mode, self._amsgrad, bounded, clip.norm, ema, bool(adjusts), *flavour.halves),
+            *(is_scaled, guarded, self._is_guarded),
         )
 
     def minimize(
@@ -211,7 +240,7 @@ class Adam:
         name: str | None = None,
         *,
         grad_fn: Callable[[], Sequence[Any]] | None = None,
-    ) -> int:
+    ) -> int | None:
         """Differentiate a loss and update variables by its gradients.
 
         Args:
@@ -226,8 +255,11 @@ class Adam:
             grad_fn: a function without arguments that returns the gradients of the variables in their order, computed
                 by other means; then the loss is not called and may be None.
 
+        With ``loss_scale`` the gradient is multiplied by the scale from the start; `grad_fn` returns gradients of a
+        loss that was multiplied by it already.
+
         Returns:
-            The steps done, this one included.
+            As `apply_gradients`.
 
         Raises:
             ArgumentTypeError: the loss is not callable, or returns no numbers; `grad_fn` is not, or returns no list.
@@ -238,7 +270,7 @@ class Adam:
         var_list = _flat(var_list)
         if grad_fn is None:
             with _device_of_all(var_list):
-                _, pairs = _autodiff().gradients(loss, var_list, grad_loss)
+                _, pairs = _autodiff().gradients(loss, var_list, self._scaled(grad_loss))
         else:
             gradients = _given_gradients(grad_fn, grad_loss)
             variables = _flat(var_list()) if callable(var_list) else var_list
@@ -247,6 +279,15 @@ class Adam:
                 raise ArgumentValueError("grad_fn", rule, len(gradients), "return None where there is no gradient")
             pairs = list(zip(gradients, variables, strict=True))
         return self.apply_gradients(pairs, name)
+
+    def _scaled(self, grad_loss: Any) -> Any:
+        """`grad_loss` times the loss scale, if there is one."""
+        scale = self.loss_scale
+        if scale is None:
+            return grad_loss
+        if isinstance(grad_loss, (list, tuple)):
+            return [self._scaled(each) for each in grad_loss]
+        return scale.array if grad_loss is None else grad_loss * scale.array
 
     def get_gradients(self, loss: Callable[[], Any], params: Any) -> list[Any]:
         """The gradients of a loss, unclipped, in the order of the variables; no state changes.
@@ -261,13 +302,13 @@ class Adam:
         """
         return [gradient for gradient, _ in _all_gradients(loss, params)]
 
-    def get_updates(self, loss: Callable[[], Any], params: Any) -> list[int]:
+    def get_updates(self, loss: Callable[[], Any], params: Any) -> list[int | None]:
         """Differentiate a loss and update every variable: a list of the one result of `apply_gradients`.
 
         Raises:
             As `get_gradients` and `apply_gradients`.
         """
-        return [self.apply_gradients(_all_gradients(loss, params))]
+        return [self.apply_gradients(_all_gradients(loss, params, self._scaled(None)))]
 
     def build(self, var_list: Iterable[Any]) -> None:
         """Create the slots of variables ahead of their first step, so that `set_weights` and `load` fit.
@@ -325,8 +366,34 @@ class Adam:
 
     @property
     def flavour(self) -> Flavour:
-        """What the optimizer does besides plain Adam: maximize, epsilon_form, use_ema and its numbers."""
+        """What the optimizer does besides plain Adam: maximize, epsilon_form, use_ema and its numbers, and so on."""
         return self._flavour
+
+    @property
+    def loss_scale(self) -> CurrentLossScale | None:
+        """The loss scale, or None: multiply a loss by its `array`, and every step divides the gradients by it.
+
+        After a step that was left out it is halved, after ``growth_interval`` good ones in a row doubled, on the
+        device. It is part of `weights`, with the number of good steps. `minimize` multiplies by it itself.
+        """
+        settings = self._flavour.loss_scale
+        return None if settings is None else CurrentLossScale(self._controller.loss_scale(), settings)
+
+    @property
+    def skipped_steps(self) -> int:
+        """How many steps were left out since the optimizer was made, loaded or copied. Waits for the device."""
+        return self._controller.skipped()
+
+    def read_telemetry(self) -> Telemetry | None:
+        """The numbers of the last step that the device has finished; None before there is one. Never waits.
+
+        Raises:
+            ArgumentValueError: the optimizer was made without ``telemetry``.
+        """
+        if not self._flavour.telemetry:
+            remedy = "construct the optimizer with telemetry=True"
+            raise ArgumentValueError("telemetry", "must be True for its numbers to be read", False, remedy)
+        return self._controller.telemetry()
 
     def set_group(self, variables: Iterable[Any], **settings: Any) -> None:
         """Give some variables numbers of their own; any number of groups takes one launch. Called again, it adds to it.
@@ -386,7 +453,12 @@ class Adam:
 
     @property
     def iterations(self) -> Variable:
-        """The counter of steps done, an int64 Variable on the host. Assigning an int sets it."""
+        """The counter of steps done, an int64 Variable on the host. Assigning an int sets it.
+
+        With ``skip_nonfinite`` or ``loss_scale`` reading this attribute waits for the device; the Variable by itself
+        holds the largest number of steps that may be done.
+        """
+        self._controller.settle()
         if not self._state.counts:
             # A step that is at work, which a callable learning rate may be part of, does so itself.
             busy, alone = contextlib.suppress(ConcurrentStepError), self._state.alone
@@ -409,6 +481,7 @@ class Adam:
         _refuse_in_loss("iterations")
         count = checked_count(value, "iterations")
         with self._state.alone(), Transaction(self._state) as change:
+            self._controller.settle_inside()
             counter = change.ensure_counter()
             make_all([functools.partial(counter.value.fill, count), *change.commit])
 
@@ -426,12 +499,13 @@ class Adam:
 
     @property
     def weights(self) -> list[Variable]:
-        """The live list of iterations and slots, in order of creation."""
+        """The live list of iterations and slots, in order of creation. Waits as `iterations` does."""
+        self._controller.settle()
         return self._state.weights
 
     def variables(self) -> list[Variable]:
         """The same list as `weights`."""
-        return self._state.weights
+        return self.weights
 
     def get_slot_names(self) -> list[str]:
         """Names of the slots in order of first creation."""
@@ -538,6 +612,7 @@ class Adam:
         """
         with self._state.alone():
             self._controller.check_errors()
+            self._controller.settle_inside()
             return self._state.export()
 
     def set_weights(self, weights: Iterable[Any]) -> None:
@@ -554,9 +629,10 @@ class Adam:
         """
         _refuse_in_loss("set_weights")
         with self._state.alone():
+            self._controller.settle_inside()
             arrays, count = list(weights), len(self.weights)
-            variables = len(self._state.variables)
-            if count == 2 * variables + 1 and len(arrays) == 3 * variables + 1:
+            variables, others = len(self._state.variables), 1 + len(self._state.own)
+            if count == 2 * variables + others and len(arrays) == 3 * variables + others:
                 arrays = arrays[:count]
             if len(arrays) != count:
                 rule = f"must hold {count} arrays for optimizer {self.name!r}"
@@ -582,6 +658,7 @@ class Adam:
             rule = "must be a mapping from names to arrays"
             raise ArgumentTypeError("arrays", rule, type(arrays).__name__, "pass what export() returned")
         with self._state.alone():
+            self._controller.settle_inside()
             self._state.restore(arrays, lambda number: f"arrays[{self._state.weight_names()[number]!r}]")
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -610,6 +687,7 @@ class Adam:
         arrays, meta = checkpoint.read(path)
         self._check_fits(str(path), meta)
         with self._state.alone():
+            self._controller.settle_inside()
             names = [f"weights/{number}" for number in range(len(self.weights))]
             if len(arrays) != len(names) or not all(map(arrays.__contains__, names)):
                 got = next((f"no {name}" for name in names if name not in arrays), f"{len(arrays)} arrays")
@@ -682,6 +760,7 @@ class Adam:
 
     def __getstate__(self) -> dict[str, Any]:
         self._controller.follow_memory()
+        self._controller.settle()
         state = dict(self.__dict__)
         del state["_controller"]
         return state
@@ -732,11 +811,11 @@ def _given_gradients(grad_fn: Any, grad_loss: Any) -> list[Any]:
     return list(gradients)
 
 
-def _all_gradients(loss: Callable[[], Any], params: Any) -> list[tuple[Any, Variable]]:
+def _all_gradients(loss: Callable[[], Any], params: Any, grad_loss: Any = None) -> list[tuple[Any, Variable]]:
     """(gradient, variable) pairs; raises where a variable has no gradient."""
     params = _flat(params)
     with _device_of_all(params):
-        _, pairs = _autodiff().gradients(loss, params)
+        _, pairs = _autodiff().gradients(loss, params, grad_loss)
     without = [variable.name for gradient, variable in pairs if gradient is None]
     if without:
         rule = "must be differentiable with respect to every variable"

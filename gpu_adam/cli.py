@@ -59,6 +59,7 @@ def demo(
     save: Annotated[Path | None, typer.Option(help="File for the state, at the end or when interrupted.")] = None,
     resume: Annotated[Path | None, typer.Option(help="File of an earlier --save, to continue bit for bit.")] = None,
     plot: Annotated[Path | None, typer.Option(help="PNG file for a picture of the result; ptychography only.")] = None,
+    watch: Annotated[bool, typer.Option(help="Show the gradients' norm, and how many are not finite.")] = False,
 ) -> None:
     """Train a small model on real data."""
     kind = DEMOS[what.value]
@@ -77,6 +78,8 @@ def demo(
         if training.step >= last:
             rule = f"must be above {training.step}, the step that {resume} has reached"
             raise ArgumentValueError("--steps", rule, last, "pass a larger number")
+        if watch:
+            training.watch()
         figures = _train(training, last, save)
         if save is not None:
             training.save(save)
@@ -164,7 +167,15 @@ def _train(training: Demo, last: int, save: Path | None) -> list[tuple[str, str]
         ("first step", f"{start - begin:.2f} s (compiles the kernels that are not cached)"),
         ("steps/s", speed),
         ("last loss", f"{training.measure().loss:#.5g}"),
+        *([("last step", watched)] if (watched := _watched(training)) else []),
     ]
+
+
+def _watched(training: Demo) -> str:
+    """What the optimizer's telemetry says of the last step that is done; nothing where it is off."""
+    optimizer = training.optimizer
+    found = optimizer.read_telemetry() if optimizer.flavour.telemetry else None
+    return "" if found is None else f"gradient {found.grad_norm:.3g}, {found.nonfinite} not finite"
 
 
 def _keep(training: Demo, last: int, save: Path | None) -> str:
@@ -199,7 +210,7 @@ class _Bar:
             return
         measure = self._training.measure()
         pace = (time.perf_counter() - self._time) / done * 1e3
-        state = f"{self._training.shown.format(measure)}  {pace:.2f} ms/step"
+        state = "  ".join([self._training.shown.format(measure), f"{pace:.2f} ms/step", _watched(self._training)])
         self._progress.update(self._task, completed=self._training.step, state=state)
         self._step, self._time = self._training.step, time.perf_counter()
 

@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from gpu_adam.errors import ArgumentTypeError, ArgumentValueError
+from gpu_adam.loss_scale import LossScale, checked_loss_scale
 from gpu_adam.rules import (
     BELOW_ONE,
     FINITE,
@@ -145,6 +146,9 @@ class Flavour(NamedTuple):
         master_weights: whether variables of 16 bits have a master of 32 bits, in the slot "master".
         stochastic_rounding: whether variables of bfloat16 are rounded to one of two neighbours by chance.
         seed: of that chance, in [0, 2^64).
+        skip_nonfinite: whether a step with a gradient that is not finite changes nothing.
+        loss_scale: what the gradients are divided by, a scale that follows the steps that are left out; None for none.
+        telemetry: whether the numbers of the last step can be read without a wait.
     """
 
     maximize: bool = False
@@ -156,10 +160,24 @@ class Flavour(NamedTuple):
     master_weights: bool = False
     stochastic_rounding: bool = False
     seed: int = 0
+    skip_nonfinite: bool = False
+    loss_scale: LossScale | None = None
+    telemetry: bool = False
+
+    @property
+    def halves(self) -> tuple[str | None, bool, bool]:
+        """What concerns variables of 16 bits, as fields of `UpdateRule`."""
+        return self.slot_dtype, self.master_weights, self.stochastic_rounding
+
+    @property
+    def skips(self) -> bool:
+        """Whether steps are left out whose gradients are not all finite."""
+        return self.skip_nonfinite or self.loss_scale is not None
 
     def config(self) -> dict[str, Any]:
         """The constructor's arguments that are not the default ones."""
-        return {name: value for name, value in self._asdict().items() if value != getattr(PLAIN, name)}
+        others = {name: value for name, value in self._asdict().items() if value != getattr(PLAIN, name)}
+        return others if self.loss_scale is None else {**others, "loss_scale": self.loss_scale.config()}
 
     def overwrites_at(self, step: int) -> bool:
         """Whether step t ends with the averages in the variables' places."""
@@ -180,7 +198,7 @@ def checked_flavour(arguments: Mapping[str, Any]) -> Flavour:
             overwriting without averages.
     """
     given = {name: value for name, value in arguments.items() if name in Flavour._fields}
-    for name in ("maximize", "use_ema", "master_weights", "stochastic_rounding"):
+    for name in ("maximize", "use_ema", "master_weights", "stochastic_rounding", "skip_nonfinite", "telemetry"):
         if name in given:
             given[name] = truth_value(name, given[name])
     if "ema_momentum" in given:
@@ -191,6 +209,8 @@ def checked_flavour(arguments: Mapping[str, Any]) -> Flavour:
         given["slot_dtype"] = one_of("slot_dtype", given["slot_dtype"], SLOT_DTYPES)
     if not is_whole(given.get("seed", 0)) or not 0 <= given.get("seed", 0) < 2**64:
         raise ArgumentValueError("seed", "must be a whole number in [0, 2^64)", shown(given["seed"]), "pass 0, say")
+    if "loss_scale" in given:
+        given["loss_scale"] = checked_loss_scale(given["loss_scale"])
     flavour = Flavour(**given)
     flavour = flavour._replace(seed=int(flavour.seed))
     if flavour.master_weights and flavour.stochastic_rounding:
@@ -204,6 +224,10 @@ def checked_flavour(arguments: Mapping[str, Any]) -> Flavour:
         if not flavour.use_ema:
             rule = "must be None without use_ema=True"
             raise ArgumentValueError("ema_overwrite_frequency", rule, frequency, "pass use_ema=True too")
+        if flavour.skips:
+            rule = "must be None where steps may be left out, as the host does not know their number"
+            remedy = "call overwrite_by_averages() where it is wanted"
+            raise ArgumentValueError("ema_overwrite_frequency", rule, frequency, remedy)
         flavour = flavour._replace(ema_overwrite_frequency=int(frequency))
     return flavour
 

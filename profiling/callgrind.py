@@ -32,7 +32,7 @@ template <typename T> static T* ones(long long n) {
     for (long long i = 0; i < n; ++i) p[i] = T{1};
     return p;
 }
-static StepScalars scalars = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
+static StepScalars scalars = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
 static const StepScalars* staged = nullptr;
 static Slots slots(long long n) {
 #define ONES(slot, Memory, Register, present) ones<Memory>(n),
@@ -66,9 +66,9 @@ int main() {
     + """
 int main() {
     TensorTable table = dense_table();
-    StoredReal clip_value = 1;
     double* sums = ones<double>(CHUNKS);
-    void* arguments[] = {&table, &clip_value, &sums};
+    static const unsigned long long* found = nullptr;
+    void* arguments[] = {&table, &scalars, &staged, &sums, &found};
     volatile Entry entry = square_sums_entry;  // a call that is not inlined, for callgrind to see
     entry(arguments, 0, CHUNKS, CHUNKS, 1);
 }
@@ -142,7 +142,7 @@ def _kernels() -> Iterator[tuple[str, kernels.Kernel]]:
             for rule in kernels.update_rules(dtype):
                 yield _labelled(make(dtype, rule))
         for bounded in (False, True):
-            yield _labelled(kernels.norm(dtype, "square_sums", bounded=bounded))
+            yield _labelled(kernels.norm(dtype, "square_sums", kernels.UpdateRule(bounded=bounded)))
     for dtype, rule, gradient in kernels.MIXED_UPDATES:
         yield _labelled(kernels.dense(dtype, rule, gradient=gradient))
 

@@ -492,6 +492,7 @@ SCENARIOS: dict[str, Callable[[Device], Factory]] = {
             (", sparse", ((X,),), {"sparse": True}),
             (", mixed", ((X, Y, Z, Z + 2),), {"sparse": True, "amsgrad": True}),
             (", raw", (), {"raw": True}),
+            (", guarded", (), {"loss_scale": gpu_adam.LossScale(4.0, 2), "telemetry": True, "clipnorm": 0.5}),
         )
     },
     "same step": _steps(2, same=True),

@@ -20,7 +20,7 @@ FLOORS = [
     ["errors", "arrays", "nvtx", "autodiff_seam", "rules", "uninterrupted"],
     ["kernels"],
     ["schedules", "devices"],
-    ["conversion", "variables", "hyperparameters"],
+    ["conversion", "variables", "loss_scale", "hyperparameters"],
     ["state"],
     ["step"],
     # What is differentiated knows nothing of optimizers.

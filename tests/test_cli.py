@@ -43,6 +43,21 @@ def test_demo_reports_device_speed_and_result(device: Device, capsys: pytest.Cap
     assert re.search(r"^test accuracy +\d+\.\d%" if demo == "digits" else r"^near list +\w+, \w+,", out, re.M)
 
 
+@pytest.mark.parametrize("demo", ["digits", "words"])
+def test_watching_shows_the_gradients_and_changes_nothing(
+    device: Device, capsys: pytest.CaptureFixture[str], demo: str, tmp_path: Path
+) -> None:
+    plain, watched = (tmp_path / name for name in ("plain", "watched"))
+    assert "not finite" not in run(capsys, "demo", demo, "--steps", "3", "--save", str(plain))[1]
+    assert run(capsys, "demo", demo, "--steps", "2", "--save", str(watched))[0] == 0
+    status, out, _ = run(
+        capsys, "demo", demo, "--steps", "3", "--watch", "--resume", str(watched), "--save", str(watched)
+    )
+    assert status == 0
+    assert re.search(r"^last step +gradient [\d.e-]+, 0 not finite", out, re.M)
+    assert plain.read_bytes() == watched.read_bytes()
+
+
 def test_resuming_writes_the_same_file(device: Device, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     half, resumed, whole = (str(tmp_path / name) for name in ("half", "resumed", "whole"))
     assert run(capsys, "demo", "--seed", "7", "--steps", "2", "--save", half)[0] == 0

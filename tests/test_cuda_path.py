@@ -4,6 +4,7 @@ Needs a GPU, or the emulated one, which also counts, and runs what is enqueued a
 """
 
 import contextlib
+import copy
 import gc
 import importlib
 import itertools
@@ -14,12 +15,13 @@ from typing import Any
 import numpy as np
 import pytest
 from reference import Array, assert_same_bits
+from snapshots import unchanged
 
 import gpu_adam
 from gpu_adam import IndexedSlices, Variable, devices, kernels
 from gpu_adam.devices import Device
 from gpu_adam.devices.recording import Event, RecordingDevice
-from gpu_adam.errors import ArgumentTypeError, ArgumentValueError, DeviceError, SparseIndexError
+from gpu_adam.errors import ArgumentTypeError, ArgumentValueError, DeviceError, GpuAdamError, SparseIndexError
 
 HOST = devices.HostDevice(threads=1)
 
@@ -218,6 +220,155 @@ def test_waiting_is_noticed(gpu: Device, emulation: Any) -> None:
         optimizer.synchronize()
     assert len(emulation.counters.syncs) == 2
     assert (emulation.counters.h2d, emulation.counters.d2h, emulation.counters.allocations) == (1, 1, 1)
+
+
+GUARDED: dict[str, dict[str, Any]] = {
+    "skipping": {"skip_nonfinite": True},
+    "loss scale, schedule": {
+        "loss_scale": gpu_adam.LossScale(8.0, 2),
+        "learning_rate": gpu_adam.ExponentialDecay(0.1, 9, 0.5),
+    },
+    "everything": {
+        "loss_scale": gpu_adam.LossScale(8.0, 2),
+        "telemetry": True,
+        "global_clipnorm": 1.0,
+        "clipvalue": 0.5,
+        "learning_rate": lambda: 0.1,
+    },
+    "each norm": {"skip_nonfinite": True, "telemetry": True, "clipnorm": 1.0},
+    "a scale on the device": {},
+}
+
+
+@pytest.mark.parametrize("mode", GUARDED)
+@pytest.mark.parametrize("kind", ["dense", "both"])
+def test_a_guarded_step_waits_for_nothing(gpu: Device, emulation: Any, kind: str, mode: str) -> None:
+    """One report comes back, to pinned memory, and one table of scalars goes there; and nothing waits for either.
+
+    While nothing runs that need not, the table grows with the number of steps that may have been left out.
+    """
+    work, optimizer = Pairs(gpu, kind), gpu_adam.Adam(**GUARDED[mode])
+    given = {} if GUARDED[mode] else {"grad_scale": gpu.array(np.float32(8))}
+    pairs = work.pairs(1)
+    optimizer.apply_gradients(pairs, **given)
+    optimizer.apply_gradients(pairs, **given)
+    optimizer.synchronize()
+    emulation.reset()
+    with emulation.asynchronous():
+        for _ in range(5):
+            done = optimizer.apply_gradients(pairs, **given)
+            assert done is None or given
+            if optimizer.flavour.telemetry:
+                found = optimizer.read_telemetry()
+                assert found is not None
+                assert found.step >= 2
+        counters = emulation.counters
+        assert counters.syncs == []
+        assert not counters.array_functions
+        with emulation.uncounted():
+            optimizer.synchronize()
+        assert counters.d2h == 5
+        assert counters.d2h_bytes == 5 * kernels.GUARD.itemsize
+        assert counters.h2d == 5
+        assert counters.kernels["guard_begin"] == counters.kernels["guard_end"] == 5
+        if optimizer.flavour.telemetry:
+            found = optimizer.read_telemetry()
+            assert found is not None
+            assert found.step == 7
+        assert counters.syncs == []
+    assert int(optimizer.iterations) == 7
+
+
+def test_iterations_wait_for_the_count(gpu: Device, emulation: Any) -> None:
+    """Also where the counter is read as a weight, and exported; a copy of the optimizer begins with it."""
+    variable = Variable(np.ones(3, np.float32))
+    good, bad = (gpu.array(np.array([1, x, 1], np.float32)) for x in (1, np.nan))
+    readings: list[Callable[[gpu_adam.Adam], Any]] = [
+        lambda optimizer: optimizer.iterations.numpy(),
+        lambda optimizer: optimizer.weights[0].numpy(),
+        lambda optimizer: optimizer.export()["iterations"],
+        lambda optimizer: copy.deepcopy(optimizer)._state.steps_done,
+        lambda optimizer: optimizer.skipped_steps - 1,
+    ]
+    for reading in readings:
+        optimizer = gpu_adam.Adam(skip_nonfinite=True)
+        with emulation.asynchronous():
+            for gradient in (bad, good, bad):
+                optimizer.apply_gradients([(gradient, variable)])
+            assert optimizer._state.steps_done == 3
+            assert reading(optimizer) == 1
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_the_host_runs_ahead_of_steps_that_are_left_out(gpu: Device, emulation: Any, seed: int) -> None:
+    """Whatever comes back when: the state is that of the good steps, by a schedule, with and without reading."""
+    work = Pairs(gpu, "both")
+    expected = Pairs(gpu, "both")
+    rates = [gpu_adam.ExponentialDecay(0.1, 2, 0.5) for _ in range(2)]
+    optimizer, other = gpu_adam.Adam(rates[0], skip_nonfinite=True), gpu_adam.Adam(rates[1])
+    rng = np.random.default_rng(seed)
+    batches = [(work.pairs(k), expected.pairs(k), rng.random() < 0.4) for k in range(12)]
+    for pairs, _, is_bad in batches:
+        if is_bad:
+            pairs[1][0].reshape(-1)[-1] = np.inf
+    with emulation.asynchronous(seed=seed):
+        for number, (pairs, _, _) in enumerate(batches):
+            optimizer.apply_gradients(pairs)
+            if number == 7:
+                assert int(optimizer.iterations) == sum(not is_bad for *_, is_bad in batches[:8])
+        optimizer.synchronize()
+    for _, pairs, is_bad in batches:
+        if not is_bad:
+            other.apply_gradients(pairs)
+    assert_same_state(state(optimizer, work.variables), state(other, expected.variables))
+    assert optimizer.skipped_steps == sum(is_bad for *_, is_bad in batches) > 0
+
+
+def test_a_callable_that_waits_for_the_count_beside_a_schedule(gpu: Device, emulation: Any) -> None:
+    """The schedule is asked for the count that turns out, although it was asked before the callable."""
+    variables = [Variable(np.ones(3, np.float32)) for _ in range(2)]
+    good, bad = (gpu.array(np.array([1, x, 1], np.float32)) for x in (1, np.nan))
+    rates = [gpu_adam.ExponentialDecay(0.1, 1, 0.5) for _ in range(2)]
+    optimizer, other = gpu_adam.Adam(rates[0], skip_nonfinite=True), gpu_adam.Adam(rates[1])
+    with emulation.asynchronous():
+        optimizer.apply_gradients([(good, variables[0])])
+        optimizer.apply_gradients([(bad, variables[0])])
+        optimizer.beta_1 = lambda: 0.5 / int(optimizer.iterations)
+        optimizer.apply_gradients([(good, variables[0])])
+    other.apply_gradients([(good, variables[1])])
+    other.beta_1 = 0.5
+    other.apply_gradients([(good, variables[1])])
+    assert_same_bits(variables[0].numpy(), variables[1].numpy())
+
+
+def test_a_scale_on_the_device_that_is_none(gpu: Device) -> None:
+    variable, gradient = Variable(np.ones(3, np.float32)), gpu.array(np.ones(3, np.float32))
+    optimizer = gpu_adam.Adam()
+    for scale, words in (
+        (gpu.array(np.ones(1, np.float32)), r"must be a 0-d array \(got shape \(1,\)\)"),
+        (gpu.array(np.int64(8)), r"must have dtype float16, float32 or float64 \(got int64\)"),
+    ):
+        with unchanged(optimizer, variable), pytest.raises(GpuAdamError, match=words):
+            optimizer.apply_gradients([(gradient, variable)], grad_scale=scale)
+    on_host = Variable(np.ones(3, np.float32), device="host")
+    with unchanged(optimizer, on_host), pytest.raises(ArgumentValueError, match="must lie on host"):
+        optimizer.apply_gradients([(np.ones(3, np.float32), on_host)], grad_scale=gpu.array(np.float32(8)))
+
+
+@pytest.mark.parametrize("mode", GUARDED)
+def test_a_guarded_step_is_not_captured(gpu: Device, mode: str) -> None:
+    stream, graphs = gpu.xp.cuda.Stream(non_blocking=True), list[Any]()
+    gpu.xp.cuda.Device().synchronize()
+    with stream:
+        work, optimizer = Pairs(gpu, "dense"), gpu_adam.Adam(**GUARDED[mode])
+        given = {} if GUARDED[mode] else {"grad_scale": gpu.array(np.float32(8))}
+        pairs = work.pairs(1)
+        optimizer.apply_gradients(pairs, **given)
+        refused = pytest.raises(ArgumentValueError, match="must do without skip_nonfinite")
+        with unchanged(optimizer, *work.variables), refused, captured(stream, graphs):
+            optimizer.apply_gradients(pairs, **given)
+        optimizer.apply_gradients(pairs, **given)
+        assert int(optimizer.iterations) == 2
 
 
 def test_a_constraint_does_not_wait(gpu: Device, emulation: Any) -> None:

@@ -16,16 +16,17 @@ SCHEDULES = {
     "PiecewiseConstantDecay", "PolynomialDecay",
 }  # fmt: skip
 OTHERS = {
-    "Adam", "IndexedSlices", "Variable", "get_device", "register_vjp", "schedules", "set_device", "value_and_grad",
+    "Adam", "IndexedSlices", "LossScale", "Telemetry", "Variable", "get_device", "register_vjp", "schedules",
+    "set_device", "value_and_grad",
 }  # fmt: skip
 
 ADAM = {
     "add_slot", "add_weight", "amsgrad", "apply_gradients", "beta_1", "beta_2", "build", "check_errors", "clipnorm",
     "clipvalue", "complex_mode", "decay", "epsilon", "exclude_from_weight_decay", "export", "finalize_variable_values",
     "flavour", "forget", "from_config", "get_config", "get_gradients", "get_group", "get_slot", "get_slot_names",
-    "get_updates", "get_weights", "global_clipnorm", "iterations", "l2", "learning_rate", "load", "lr", "minimize",
-    "name", "overwrite_by_averages", "replace", "restore", "save", "set_group", "set_weights", "synchronize",
-    "variables", "weight_decay", "weights",
+    "get_updates", "get_weights", "global_clipnorm", "iterations", "l2", "learning_rate", "load", "loss_scale", "lr",
+    "minimize", "name", "overwrite_by_averages", "read_telemetry", "replace", "restore", "save", "set_group",
+    "set_weights", "skipped_steps", "synchronize", "variables", "weight_decay", "weights",
 }  # fmt: skip
 VARIABLE = {
     "assign", "assign_add", "assign_sub", "constrain", "constraint", "device", "dtype", "name", "ndim", "numpy", "over",
@@ -70,7 +71,9 @@ def test_everything_public_says_what_it_does() -> None:
 def test_parameters() -> None:
     """Names and order of what users write by keyword or by position."""
     expected: dict[Any, list[str]] = {
-        gpu_adam.Adam.apply_gradients: ["self", "grads_and_vars", "name", "experimental_aggregate_gradients"],
+        gpu_adam.Adam.apply_gradients: [
+            *("self", "grads_and_vars", "name", "experimental_aggregate_gradients", "grad_scale"),
+        ],
         gpu_adam.Adam.build: ["self", "var_list"],
         gpu_adam.Adam.add_slot: ["self", "var", "slot_name", "initializer", "shape"],
         gpu_adam.Adam.add_weight: [

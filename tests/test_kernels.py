@@ -42,6 +42,10 @@ def mirrors(dtype: str) -> dict[str, np.dtype[Any]]:
         "Indices": kernels.INDICES,
         "Keys": kernels.KEYS,
         "IndexErrors": kernels.INDEX_ERRORS,
+        "Guard": kernels.GUARD,
+        "GuardPlace": kernels.GUARD_PLACE,
+        "GuardRows": kernels.GUARD_ROWS,
+        "LossScale": kernels.LOSS_SCALE,
     }
 
 
@@ -95,7 +99,7 @@ def output_of(statements: list[str], rule: kernels.UpdateRule, dtype: str, folde
     program = [
         *(f"#define {define.replace('=', ' ', 1)}" for define in kernels.sparse(dtype, rule).source.defines),
         "#define GPU_ADAM_PACK_BYTES 16",
-        '#include <stdio.h>\n#include "fast.h"\n#include "dense.cu"\n#include "sparse.cu"',
+        '#include <stdio.h>\n#include "fast.h"\n#include "dense.cu"\n#include "sparse.cu"\n#include "guard.cu"',
         "int main() {",
         *statements,
         "}",
@@ -275,12 +279,15 @@ def test_variants_are_distinct_and_complete() -> None:
     assert not mixed & updates
     assert len(staged) == len(updates)
     assert not staged & updates
+    rules = (kernels.UpdateRule(), kernels.UpdateRule(bounded=True), kernels.GUARDED)
     norms = {
-        kernels.norm(dtype, name, bounded=bounded).source
-        for dtype, name, bounded in itertools.product(DTYPES, kernels.kernel_names("norm.cu"), (False, True))
+        kernels.norm(dtype, name, rule).source
+        for dtype, name, rule in itertools.product(DTYPES, kernels.kernel_names("norm.cu"), rules)
     }
+    guards = {kernels.guard(name).source for name in kernels.kernel_names("guard.cu")}
+    guarded = {update(dtype, kernels.GUARDED).source for dtype in DTYPES for update in (kernels.dense, kernels.sparse)}
     sorts = {kernels.sort(name).source for name in kernels.kernel_names("sort.cu")}
-    assert set(variants) == updates | mixed | norms | sorts
+    assert set(variants) == updates | mixed | norms | sorts | guards | guarded
 
 
 @pytest.mark.parametrize("update", [kernels.dense, kernels.sparse])
@@ -545,8 +552,9 @@ def test_fast_mode_gives_the_reference_bits(dtype: str, mode: str) -> None:
 
 def test_staged_scalars_give_the_same_bits() -> None:
     """Read through the pointer, and not from the argument, which holds other numbers."""
-    scalars = kernels.struct(kernels.step_scalars("float32"), 0, 0.01, 0.1, 0.001, 1e-7, -1, 0.5, 0.9, 0, 1, 0.75)
-    garbage = kernels.struct(scalars.dtype, 0, *[np.nan] * 10)
+    numbers_of_a_step = (0.01, 0.1, 0.001, 1e-7, -1, 0.5, 0.9, 0, 1, 0.75, 1, 1)
+    scalars = kernels.struct(kernels.step_scalars("float32"), 0, *numbers_of_a_step)
+    garbage = kernels.struct(scalars.dtype, 0, *[np.nan] * len(numbers_of_a_step))
     null = kernels.pointer(0)
     results = []
     for staged in (False, True):
@@ -690,16 +698,18 @@ def chunk_sums(device: HostDevice, gradients: list[Array], bound: float = np.inf
     chunk_tensor = np.repeat(np.arange(len(gradients), dtype=np.int32), chunks)
     addresses = (tensors.ctypes.data, pointers.ctypes.data, chunk_tensor.ctypes.data)
     table = kernels.struct(kernels.TENSOR_TABLE, *addresses, int(first[-1]))
-    clip_value = np.array([bound], kernels.DTYPES[dtype].real_dtype)
+    scalars = np.zeros(1, kernels.step_scalars(kernels.DTYPES[dtype].real_dtype))
+    scalars["clip_value"] = bound
+    null = kernels.pointer(0)
 
     sums, alone = (np.full(first[-1] + 1, -7.0) for _ in range(2))
-    arguments = [table, clip_value, kernels.pointer(sums.ctypes.data)]
-    is_bounded = bool(np.isfinite(bound))
-    device.prepare(kernels.norm(dtype, "square_sums", bounded=is_bounded), arguments)(int(first[-1]))
+    arguments = [table, scalars, null, kernels.pointer(sums.ctypes.data), null]
+    rule = kernels.UpdateRule(bounded=bool(np.isfinite(bound)))
+    device.prepare(kernels.norm(dtype, "square_sums", rule), arguments)(int(first[-1]))
     for gradient, begin, count in zip(gradients, first, chunks, strict=False):
         place = kernels.pointer(alone.ctypes.data + 8 * int(begin))
-        arguments = [kernels.pointer(gradient.ctypes.data), kernels.scalar(gradient.size), clip_value, place]
-        device.prepare(kernels.norm(dtype, "square_sums_of", bounded=is_bounded), arguments)(count)
+        values, size = kernels.pointer(gradient.ctypes.data), kernels.scalar(gradient.size)
+        device.prepare(kernels.norm(dtype, "square_sums_of", rule), [values, size, scalars, null, place, null])(count)
     assert_same_bits(alone, sums, "square_sums_of and square_sums")
     assert sums[-1] == -7
     return np.split(sums[:-1], first[1:-1])

@@ -82,6 +82,13 @@ class Demo(ABC):
             self._last = self._train(self.generator(self.step + 1))
         self.step += 1
 
+    def watch(self) -> None:
+        """Have the optimizer measure its steps from now on, which changes no number of theirs."""
+        state = self.optimizer.export()
+        self.optimizer = gpu_adam.Adam.from_config({**self.optimizer.get_config(), "telemetry": True})
+        self.optimizer.build(self.variables)
+        self.optimizer.restore(state)
+
     def measure(self) -> Measure:
         """Return the last step's numbers, waiting for the device; there must have been a step."""
         loss, score = self._last.tolist()

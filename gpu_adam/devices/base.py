@@ -53,6 +53,23 @@ class StagedArray(Protocol):
         """
 
 
+class ReadBack(Protocol):
+    """Copies of an array's contents in host memory. They are made in the order of the stream, and nobody waits."""
+
+    def calls(self) -> list[Call]:
+        """Calls that enqueue one more copy."""
+
+    def read(self, *, waits: bool) -> tuple[int, np.ndarray]:
+        """How many of the copies that were not forgotten are there, and the last one of these.
+
+        Args:
+            waits: whether to wait for all of them.
+        """
+
+    def forget(self, number: int) -> list[Call]:
+        """Calls that forget so many copies, the oldest ones, which are there."""
+
+
 class Device(ABC):
     """A place where arrays live and kernels run.
 
@@ -116,6 +133,10 @@ class Device(ABC):
             size: number of elements.
             dtype: of an element; a struct's or a number's.
         """
+
+    @abstractmethod
+    def read_back(self, array: Array) -> ReadBack:
+        """Copies of the contents of one of the device's arrays, one-dimensional, as they come about."""
 
     @abstractmethod
     def copy_call(self, targets: Sequence[Array], sources: Sequence[Array]) -> Call:

@@ -6,6 +6,7 @@ import functools
 import itertools
 import operator
 import sys
+from collections import deque
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import cupy
 import numpy as np
 
-from gpu_adam.devices.base import PACK_BYTES, Array, Device, Launch, StagedArray
+from gpu_adam.devices.base import PACK_BYTES, Array, Device, Launch, ReadBack, StagedArray
 from gpu_adam.devices.native_pairs import ArrayKind, NativeAddressReader, NativePairReader, cupy_is_read_in_c
 from gpu_adam.devices.pair_reader import AddressReader, ExpectedPairs, PairReader
 from gpu_adam.devices.torch_tensors import from_dlpack
@@ -148,6 +149,10 @@ class CudaDevice(Device):
     def staged(self, size: int, dtype: np.dtype) -> StagedArray:
         """A new array of `size` elements that is rewritten from step to step."""
         return _StagedArray(self, size, dtype)
+
+    def read_back(self, array: Array) -> ReadBack:
+        """Copies of the contents of an array, as they come about."""
+        return _Copies(self, array)
 
     def copy_call(self, targets: Sequence[Array], sources: Sequence[Array]) -> Call:
         """A call, to be made once, that enqueues copies on the current stream of this device."""
@@ -409,3 +414,44 @@ class _StagedArray:
             # In one go: a buffer whose copy is under way unrecorded would be rewritten.
             record = functools.partial(staging.copied.record, cupy.cuda.get_current_stream())
             make_all([staging.copy(values, self._array), record])
+
+
+class _Copies:
+    """Copies of an array in pinned buffers, of which there are as many as the host is ahead."""
+
+    def __init__(self, device: CudaDevice, array: Array) -> None:
+        self._device, self._array = device, array
+        self._free: list[_Staging] = []
+        self._made: deque[_Staging] = deque()
+
+    def __del__(self) -> None:
+        if not sys.is_finalizing():
+            _orphans.extend(getattr(self, "_made", ()))
+
+    def calls(self) -> list[Call]:
+        array = self._array
+        with self._device.activate():
+            staging = self._free.pop() if self._free else _Staging(array.nbytes, np.dtype(np.uint8))
+            stream, to_host = cupy.cuda.get_current_stream(), cupy.cuda.runtime.memcpyDeviceToHost
+            memcpy = cupy.cuda.runtime.memcpyAsync
+            copy = functools.partial(memcpy, staging.address, array.data.ptr, array.nbytes, to_host, stream.ptr)
+            record = functools.partial(staging.copied.record, stream)
+        return [*map(self._device._made_there, (copy, record)), functools.partial(self._made.append, staging)]
+
+    def read(self, *, waits: bool) -> tuple[int, np.ndarray]:
+        number, last = 0, np.zeros(0, np.uint8)
+        for staging in self._made:
+            if waits:
+                staging.copied.synchronize()
+            elif not staging.copied.done:
+                break
+            number, last = number + 1, staging.array
+        return number, last.copy()
+
+    def forget(self, number: int) -> list[Call]:
+        forgotten = itertools.islice(self._made, number)
+        return [
+            call
+            for staging in forgotten
+            for call in (functools.partial(self._free.append, staging), functools.partial(self._made.popleft))
+        ]

@@ -16,7 +16,7 @@ import numpy as np
 
 from gpu_adam import kernels
 from gpu_adam.devices import compiler, libraries
-from gpu_adam.devices.base import Array, Device, Launch, StagedArray
+from gpu_adam.devices.base import Array, Device, Launch, ReadBack, StagedArray
 from gpu_adam.devices.native_pairs import (
     NUMPY,
     NativeAddressReader,
@@ -139,6 +139,10 @@ class HostDevice(Device):
         """A new array of `size` elements that is rewritten from step to step."""
         return _HostArray(size, dtype)
 
+    def read_back(self, array: Array) -> ReadBack:
+        """Copies of the contents of an array, as they come about."""
+        return _HostCopies(array)
+
     def copy_call(self, targets: Sequence[Array], sources: Sequence[Array]) -> Call:
         """A call, to be made once, that copies into arrays, and casts where dtypes differ."""
         return all_of(operator.setitem, targets, itertools.repeat(...), sources)
@@ -205,6 +209,22 @@ class _HostArray:
 
     def write(self, values: np.ndarray, *, captured: bool = False) -> None:
         self._array[:] = values
+
+
+class _HostCopies:
+    """The array's contents of the moment: a launch has ended when the next call is made."""
+
+    def __init__(self, array: Array) -> None:
+        self._array, self._made = array, list[None]()
+
+    def calls(self) -> list[Call]:
+        return [functools.partial(self._made.append, None)]
+
+    def read(self, *, waits: bool) -> tuple[int, np.ndarray]:
+        return len(self._made), self._array.copy()
+
+    def forget(self, number: int) -> list[Call]:
+        return [functools.partial(self._made.__delitem__, slice(number))]
 
 
 class _HostLaunch:

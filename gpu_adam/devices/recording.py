@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gpu_adam.devices.base import Array, Device, Launch, StagedArray
+from gpu_adam.devices.base import Array, Device, Launch, ReadBack, StagedArray
 from gpu_adam.devices.pair_reader import AddressReader, ExpectedPairs, PairReader
 from gpu_adam.kernels import Kernel
 from gpu_adam.uninterrupted import Call
@@ -103,6 +103,10 @@ class RecordingDevice(Device):
         """As the device; an allocation, and a copy for each write."""
         self.record(Event("allocation", "", size * dtype.itemsize))
         return _RecordedArray(self, self._device.staged(size, dtype))
+
+    def read_back(self, array: Array) -> ReadBack:
+        """As the device, unrecorded: what a copy costs a step is in no measurement."""
+        return self._device.read_back(array)
 
     def copy_call(self, targets: Sequence[Array], sources: Sequence[Array]) -> Call:
         """As the device; a copy of all when it is called."""

@@ -20,7 +20,7 @@ _POINTER, _INTEGER = np.uint64, np.int64
 def step_scalars(real_dtype: str) -> np.dtype:
     """``StepScalars`` of adam_math.cuh, for a dtype whose real numbers are of `real_dtype`."""
     adam = ("alpha", "one_minus_beta_1", "one_minus_beta_2", "epsilon")
-    others = ("sign", "l2", "decay", "momentum", "one_minus_momentum", "clip_value")
+    others = ("sign", "l2", "decay", "momentum", "one_minus_momentum", "clip_value", "unscale", "apply")
     return np.dtype([("noise", np.uint64), *((name, real_dtype) for name in (*adam, *others))], align=True)
 
 
@@ -57,6 +57,29 @@ INDEX_ERRORS = np.dtype(
 
 NO_INDEX_ERRORS = np.array((0, np.iinfo(np.uint64).max, 0, 0), INDEX_ERRORS)
 """The state in which no index was wrong yet."""
+
+
+GUARD = np.dtype(
+    [
+        *((name, _INTEGER) for name in ("count", "skipped", "not_finite")),
+        *((name, np.float64) for name in ("scale", "norm")),
+        *(("found", np.uint64), ("square_sum", np.float64)),
+    ],
+    align=True,
+)
+"""``Guard`` of guard.cu."""
+
+GUARD_ROWS = np.dtype(
+    [(name, _POINTER) for name in ("candidates", "row", "places")] + [(name, _INTEGER) for name in ("words", "count")],
+    align=True,
+)
+"""``GuardRows`` of guard.cu."""
+
+GUARD_PLACE = np.dtype([(name, _INTEGER) for name in ("unscale", "apply", "size")], align=True)
+"""``GuardPlace`` of guard.cu."""
+
+LOSS_SCALE = np.dtype([("scale", _POINTER), ("good", _POINTER), ("interval", _INTEGER)], align=True)
+"""``LossScale`` of guard.cu."""
 
 
 def slot_pointers(addresses: Mapping[str, int]) -> tuple[int, ...]:

@@ -56,6 +56,9 @@ class UpdateRule(NamedTuple):
         slot_dtype: dtype of the moving averages of gradients; None for the one in which they are computed.
         master: whether variables of 16 bits have a master, which is not rounded.
         stochastic: whether variables of 16 bits are rounded to one of two neighbours by chance.
+        scaled: whether the gradient comes multiplied by a scale, and is divided by it before it is clipped.
+        guarded: whether the step's scalars are chosen on the device, which may also decide that nothing changes.
+        searched: whether the gradients of a guarded step are searched for elements that are not finite.
     """
 
     complex_mode: str = "abs2"
@@ -67,11 +70,19 @@ class UpdateRule(NamedTuple):
     slot_dtype: str | None = None
     master: bool = False
     stochastic: bool = False
+    scaled: bool = False
+    guarded: bool = False
+    searched: bool = False
 
     @property
     def clip(self) -> int:
         """``GPU_ADAM_CLIP``: 0 for gradients as they are, 1 where they are clipped by norm, 2 where by value too."""
         return 2 if self.bounded else int(self.norm is not None)
+
+    @property
+    def sums_squares(self) -> bool:
+        """Whether there is a pass over all gradients before the update."""
+        return self.norm is not None or self.searched
 
     def layout(self, dtype: np.dtype, gradient: np.dtype) -> Layout:
         """How a variable of that dtype appears to the kernels, with a gradient of that dtype."""
@@ -90,8 +101,8 @@ class UpdateRule(NamedTuple):
     def switches(self) -> tuple[tuple[str, int], ...]:
         """What chooses the variant of an update: names of the preprocessor, and their numbers."""
         return (
-            *(("AMSGRAD", self.amsgrad), ("EMA", self.ema), ("ADJUST", self.adjusts), ("CLIP", self.clip)),
-            *(("MASTER", self.master), ("STOCHASTIC", self.stochastic)),
+            *(("AMSGRAD", self.amsgrad), ("EMA", self.ema), ("ADJUST", self.adjusts or self.scaled)),
+            *(("CLIP", self.clip), ("MASTER", self.master), ("STOCHASTIC", self.stochastic)),
         )
 
 
@@ -112,16 +123,16 @@ def dense(dtype_name: str, rule: UpdateRule, *, gradient: str | None = None, sta
         rule: the update.
         gradient: the gradients' dtype, by default the variables'.
         staged: whether the scalars of the step are read through the argument ``staged``, a pointer to device memory,
-            instead of from the argument ``scalars``.
+            instead of from the argument ``scalars``; those of a guarded step always are.
     """
     dtypes = dtype_name, gradient or dtype_name, rule.slot_dtype
-    return _update("dense", dtypes, rule.of(dtype_name).switches, staged)
+    return _update("dense", dtypes, rule.of(dtype_name).switches, staged or rule.guarded)
 
 
 def sparse(dtype_name: str, rule: UpdateRule, *, gradient: str | None = None, staged: bool = False) -> Kernel:
     """The update of one variable by some of its rows. Arguments as for dense."""
     dtypes = dtype_name, gradient or dtype_name, rule.slot_dtype
-    return _update("sparse", dtypes, rule.of(dtype_name).switches, staged)
+    return _update("sparse", dtypes, rule.of(dtype_name).switches, staged or rule.guarded)
 
 
 def _types(dtype_name: str, gradient: str, slot_dtype: str | None) -> tuple[str, ...]:
@@ -143,18 +154,28 @@ def _update(
     return Kernel(Source(f"{name}.cu", defines), name)
 
 
-@functools.cache
-def norm(dtype_name: str, kernel_name: str, *, bounded: bool = False) -> Kernel:
-    """A pass of the norms of gradients: square_sums, square_sums_of, clip_by_norm or clip_by_global_norm.
+def norm(dtype_name: str, kernel_name: str, rule: UpdateRule = UpdateRule()) -> Kernel:  # noqa: B008
+    """A pass of norm.cu: square_sums, square_sums_of, clip_by_norm, clip_by_global_norm or add_square_sum.
 
     Args:
         dtype_name: of the gradients, a key of DTYPES.
         kernel_name: the pass.
-        bounded: whether the gradients are clipped by value first.
+        rule: the update for which it is.
     """
-    switches = UpdateRule(bounded=bounded, norm="global").switches
-    defines = (*_types(dtype_name, dtype_name, None), *_definitions(*switches, ("STAGED", False)))
+    return _norm(dtype_name, kernel_name, rule.bounded, rule.scaled, rule.guarded)
+
+
+@functools.cache  # as above
+def _norm(dtype_name: str, kernel_name: str, bounded: bool, scaled: bool, guarded: bool) -> Kernel:
+    switches = UpdateRule(bounded=bounded, norm="global", scaled=scaled).switches
+    defines = (*_types(dtype_name, dtype_name, None), *_definitions(*switches, ("STAGED", guarded)))
     return Kernel(Source("norm.cu", defines), kernel_name)
+
+
+@functools.cache
+def guard(kernel_name: str) -> Kernel:
+    """A part of guard.cu: guard_begin or guard_end."""
+    return Kernel(Source("guard.cu", ()), kernel_name)
 
 
 @functools.cache
@@ -171,6 +192,9 @@ MIXED_UPDATES = (
     ("float32", UpdateRule(), "float16"),
 )
 """Dtypes of variables, rules and dtypes of gradients, as training in mixed precision has them."""
+
+GUARDED = UpdateRule(scaled=True, guarded=True, searched=True)
+"""The update of a step with a loss scale."""
 
 
 def update_rules(dtype_name: str = "float32") -> list[UpdateRule]:
@@ -195,6 +219,8 @@ def update_rules(dtype_name: str = "float32") -> list[UpdateRule]:
 def variants() -> list[Source]:
     """Sources that a step can ask for, each once, by these rules: tests compile them, and profiling lists them."""
     updates = [update(dtype, rule) for dtype in DTYPES for update in (dense, sparse) for rule in update_rules(dtype)]
+    updates += [update(dtype, GUARDED) for dtype in DTYPES for update in (dense, sparse)]
     mixed = [dense(dtype, rule, gradient=gradient) for dtype, rule, gradient in MIXED_UPDATES]
-    norms = [norm(dtype, "square_sums", bounded=bounded) for dtype in DTYPES for bounded in (False, True)]
-    return [kernel.source for kernel in (*updates, *mixed, *norms, sort("sort_rows"))]
+    rules = (UpdateRule(), UpdateRule(bounded=True), GUARDED)
+    norms = [norm(dtype, "square_sums", rule) for dtype in DTYPES for rule in rules]
+    return [kernel.source for kernel in (*updates, *mixed, *norms, sort("sort_rows"), guard("guard_begin"))]

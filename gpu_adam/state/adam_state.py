@@ -26,6 +26,9 @@ from gpu_adam.variables import Variable
 COUNTER = "iterations"
 """The name under which `AdamState.export` gives the counter of steps."""
 
+SCALE, GOOD_STEPS = "loss_scale", "good_steps"
+"""The names of a loss scale's numbers: a float32, and an int64."""
+
 
 class AdamState:
     """The state of one optimizer.
@@ -41,6 +44,7 @@ class AdamState:
         names: slot names in order of first creation. The same list for ever.
         registry: which object stands for which variable.
         slots: for each slot name the slots by variable, in order of creation.
+        own: arrays that the kernels write and that belong to no variable, by name: those of a loss scale.
         settings: what was set for variables of their own, by `Adam.set_group`.
         settings_decay: whether some of these settings let weights decay.
         never_decayed: variables whose weights do not decay, whatever their settings say.
@@ -59,6 +63,7 @@ class AdamState:
         self.names: list[str] = []
         self.registry = Registry()
         self.slots: dict[str, dict[Variable, Variable]] = {}
+        self.own: dict[str, Variable] = {}
         self.settings: dict[Variable, Settings] = {}
         self.never_decayed: frozenset[Variable] = frozenset()
         self.never_decayed_names: tuple[str, ...] = ()
@@ -135,13 +140,13 @@ class AdamState:
     # As a whole, by name.
 
     def weight_names(self) -> list[str]:
-        """A name of its own for each of `weights`: "iterations", and "<variable>/<slot>" for each slot.
+        """A name of its own for each of `weights`: "iterations", "<variable>/<slot>" for each slot, those of `own`.
 
         Of several variables with one name the second is called "<variable>_1", and so on, in order of their first slot.
         """
         if self._weight_names is None:
             unique = _unique_names(self.variables)
-            names = {id(self.counter): COUNTER}
+            names = {id(self.counter): COUNTER, **{id(array): name for name, array in self.own.items()}}
             for slot_name, owned in self.slots.items():
                 names.update({id(slot): f"{unique[variable]}/{slot_name}" for variable, slot in owned.items()})
             self._weight_names = [names[id(weight)] for weight in self.weights]

@@ -14,7 +14,7 @@ from gpu_adam.devices import Array, Device
 from gpu_adam.errors import ArgumentValueError
 from gpu_adam.hyperparameters import OWN_SETTINGS
 from gpu_adam.kernels import SLOT_SPECS, UpdateRule, slot_spec, slots_of
-from gpu_adam.state.adam_state import AdamState
+from gpu_adam.state.adam_state import GOOD_STEPS, SCALE, AdamState
 from gpu_adam.state.registry import News
 from gpu_adam.state.slots import beside, initialized, is_beside
 from gpu_adam.uninterrupted import Call, make_all
@@ -69,6 +69,7 @@ class Transaction:
             attributes = [
                 (state, "slots", tables),
                 (state, "counter", state.counter),
+                (state, "own", dict(state.own)),
                 (state, "index_errors", dict(state.index_errors)),
                 (state, "settings", dict(state.settings)),
                 (state, "settings_decay", state.settings_decay),
@@ -93,6 +94,36 @@ class Transaction:
             self._remember()
             state.weights.append(state.counter)
         return state.counter
+
+    def ensure_loss_scale(self, device: Device, initial: float) -> Variable:
+        """Create the numbers of a loss scale where they do not exist: the scale, and the good steps since it changed.
+
+        Args:
+            device: where they are to lie.
+            initial: the scale.
+
+        Returns:
+            The scale.
+
+        Raises:
+            ArgumentValueError: they lie on another device.
+        """
+        state = self._state
+        found = state.own.get(SCALE)
+        if found is None:
+            self._remember()
+            for name, value in ((SCALE, np.float32(initial)), (GOOD_STEPS, np.int64(0))):
+                array = device.array(value)
+                state.own[name] = variable = Variable.over(array, device, f"{state.name}/{name}", trainable=False)
+                state.weights.append(variable)
+        elif found.device is not device:
+            raise ArgumentValueError(
+                "the variables of an optimizer with a loss_scale",
+                f"must lie on {found.device}, as the scale does",
+                device,
+                "call build(variables) before loss_scale is read, or make an optimizer for each device",
+            )
+        return state.own[SCALE]
 
     def set_counter(self, counter: Variable) -> None:
         """Count in this variable, where the counter is none of the weights yet."""

@@ -16,14 +16,14 @@ from typing import Any
 import numpy as np
 
 from gpu_adam.conversion import place_of
-from gpu_adam.devices import Device
+from gpu_adam.devices import Device, get_device
 from gpu_adam.devices.torch_tensors import written_calls
 from gpu_adam.errors import ArgumentTypeError, ArgumentValueError
 from gpu_adam.hyperparameters import OWN_SETTINGS, Clip, Flavour
 from gpu_adam.kernels import UpdateRule
 from gpu_adam.nvtx import stage
 from gpu_adam.rules import items_of
-from gpu_adam.state.adam_state import AdamState
+from gpu_adam.state.adam_state import SCALE, AdamState
 from gpu_adam.state.counter import check_countable
 from gpu_adam.state.registry import News
 from gpu_adam.state.replace import successors
@@ -31,6 +31,7 @@ from gpu_adam.state.transaction import Transaction
 from gpu_adam.step import request as requests
 from gpu_adam.step.capture import Graph, Graphs
 from gpu_adam.step.gradients import OtherDtypeError
+from gpu_adam.step.guard import GUARDING, Guard, Telemetry
 from gpu_adam.step.plan import Plan, check_updatable
 from gpu_adam.step.request import Memo, Request
 from gpu_adam.step.scalars import Scalars
@@ -55,9 +56,20 @@ class Controller:
         self._memos: OrderedDict[Any, Memo] = OrderedDict()
         self._memo: Memo | None = None
         self._layout = state.layout
+        self._guards: dict[Device, Guard] = {}
+        self._guard: Guard | None = None  # of the last guarded step
+        self._evaluates = False
 
     @stage("step")
-    def step(self, grads_and_vars: Iterable[Any], rule: UpdateRule, hyper: dict[str, Any], clip: Clip) -> int:
+    def step(
+        self,
+        grads_and_vars: Iterable[Any],
+        rule: UpdateRule,
+        hyper: dict[str, Any],
+        clip: Clip,
+        scale: Any = None,
+        found_inf: Any = None,
+    ) -> int | None:
         """Update every variable by its gradient and count the step.
 
         Args:
@@ -65,9 +77,13 @@ class Controller:
             rule: which update; the same object for equal rules.
             hyper: stored hyperparameters by name.
             clip: how the gradients are clipped.
+            scale: by which they are divided before that: a number; for a rule that is guarded also a 0-d array on the
+                device. None: the optimizer's loss scale, if it has one.
+            found_inf: for a guarded rule, a 0-d float32 array on the device: where it is not 0, the step changes
+                nothing.
 
         Returns:
-            The steps done.
+            The steps done; None where the host does not know, because the device may leave this step out.
 
         Raises:
             ArgumentTypeError, ArgumentValueError, SparseIndexError, ConcurrentStepError: nothing has changed then.
@@ -93,33 +109,124 @@ class Controller:
                     if graph is not None:
                         graph.check(pairs, is_first=not plan.is_launched)
                     gradients = plan.check(pairs, addresses)
+                guard = None
+                if rule.guarded or self._guard is not None:
+                    guard = self._guard_of(plan, graph)
                 done = check_countable(state.counter)
-                now = Scalars(hyper, done, self._flavour)
+                now = Scalars(hyper, done, self._flavour) if guard is None else self._evaluated(hyper, done)
                 if now.are_called:
-                    now.iterations = done = self._checked_after_calls(memo, pairs, addresses)
-                scalars = plan.scalars(now, clip)
+                    done = self._checked_after_calls(memo, pairs, addresses)
+                if guard is None:
+                    now.iterations = done
+                    scalars: Sequence[Any] = plan.scalars(now, clip, 1.0 if scale is None else scale)
+                else:
+                    target = guard.aim(state.counter, scale, found_inf, self._flavour)
+                    done = target.most
+                    rate = hyper["learning_rate"]
+                    scalars = [plan.scalars(now.at(count, rate), clip, target.number) for count in target.counts]
                 if request is not None and request.without:
                     _warn(request.without)
                 with Transaction(state) as change:
                     if request is not None:
-                        change.ensure_counter()
+                        self._ensure_own(change, plan.devices[0])
                         change.adopt(request.news)
                         change.ensure_slots(request.variables, rule)
-                    launches = plan.launches(state, graph, gradients)
+                    launches = plan.launches(state, graph, gradients, guard)
                     change.note(plan.index_errors)
                     launches.bind(pairs, gradients)
                     count = functools.partial(state.counter._value.fill, done + 1)
+                    report = [] if guard is None else guard.report_calls(state.own)
                     calls = launches.calls(scalars, clip)
                     if self._flavour.use_ema and self._flavour.overwrites_at(done + 1):
                         calls += self._overwriting(plan.variables, graph)
-                    _enqueue([*calls, *memo.written_calls, count, *change.commit])
+                    _enqueue([*calls, *report, *memo.written_calls, count, *change.commit])
                 if graph is None:
                     launches.release()
                 for variable in plan.constrained:
                     variable.constrain()
             if request is not None:
                 self._remember(memo, request)
-            return done + 1
+            return done + 1 if guard is None or not guard.is_unsure else None
+
+    def _guard_of(self, plan: Plan, graph: Graph | None) -> Guard | None:
+        """The guard of a step, if it has one.
+
+        Where another one was the last step's, or none is this one's, the steps that may be left out are waited for.
+        """
+        guard = None
+        if plan.rule.guarded:
+            if graph is not None:
+                rule, remedy = f"must do without {GUARDING}", "do it outside of the graph"
+                raise ArgumentValueError("a step captured in a graph", rule, "one of them", remedy)
+            device = plan.devices[0]
+            guard = self._guards.get(device)
+            if guard is None:
+                guard = self._guards[device] = Guard(device)
+        if self._guard is not None and self._guard is not guard and self._guard.is_unsure:
+            self._guard.bounds(self._state.counter, waits=True)
+        self._guard = guard
+        if guard is not None:
+            guard.bounds(self._state.counter)
+        return guard
+
+    def _evaluated(self, hyper: dict[str, Any], done: int) -> Scalars:
+        """The scalars of a guarded step; a callable among the hyperparameters may ask for `iterations`."""
+        self._evaluates = True
+        try:
+            return Scalars(hyper, done, self._flavour)
+        finally:
+            self._evaluates = False
+
+    def settle(self) -> None:
+        """Let the counter hold the number of steps done. Waits for the device where it has not told yet."""
+        guard = self._guard
+        if guard is None or not guard.is_unsure:
+            return
+        if self._evaluates:
+            guard.bounds(self._state.counter, waits=True)
+        else:
+            with self._state.alone(is_brief=True):
+                guard.bounds(self._state.counter, waits=True)
+
+    def settle_inside(self) -> None:
+        """The same for a call of the optimizer that is at work."""
+        if self._guard is not None and self._guard.is_unsure:
+            self._guard.bounds(self._state.counter, waits=True)
+
+    def skipped(self) -> int:
+        """How many steps were left out. Waits for the device."""
+        with self._state.alone():
+            for guard in self._guards.values():
+                guard.bounds(self._state.counter, waits=True)
+            return sum(int(guard.report["skipped"]) for guard in self._guards.values())
+
+    def telemetry(self) -> Telemetry | None:
+        """The numbers of the last guarded step that the device has finished; None before there is one. Never waits."""
+        with self._state.alone(is_brief=True):
+            if self._guard is None:
+                return None
+            self._guard.bounds(self._state.counter)
+            return self._guard.telemetry
+
+    def loss_scale(self) -> Variable:
+        """The scale of an optimizer with a loss scale; on its variables' device or, before it has any, the default one.
+
+        Raises:
+            ConcurrentStepError: a call of the optimizer is at work, and the scale does not exist yet.
+        """
+        found = self._state.own.get(SCALE)
+        if found is not None:
+            return found
+        variables = self._state.variables
+        with self._state.alone(is_brief=True), Transaction(self._state) as change:
+            self._ensure_own(change, variables[0].device if variables else get_device())
+        return self._state.own[SCALE]
+
+    def _ensure_own(self, change: Transaction, device: Device | None) -> None:
+        """Create what belongs to no variable: the counter, and a loss scale on the device if there is one."""
+        change.ensure_counter()
+        if self._flavour.loss_scale is not None and device is not None:
+            change.ensure_loss_scale(device, self._flavour.loss_scale.initial)
 
     def _checked_after_calls(self, memo: Memo, pairs: Sequence[Any], addresses: np.ndarray) -> int:
         """The number of steps done, once callables have been called, which may have changed it.
@@ -230,7 +337,7 @@ class Controller:
             ]
             check_updatable(found, news.moved, rule)
             with Transaction(self._state) as change:
-                change.ensure_counter()
+                self._ensure_own(change, found[0].device if found else None)
                 change.adopt(news)
                 change.ensure_slots(found, rule)
                 also(change, found)

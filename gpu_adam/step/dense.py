@@ -62,16 +62,18 @@ class DenseLaunch:
         self.tensors, self.chunk_ends = len(group.filled), table.chunk_ends
         self._tensor_table = tensor_table = kernels.struct(kernels.TENSOR_TABLE, *table.struct)
         self._read_from(group.device.staged(max(1, self.tensors), np.dtype(np.uint64)))
-        self.arguments = arguments = UpdateArguments(group.layout, group.device, len(group.settings), captured=captured)
+        self.arguments = arguments = UpdateArguments(
+            group.layout, group.device, len(group.settings), captured=captured, guarded=group.rule.guarded
+        )
         self._launch = self.device.prepare(
             kernels.dense(group.layout.dtype, group.rule, gradient=self.gradient, staged=arguments.is_staged),
             [tensor_table, arguments.factors, arguments.factor_stride, arguments.scalars, arguments.staged],
         )
         self._square_sums = None
-        if group.rule.norm is not None:
+        if group.rule.sums_squares:
             self._square_sums = self.device.prepare(
-                kernels.norm(self.gradient, "square_sums", bounded=group.rule.bounded),
-                [tensor_table, arguments.clip_value, arguments.sums],
+                kernels.norm(self.gradient, "square_sums", group.rule),
+                [tensor_table, arguments.scalars, arguments.staged, arguments.sums, arguments.found],
             )
         self._bound: DenseGradients | None = None
 

@@ -15,6 +15,7 @@ from gpu_adam.kernels import UpdateRule
 from gpu_adam.state.adam_state import AdamState
 from gpu_adam.step.dense import DenseLaunch, DenseTable
 from gpu_adam.step.groups import DenseGroup, SparseGroup
+from gpu_adam.step.guard import Guard, GuardedScalars
 from gpu_adam.step.index_errors import IndexErrors
 from gpu_adam.step.norms import norm_passes
 from gpu_adam.step.overlap import Intervals, memory_of
@@ -35,6 +36,7 @@ class Launches:
         kept: the variables' and slots' arrays, and pools, kept alive: the launches have addresses only.
         captures: whether the launches of a graph are made ready.
         pools: where memory of the updates' own comes from; kept as well.
+        guard: of a guarded step.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class Launches:
         *,
         captures: bool,
         pools: Sequence[Any] = (),
+        guard: Guard | None = None,
     ) -> None:
         self._updates, self._written, self._rule = list(updates), written, rule
         self._kept, self._pools = [*kept, *pools], list(pools)
@@ -53,6 +56,10 @@ class Launches:
         self._bound: Sequence[Any] | None = None
         self._captures = captures
         self._graph_launches: Launches | None = None
+        self._guarded: GuardedScalars | None = None
+        if guard is not None:
+            arguments = [update.arguments for update in self._updates]
+            self._guarded = GuardedScalars(guard, arguments, searched=rule.searched)
 
     @classmethod
     def of(
@@ -61,6 +68,7 @@ class Launches:
         rule: UpdateRule,
         state: AdamState,
         index_errors: Mapping[Variable, IndexErrors],
+        guard: Guard | None,
     ) -> Launches:
         """The launches of groups whose variables have slots.
 
@@ -69,6 +77,7 @@ class Launches:
             rule: of the update.
             state: has the slots.
             index_errors: where rows out of range are noted, for each variable with a sparse gradient.
+            guard: of a guarded step.
         """
         places = {variable: place for place, variable in enumerate(state.variables)} if rule.stochastic else {}
         updates: list[DenseLaunch | SparseLaunch] = []
@@ -88,7 +97,8 @@ class Launches:
             else:
                 updates.append(DenseLaunch(group, DenseTable(group, slots, own_places)))
         written_on = {place: Intervals(np.concatenate(parts)) for place, parts in memory.items()}
-        return cls(updates, written_on, rule, kept, captures=any(group.device.captures for group in groups))
+        captures = guard is None and any(group.device.captures for group in groups)
+        return cls(updates, written_on, rule, kept, captures=captures, guard=guard)
 
     def take_for_graph(self, checked: Sequence[Any]) -> Launches:
         """The same launches for a captured graph, with memory of their own.
@@ -162,15 +172,25 @@ class Launches:
             for update in self._updates:
                 update.release()
 
-    def calls(self, scalars: Sequence[Sequence[tuple[Any, ...]]], clip: Clip) -> list[Call]:
-        """The calls that enqueue the whole step with the gradients bound last; to be made at once, and once."""
+    def calls(self, scalars: Sequence[Any], clip: Clip) -> list[Call]:
+        """The calls that enqueue the whole step with the gradients bound last; to be made at once, and once.
+
+        Args:
+            scalars: for each update, for each of its settings; in a guarded step that for each number of steps that may
+                have been done.
+            clip: how gradients are clipped.
+        """
         calls: list[Call] = []
-        for number, update in enumerate(self._updates):
-            update.arguments.set_scalars(scalars[number])
+        if self._guarded is not None:
+            calls += self._guarded.begin(scalars)
+        else:
+            for number, update in enumerate(self._updates):
+                update.arguments.set_scalars(scalars[number])
         for norm in self._norms:
-            assert clip.limit is not None
             calls += norm.sums()
             calls += norm.factors(clip.limit)
+        if self._guarded is not None:
+            calls += self._guarded.end(self._norms)
         for update in self._updates:
             calls += update.calls()
         return calls

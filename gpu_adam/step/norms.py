@@ -33,21 +33,28 @@ class Normed(Protocol):
 
 
 class NormPass:
-    """One norm over the gradients of some launches, or one for each tensor of a launch.
+    """One norm over the gradients of some launches, or one for each tensor of a launch, or their partial sums alone.
 
     The two halves are apart so that partial sums of other machines can come in between.
 
     Args:
         launches: whose gradients; of one device. Their clip factors are read from where this pass writes them.
-        rule: of the update: whether there is one norm over all gradients, or one for each tensor of the only launch.
+        rule: of the update: whether there is one norm over all gradients, one for each tensor of the only launch, or
+            nothing to clip by: a search for elements that are not finite takes the sums.
     """
 
     def __init__(self, launches: Sequence[Normed], rule: UpdateRule) -> None:
         self._launches, self._device = list(launches), launches[0].device
-        is_global, norm = rule.norm == "global", functools.partial(kernels.norm, bounded=rule.bounded)
+        is_global, norm = rule.norm == "global", functools.partial(kernels.norm, rule=rule)
         self._sums = self._device.empty(0, np.dtype(np.float64))
         self._sums_pointer, self._count = kernels.pointer(0), kernels.scalar(0)
-        self._limit = kernels.scalar(0, np.float64)
+        self._limit, self._total = kernels.scalar(0, np.float64), kernels.pointer(0)
+        self._clips = rule.norm is not None
+        if rule.searched:
+            arguments = [self._sums_pointer, self._count, self._total]
+            self._add = self._device.prepare(norm(launches[0].gradient, "add_square_sum"), arguments)
+        if not self._clips:
+            return
         self._blocks = 1 if is_global else launches[0].tensors
         self._factors = self._device.empty(max(1, self._blocks), np.dtype(np.float64))
         factors = kernels.pointer(self._device.address(self._factors))
@@ -89,16 +96,22 @@ class NormPass:
             address += 8 * launch.sum_count
         return calls
 
-    def factors(self, limit: float) -> list[Call]:
+    def total(self, address: int) -> list[Call]:
+        """The calls that enqueue the addition of the partial sums to the float64 number at `address`."""
+        self._total[0] = address
+        return [self._add.call(1)]
+
+    def factors(self, limit: float | None) -> list[Call]:
         """The calls that enqueue the sum of the partial sums, and the factors that bound the norms by `limit`."""
+        if not self._clips:
+            return []
+        assert limit is not None
         self._limit[0] = limit
         return [self._launch.call(self._blocks)] if self._blocks else []
 
 
 def norm_passes(launches: Sequence[Normed], rule: UpdateRule) -> list[NormPass]:
-    """The passes of a step: none, one for "global", one for each launch for "each"."""
-    if rule.norm is None:
+    """The passes of a step: none, one for each launch for "each", else one."""
+    if not rule.sums_squares:
         return []
-    if rule.norm == "global":
-        return [NormPass(launches, rule)]
-    return [NormPass([launch], rule) for launch in launches]
+    return [NormPass([launch], rule) for launch in launches] if rule.norm == "each" else [NormPass(launches, rule)]

@@ -17,10 +17,11 @@ from gpu_adam.nvtx import stage
 from gpu_adam.state.adam_state import AdamState
 from gpu_adam.step.capture import Graph
 from gpu_adam.step.groups import DenseGroup, SparseGroup
+from gpu_adam.step.guard import GUARDING, Guard
 from gpu_adam.step.index_errors import IndexErrors
 from gpu_adam.step.launches import Launches
 from gpu_adam.step.overlap import first_overlap, memory_of
-from gpu_adam.step.scalars import Scalars
+from gpu_adam.step.scalars import Scalars, reciprocal
 from gpu_adam.variables import Variable
 
 
@@ -46,7 +47,8 @@ class Plan:
 
     Raises:
         ArgumentValueError: a dtype that is not computed with; variables that overlap; slices for a variable without
-            rows; a global norm over several devices; a variable with a constraint that comes twice or gets slices.
+            rows; a global norm or a guarded step over several devices; a variable with a constraint that comes twice or
+            gets slices.
     """
 
     def __init__(
@@ -87,6 +89,13 @@ class Plan:
             raise ArgumentValueError(
                 "global_clipnorm", "must be taken over one device", places, "step each device's variables apart"
             )
+        if rule.guarded and len(self.devices) > 1:
+            raise ArgumentValueError(
+                "the variables of grads_and_vars",
+                f"must lie on one device for a step with {GUARDING}",
+                places,
+                "step each device's variables apart",
+            )
         self.constrained = [variable for variable in rounds if variable.constraint is not None]
         for variable in self.constrained:
             _check_constrained(
@@ -125,8 +134,13 @@ class Plan:
         return found
 
     @stage("read")
-    def scalars(self, now: Scalars, clip: Clip) -> list[list[tuple[Any, ...]]]:
+    def scalars(self, now: Scalars, clip: Clip, scale: float = 1.0) -> list[list[tuple[Any, ...]]]:
         """The scalars of each group for each of its settings, in its dtype.
+
+        Args:
+            now: the hyperparameters' values.
+            clip: how gradients are clipped.
+            scale: by which the gradients are to be divided.
 
         Raises:
             ArgumentValueError: a value breaks its rule in that dtype.
@@ -135,8 +149,15 @@ class Plan:
             dtype, settings = self._different[0]
             if settings is not OWN_SETTINGS:
                 now = now.under(settings)
-            return [[(*now.for_real(dtype), clip.value_in(dtype))]] * len(self._kinds)
-        by_kind = {kind: (*now.under(kind[1]).for_real(kind[0]), clip.value_in(kind[0])) for kind in self._different}
+            unscale = 1.0 if scale == 1.0 else reciprocal(scale, dtype)
+            return [[(*now.for_real(dtype), clip.value_in(dtype), unscale, 1.0)]] * len(self._kinds)
+        by_kind = {
+            (dtype, settings): (
+                *(*now.under(settings).for_real(dtype), clip.value_in(dtype)),
+                *(reciprocal(scale, dtype), 1.0),
+            )
+            for dtype, settings in self._different
+        }
         return [[by_kind[kind] for kind in kinds] for kinds in self._kinds]
 
     @property
@@ -144,20 +165,23 @@ class Plan:
         """Whether the launches exist."""
         return self._launches is not None
 
-    def launches(self, state: AdamState, graph: Graph | None, checked: Sequence[Any]) -> Launches:
+    def launches(
+        self, state: AdamState, graph: Graph | None, checked: Sequence[Any], guard: Guard | None = None
+    ) -> Launches:
         """The launches, with memory of their own for a graph; made by the first call, when the slots exist.
 
         Args:
             state: has the slots.
             graph: what the step is captured in, if it is.
             checked: the gradients of each group.
+            guard: of a rule that is guarded; the same one in all steps.
         """
         if self._launches is None:
             for group in self.groups:
                 if isinstance(group, SparseGroup):
                     variable = group.variable
                     self.index_errors[variable] = state.index_errors.get(variable) or IndexErrors(variable)
-            self._launches = Launches.of(self.groups, self.rule, state, self.index_errors)
+            self._launches = Launches.of(self.groups, self.rule, state, self.index_errors, guard)
         if graph is None:
             return self._launches
         launches = self._launches.take_for_graph(checked)

@@ -63,7 +63,7 @@ class SparseLaunch:
         self.group, self.table = group, table
         self.device, self.gradient = group.device, group.layout.gradient
         self._errors = errors
-        self.arguments = arguments = UpdateArguments(group.layout, group.device)
+        self.arguments = arguments = UpdateArguments(group.layout, group.device, guarded=group.rule.guarded)
         self._values, self._size = kernels.pointer(0), kernels.scalar(0)
         self._sorter = RowSorter(self.device, group.variable.shape[0], errors)
         sorter = self._sorter
@@ -75,10 +75,13 @@ class SparseLaunch:
             ],
         )
         self._square_sums = None
-        if group.rule.norm is not None:
+        if group.rule.sums_squares:
             self._square_sums = self.device.prepare(
-                kernels.norm(self.gradient, "square_sums_of", bounded=group.rule.bounded),
-                [self._values, self._size, arguments.clip_value, arguments.sums],
+                kernels.norm(self.gradient, "square_sums_of", group.rule),
+                [
+                    *(self._values, self._size, arguments.scalars, arguments.staged),
+                    *(arguments.sums, arguments.found),
+                ],
             )
         self._gradient: SparseGradient | None = None
 
