@@ -415,7 +415,9 @@ class Adam:
         Raises:
             ArgumentTypeError: no variable.
         """
-        return self._state.settings_of(self._state.registry.find(variable, "variable", News()))
+        settings = self._state.settings_of(self._state.registry.find(variable, "variable", News()))
+        assert isinstance(settings, Settings)
+        return settings
 
     def exclude_from_weight_decay(
         self, var_list: Iterable[Any] | None = None, var_names: Iterable[str] | None = None

@@ -27,6 +27,7 @@ from gpu_adam.rules import (
     truth_value,
 )
 from gpu_adam.schedules import LearningRateSchedule
+from gpu_adam.uninterrupted import Call
 from gpu_adam.variables import Variable
 
 DEFAULT_EPSILON = 1e-7
@@ -286,6 +287,32 @@ class Settings(NamedTuple):
 
 OWN_SETTINGS = Settings()
 """Those of a variable for which nothing was set."""
+
+
+class Cohort:
+    """Settings of variables that take nothing from the optimizer, and whose steps are counted apart.
+
+    Every step that updates one of the variables updates all of them. All values are given before each step, and others
+    than last time make no launch anew. What kernels take of them is computed in float64 and rounded once, as in torch.
+
+    Args:
+        count: the call that counts a step of these variables.
+
+    Attributes:
+        count: as above.
+        hyper: floats by name that have been checked, as an optimizer stores them.
+        flavour: what the update does besides plain Adam; nothing that needs another rule than the optimizer's.
+        iterations: steps of these variables that are done, t - 1.
+    """
+
+    __slots__ = ("count", "flavour", "hyper", "iterations")
+
+    def __init__(self, count: Call) -> None:
+        self.count, self.flavour, self.iterations = count, PLAIN, 0
+        self.hyper: dict[str, float] = {}
+
+
+AnySettings = Settings | Cohort
 
 
 class PresentValue(float):

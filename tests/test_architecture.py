@@ -25,7 +25,7 @@ FLOORS = [
     ["step"],
     # What is differentiated knows nothing of optimizers.
     ["autodiff"],
-    ["adam", "np"],
+    ["adam", "np", "torch"],
     [""],
     ["demos"],
     ["bench"],

@@ -18,7 +18,7 @@ import gpu_adam
 from gpu_adam import IndexedSlices, Variable
 from gpu_adam.devices import Device
 from gpu_adam.errors import ArgumentTypeError, ArgumentValueError, SlotNotFoundError
-from gpu_adam.hyperparameters import PLAIN
+from gpu_adam.hyperparameters import OWN_SETTINGS, PLAIN
 from gpu_adam.state.transaction import Transaction
 from gpu_adam.step.scalars import Scalars
 
@@ -444,7 +444,7 @@ def test_settings_and_exclusions_go_back_with_a_change_that_fails(device: Device
 
     def fail() -> None:
         with Transaction(state) as change:
-            change.set_settings([x], {"weight_decay": 0.75})
+            change.set_settings({x: OWN_SETTINGS.updated({"weight_decay": 0.75})})
             change.never_decay([x], ["x"])
             raise ZeroDivisionError
 

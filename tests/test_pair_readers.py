@@ -10,8 +10,10 @@ from reference import assert_same_bits
 
 import gpu_adam
 from gpu_adam import Variable
-from gpu_adam.devices import Device, HostDevice, native_pairs
+from gpu_adam.devices import Device, HostDevice, native_pairs, native_tensors
 from gpu_adam.devices.pair_reader import ExpectedPairs, PairReader
+from gpu_adam.devices.placement import placement_of
+from gpu_adam.devices.places import Places
 from gpu_adam.devices.torch_tensors import TorchReader
 from gpu_adam.step.overlap import Intervals
 
@@ -218,9 +220,15 @@ def test_overlaps_are_found_in_few_and_in_many(count: int) -> None:
 # torch.
 
 
-@pytest.fixture
-def torch() -> Any:
-    return pytest.importorskip("torch", reason="torch is not installed (extra: peers)")
+@pytest.fixture(params=READERS)
+def torch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The module, whose tensors are read in C where it can be, or in Python."""
+    module = pytest.importorskip("torch", reason="torch is not installed (extra: peers)")
+    if request.param == "Python":
+        monkeypatch.setattr(native_tensors, "is_available", lambda torch: False)
+    elif not native_tensors.is_available(module):
+        pytest.skip("this torch does not offer DLPack's C functions")
+    return module
 
 
 def torch_reader(torch: Any, shapes: list[tuple[int, ...]], dtype: str, place: str | None = "cpu") -> TorchReader:
@@ -237,6 +245,45 @@ def test_a_plain_tensor_is_read(torch: Any, dtype: str) -> None:
     pairs = [(g, None) for g in (tensor, empty, None, view)]
     assert torch_reader(torch, [(2, 3), (0, 2), (1,), (2, 3)], dtype).read(pairs, addresses)
     assert addresses.tolist() == [tensor.data_ptr(), 1, 7, view.data_ptr()]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "complex64", "complex128"])
+def test_many_plain_tensors_are_read_at_once(torch: Any, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where they can be: then none is looked at by itself."""
+    shapes: list[tuple[int, ...]] = [(), (2, 3), (0, 2), (2, 1, 3), (2, 3)]
+    tensors = [torch.ones(shape, dtype=getattr(torch, dtype)) for shape in shapes]
+    tensors[4] = torch.ones(5, 3, dtype=getattr(torch, dtype))[2:4]
+    reader, addresses = torch_reader(torch, shapes, dtype), np.zeros(5, np.uint64)
+    if native_tensors.is_available(torch):
+        monkeypatch.setattr(reader, "_each", pytest.fail)
+    assert reader.read([(tensor, None) for tensor in tensors], addresses)
+    assert addresses.tolist() == [tensor.data_ptr() or 1 for tensor in tensors]
+
+
+CHANGES: dict[str, Callable[[Any, Any], Any]] = {
+    "other memory": lambda torch, p: torch.ones(2, 3),
+    "another shape": lambda torch, p: p.detach().reshape(3, 2),
+    "another order": lambda torch, p: p.detach().as_strided((2, 3), (1, 2)),
+    "no memory": lambda torch, p: p.untyped_storage().resize_(0),
+}
+
+
+@pytest.mark.parametrize("kind", ["Parameter", "Tensor"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_tensor_whose_memory_has_changed_is_noticed(torch: Any, kind: str, change: str) -> None:
+    tensors = [torch.ones(shape) for shape in [(3,), (2, 3), (0, 2), ()]]
+    objects = [torch.nn.Parameter(each) if kind == "Parameter" else each for each in tensors]
+    placements = [placement for each in objects if (placement := placement_of(each)) is not None]
+    kept = Places(objects, placements, [np.dtype(np.float32)] * 4)
+    assert kept.are_kept()
+    before = objects[1].data
+    found = CHANGES[change](torch, objects[1])
+    if isinstance(found, torch.Tensor):
+        objects[1].data = found
+    assert not kept.are_kept()
+    if change != "no memory":
+        objects[1].data = before
+        assert kept.are_kept()
 
 
 def _shrunk(torch: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import numpy as np
@@ -196,6 +196,14 @@ class Device(ABC):
             torch: the module.
         """
         return None
+
+    def on_stream_of(self, torch: Any) -> AbstractContextManager[Any]:
+        """A context in which what is enqueued here follows what torch has enqueued on its current stream.
+
+        Args:
+            torch: the module.
+        """
+        return nullcontext()
 
     def zeros(self, shape: tuple[int, ...], dtype: np.dtype, like: Array | None = None) -> Array:
         """New zeros. With `like` they have its misalignment: see `zeros_beside`."""

@@ -7,8 +7,8 @@ import itertools
 import operator
 import sys
 from collections import deque
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import cupy
@@ -146,6 +146,18 @@ class CudaDevice(Device):
         same = torch.cuda.is_initialized() and torch.cuda.current_stream(self.index).cuda_stream == stream
         return torch.device("cuda", self.index) if same else None
 
+    @contextmanager
+    def on_stream_of(self, torch: Any) -> Iterator[None]:
+        """A context in which torch's current stream of this device is CuPy's."""
+        with self.activate():  # a stream that was not made by CuPy is taken for one of the current device
+            before = cupy.cuda.get_current_stream()
+            cupy.cuda.Stream.from_external(_TorchStream(torch.cuda.current_stream(self.index).cuda_stream)).use()
+        try:
+            yield
+        finally:
+            with self.activate():
+                before.use()
+
     def staged(self, size: int, dtype: np.dtype) -> StagedArray:
         """A new array of `size` elements that is rewritten from step to step."""
         return _StagedArray(self, size, dtype)
@@ -276,6 +288,16 @@ def _shared(obj: Any) -> Array:
     if hasattr(obj, "__cuda_array_interface__"):
         return cupy.asarray(_Interface(obj) if is_capturing else obj)
     return from_dlpack(obj, cupy.from_dlpack)
+
+
+class _TorchStream:
+    """The protocol of streams, for a torch whose own streams do not have it yet."""
+
+    def __init__(self, address: int) -> None:
+        self._address = address
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self._address
 
 
 class _Interface:

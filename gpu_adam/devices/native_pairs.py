@@ -12,8 +12,7 @@ import numpy as np
 
 from gpu_adam import kernels
 from gpu_adam.devices import libraries
-from gpu_adam.devices.pair_reader import ExpectedPairs
-from gpu_adam.devices.placement import placement_of
+from gpu_adam.devices.pair_reader import ExpectedPairs, places_of
 from gpu_adam.devices.torch_tensors import TorchReader
 from gpu_adam.errors import DeviceError, KernelCompileError
 
@@ -67,14 +66,15 @@ class NativePairReader:
         self._pairs["target"] = list(map(id, expected.targets))
         self._pairs["array"] = self._arrays.table
         self._pairs["other_type"] = [0 if kind is None else id(kind) for kind in expected.other_types]
-        self._elsewhere = []
+        elsewhere = []
         for number, (target, placement) in enumerate(zip(expected.targets, expected.placements, strict=True)):
             if placement is None:
                 continue
             if type(target) is kind.type and placement.address:
                 self._pairs[number]["target_address"] = placement.address
             else:
-                self._elsewhere.append((target, placement))
+                elsewhere.append(number)
+        self._places = places_of(expected, elsewhere)
         self._last, self._next = np.zeros(count, np.uint64), np.zeros(count, np.uint64)
         self._given = np.zeros(count, np.uint64)
         self._struct = np.zeros(1, PAIRS)
@@ -87,9 +87,8 @@ class NativePairReader:
         answer = self._read(pairs, self._address)
         if answer < 0:
             return None
-        for target, placement in self._elsewhere:
-            if placement_of(target) != placement:
-                return None
+        if self._places is not None and not self._places.are_kept():
+            return None
         if answer == _INCOMPLETE:
             if self._tensors.read(pairs, self._next):
                 if np.array_equal(self._next, self._last):

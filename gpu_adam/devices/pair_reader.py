@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
-from gpu_adam.devices.placement import Placement, placement_of
+from gpu_adam.devices.placement import Placement
+from gpu_adam.devices.places import Places
 
 if TYPE_CHECKING:
     from gpu_adam.devices.torch_tensors import TorchReader
@@ -47,6 +48,14 @@ class ExpectedPairs(NamedTuple):
         return any(kinds[n] is None and isinstance(pairs[n][0], self.never_arrays) for n in missing)
 
 
+def places_of(expected: ExpectedPairs, numbers: Sequence[int]) -> Places | None:
+    """Where some of the targets lie, which have placements; None for no targets."""
+    if not numbers:
+        return None
+    placements = [place for n in numbers if (place := expected.placements[n]) is not None]
+    return Places([expected.targets[n] for n in numbers], placements, [expected.dtypes[n] for n in numbers])
+
+
 class PairReader(Protocol):
     """Compares the pairs of a step with expected ones, and reads where the gradients lie."""
 
@@ -72,7 +81,7 @@ class PythonPairReader:
 
     def __init__(self, expected: ExpectedPairs, addresses: AddressReader, tensors: TorchReader) -> None:
         self._expected, self._read, self._tensors = expected, addresses, tensors
-        self._moving = [(t, place) for t, place in zip(expected.targets, expected.placements, strict=True) if place]
+        self._places = places_of(expected, [n for n, place in enumerate(expected.placements) if place])
         self._is_array = np.array([kind is None for kind in expected.other_types])
         self._has_others = not self._is_array.all()
         self._gradients: list[Callable[[], Any]] = []
@@ -108,7 +117,7 @@ class PythonPairReader:
         expected = self._expected.targets
         if len(targets) != len(expected) or not all(map(operator.is_, targets, expected)):
             return None
-        if any(placement_of(target) != placement for target, placement in self._moving):
+        if self._places is not None and not self._places.are_kept():
             return None
         return gradients if not self._has_others or self._have_their_types(gradients) else None
 

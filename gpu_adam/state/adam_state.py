@@ -14,7 +14,7 @@ import numpy as np
 
 from gpu_adam.devices import Array, Device
 from gpu_adam.errors import ArgumentValueError, SlotNotFoundError
-from gpu_adam.hyperparameters import OWN_SETTINGS, Settings
+from gpu_adam.hyperparameters import OWN_SETTINGS, AnySettings, Cohort
 from gpu_adam.kernels import UpdateRule, slots_of
 from gpu_adam.state.counter import checked_count
 from gpu_adam.state.door import Door
@@ -45,7 +45,7 @@ class AdamState:
         registry: which object stands for which variable.
         slots: for each slot name the slots by variable, in order of creation.
         own: arrays that the kernels write and that belong to no variable, by name: those of a loss scale.
-        settings: what was set for variables of their own, by `Adam.set_group`.
+        settings: what was set for variables of their own, by `Adam.set_group` or `Controller.set_cohorts`.
         settings_decay: whether some of these settings let weights decay.
         never_decayed: variables whose weights do not decay, whatever their settings say.
         never_decayed_names: patterns of the names of such variables.
@@ -64,7 +64,7 @@ class AdamState:
         self.registry = Registry()
         self.slots: dict[str, dict[Variable, Variable]] = {}
         self.own: dict[str, Variable] = {}
-        self.settings: dict[Variable, Settings] = {}
+        self.settings: dict[Variable, AnySettings] = {}
         self.never_decayed: frozenset[Variable] = frozenset()
         self.never_decayed_names: tuple[str, ...] = ()
         self.settings_decay = False
@@ -116,9 +116,11 @@ class AdamState:
             )
         return found
 
-    def settings_of(self, variable: Variable) -> Settings:
+    def settings_of(self, variable: Variable) -> AnySettings:
         """What a variable's updates take in place of the optimizer's hyperparameters."""
         settings = self.settings.get(variable, OWN_SETTINGS)
+        if isinstance(settings, Cohort):
+            return settings
         patterns = self.never_decayed_names
         if variable in self.never_decayed or any(re.search(pattern, variable.name) for pattern in patterns):
             return settings._replace(weight_decay=0.0)

@@ -12,7 +12,7 @@ import numpy as np
 
 from gpu_adam.devices import Array, Device
 from gpu_adam.errors import ArgumentValueError
-from gpu_adam.hyperparameters import OWN_SETTINGS
+from gpu_adam.hyperparameters import AnySettings, Settings
 from gpu_adam.kernels import SLOT_SPECS, UpdateRule, slot_spec, slots_of
 from gpu_adam.state.adam_state import GOOD_STEPS, SCALE, AdamState
 from gpu_adam.state.registry import News
@@ -211,17 +211,17 @@ class Transaction:
         if name not in state.names:
             state.names.append(name)
 
-    def set_settings(self, variables: Sequence[Variable], given: Mapping[str, Any]) -> None:
-        """Let the updates of variables take other numbers than the optimizer's; see `Settings.updated`."""
+    def set_settings(self, settings: Mapping[Variable, AnySettings]) -> None:
+        """Let the updates of variables take other numbers than the optimizer's."""
         self._remember()
         state = self._state
-        settings = {variable: state.settings.get(variable, OWN_SETTINGS).updated(given) for variable in variables}
         state.settings.update(settings)
         self._note_decay()
         state.layout = object()
 
     def _note_decay(self) -> None:
-        self._state.settings_decay = any(each.weight_decay for each in self._state.settings.values())
+        settings = self._state.settings.values()
+        self._state.settings_decay = any(isinstance(each, Settings) and each.weight_decay for each in settings)
 
     def never_decay(self, variables: Sequence[Variable], patterns: Sequence[str]) -> None:
         """Let the weights of variables, and of those whose names match one of these patterns, not decay."""

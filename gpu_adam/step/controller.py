@@ -19,7 +19,7 @@ from gpu_adam.conversion import place_of
 from gpu_adam.devices import Device, get_device
 from gpu_adam.devices.torch_tensors import written_calls
 from gpu_adam.errors import ArgumentTypeError, ArgumentValueError
-from gpu_adam.hyperparameters import OWN_SETTINGS, Clip, Flavour
+from gpu_adam.hyperparameters import OWN_SETTINGS, Clip, Cohort, Flavour, Settings
 from gpu_adam.kernels import UpdateRule
 from gpu_adam.nvtx import stage
 from gpu_adam.rules import items_of
@@ -139,7 +139,7 @@ class Controller:
                     calls = launches.calls(scalars, clip)
                     if self._flavour.use_ema and self._flavour.overwrites_at(done + 1):
                         calls += self._overwriting(plan.variables, graph)
-                    _enqueue([*calls, *report, *memo.written_calls, count, *change.commit])
+                    _enqueue([*calls, *report, *memo.written_calls, count, *plan.counts, *change.commit])
                 if graph is None:
                     launches.release()
                 for variable in plan.constrained:
@@ -312,7 +312,22 @@ class Controller:
     def set_group(self, objects: Iterable[Any], rule: UpdateRule, given: Mapping[str, Any]) -> None:
         """Let the updates of variables take other numbers than the optimizer's; new ones are built."""
         OWN_SETTINGS.updated(given)
-        self._build(objects, rule, "variables", lambda change, found: change.set_settings(found, given))
+        settings = self._state.settings
+
+        def set_each(change: Transaction, found: Sequence[Variable]) -> None:
+            before = {variable: settings.get(variable, OWN_SETTINGS) for variable in found}
+            change.set_settings({v: each.updated(given) for v, each in before.items() if isinstance(each, Settings)})
+
+        self._build(objects, rule, "variables", set_each)
+
+    def set_cohorts(self, objects: Sequence[Any], rule: UpdateRule, cohorts: Sequence[Cohort]) -> None:
+        """Let each of some variables belong to the cohort at its place; new ones are built."""
+        self._build(
+            objects,
+            rule,
+            "variables",
+            lambda change, found: change.set_settings(dict(zip(found, cohorts, strict=True))),
+        )
 
     def never_decay(self, objects: Iterable[Any], rule: UpdateRule, patterns: Sequence[str]) -> None:
         """Let the weights of variables, new ones among them, and of those with such names not decay."""

@@ -9,7 +9,7 @@ import numpy as np
 
 from gpu_adam.devices import Array
 from gpu_adam.errors import ArgumentValueError
-from gpu_adam.hyperparameters import Settings
+from gpu_adam.hyperparameters import AnySettings
 from gpu_adam.kernels import UpdateRule
 from gpu_adam.step.gradients import as_array, check_shape, on_device
 from gpu_adam.step.index_errors import index_error
@@ -45,7 +45,7 @@ class DenseGroup:
         variables: Sequence[Variable],
         numbers: Sequence[int],
         rule: UpdateRule,
-        settings: Sequence[Settings],
+        settings: Sequence[AnySettings],
         gradient_dtype: np.dtype,
     ) -> None:
         self.variables, self.numbers, self.rule = list(variables), np.array(numbers, np.intp), rule
@@ -139,7 +139,7 @@ class SparseGroup:
         variables: Sequence[Variable],
         numbers: Sequence[int],
         rule: UpdateRule,
-        settings: Sequence[Settings],
+        settings: Sequence[AnySettings],
         gradient_dtype: np.dtype,
     ) -> None:
         self.variables, self.numbers, self.rule = list(variables), np.array(numbers, np.intp), rule

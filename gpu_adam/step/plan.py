@@ -11,7 +11,7 @@ import numpy as np
 from gpu_adam import kernels
 from gpu_adam.devices import Array, Device
 from gpu_adam.errors import ArgumentValueError
-from gpu_adam.hyperparameters import OWN_SETTINGS, Clip, Settings
+from gpu_adam.hyperparameters import OWN_SETTINGS, AnySettings, Clip, Cohort
 from gpu_adam.kernels import MIXING, UpdateRule, dtype_row
 from gpu_adam.nvtx import stage
 from gpu_adam.state.adam_state import AdamState
@@ -44,6 +44,7 @@ class Plan:
         variables, rule: as above.
         index_errors: the note of rows out of range of each variable with a sparse gradient.
         constrained: the variables with a constraint, which is applied after the update.
+        counts: the calls that count the step of each cohort among the variables.
 
     Raises:
         ArgumentValueError: a dtype that is not computed with; variables that overlap; slices for a variable without
@@ -58,7 +59,7 @@ class Plan:
         gradient_dtypes: Sequence[np.dtype],
         rule: UpdateRule,
         moved: Mapping[Variable, Array],
-        settings: Callable[[Variable], Settings],
+        settings: Callable[[Variable], AnySettings],
     ) -> None:
         check_updatable(variables, moved, rule)
         self.rule, self.variables = rule, list(variables)
@@ -106,6 +107,8 @@ class Plan:
             for group in self.groups
         ]
         self._different = list(dict.fromkeys(itertools.chain(*self._kinds)))
+        cohorts = dict.fromkeys(settings for _, settings in self._different if isinstance(settings, Cohort))
+        self.counts = [cohort.count for cohort in cohorts]
         self.index_errors: dict[Variable, IndexErrors] = {}
         self._launches: Launches | None = None
 

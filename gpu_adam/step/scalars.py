@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gpu_adam.errors import ArgumentValueError
-from gpu_adam.hyperparameters import PLAIN, Flavour, Settings, as_number, evaluated
+from gpu_adam.hyperparameters import PLAIN, AnySettings, Cohort, Flavour, as_number, evaluated
 from gpu_adam.rules import LIMITS
 from gpu_adam.schedules import LearningRateSchedule
 
@@ -72,8 +72,10 @@ class Scalars:
             own.learning_rate = _rate_now(rate, iterations)
         return own
 
-    def under(self, settings: Settings) -> Scalars:
+    def under(self, settings: AnySettings) -> Scalars:
         """The values for variables with settings of their own."""
+        if isinstance(settings, Cohort):
+            return _CohortScalars(settings.hyper, settings.iterations, settings.flavour)
         own = self._copied()
         own.learning_rate = self.learning_rate * settings.learning_rate_multiplier
         for name in ("weight_decay", "beta_1", "beta_2", "epsilon"):
@@ -192,6 +194,18 @@ def reciprocal(scale: float, dtype: str) -> float:
         rule = f"must have a reciprocal that {dtype} holds, in [{limits.tiny:.3g}, {limits.max:.3g}]"
         raise ArgumentValueError("grad_scale", rule, scale, "pass a scale nearer to 1")
     return c_float(number).value if dtype == "float32" else number
+
+
+class _CohortScalars(Scalars):
+    """The values for a cohort."""
+
+    __slots__ = ()
+
+    def _float32(self) -> tuple[float, ...]:
+        numbers = tuple([c_float(number).value for number in self._float64()])
+        if not math.isfinite(numbers[0]):
+            raise _too_large("learning_rate", self.learning_rate, "float32")
+        return numbers
 
 
 def _too_large(argument: str, number: float, dtype: str) -> ArgumentValueError:

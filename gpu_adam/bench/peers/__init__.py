@@ -34,6 +34,7 @@ class Peer(NamedTuple):
 
 
 PEERS = [
+    Peer("gpu_adam.torch", "torch", pytorch.own_in_torch),
     Peer("torch fused", "torch", pytorch.torch_fused),
     Peer("torch foreach", "torch", pytorch.torch_foreach),
     Peer("torch fused, graph", "torch", pytorch.torch_graph),

@@ -20,6 +20,16 @@ def torch_fused(sets: Sequence[Inputs], device: Device) -> Candidate:
     return _torch("torch fused", sets, device, fused=True)
 
 
+def own_in_torch(sets: Sequence[Inputs], device: Device) -> Candidate:
+    """``gpu_adam.torch.Adam``: our kernels, and what an optimizer of torch does in Python beside them."""
+    from gpu_adam.torch import Adam  # noqa: PLC0415
+
+    if sets[0].workload.dtype.startswith("complex") and sets[0].workload.complex_mode != "real_imag":
+        raise Unsupported
+    only(sets[0].workload, amsgrad=True, clip=True, real=False)
+    return _torch("gpu_adam.torch", sets, device, kind=Adam)
+
+
 def torch_foreach(sets: Sequence[Inputs], device: Device) -> Candidate:
     """``torch.optim.Adam(foreach=True)``; it sees complex variables as pairs of real ones."""
     if sets[0].workload.dtype.startswith("complex") and sets[0].workload.complex_mode != "real_imag":
@@ -68,8 +78,10 @@ def torch_sparse(sets: Sequence[Inputs], device: Device) -> Candidate:
     return Candidate("torch SparseAdam (lazy)", steps, _torch_clock(device))
 
 
-def _torch(name: str, sets: Sequence[Inputs], device: Device, **options: Any) -> Candidate:
+def _torch(name: str, sets: Sequence[Inputs], device: Device, kind: Any = None, **options: Any) -> Candidate:
     import torch  # noqa: PLC0415
+
+    kind = torch.optim.Adam if kind is None else kind
 
     workload = sets[0].workload
 
@@ -82,7 +94,7 @@ def _torch(name: str, sets: Sequence[Inputs], device: Device, **options: Any) ->
                 slices.append((parameter.grad, _tensor(inputs.indices(k), device), _tensor(inputs.values(k), device)))
             else:
                 parameter.grad = _tensor(inputs.gradient(k), device)
-        optimizer = torch.optim.Adam(parameters, lr=RATE, eps=EPSILON, amsgrad=workload.amsgrad, **options)
+        optimizer = kind(parameters, lr=RATE, eps=EPSILON, amsgrad=workload.amsgrad, **options)
 
         def step() -> None:
             for gradient, indices, values in slices:

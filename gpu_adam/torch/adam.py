@@ -1,0 +1,292 @@
+"""Adam and AdamW as optimizers of torch."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+
+from gpu_adam.devices import Device, find_device
+from gpu_adam.errors import ArgumentTypeError
+from gpu_adam.hyperparameters import NO_CLIPPING, PLAIN
+from gpu_adam.kernels import UpdateRule
+from gpu_adam.state.adam_state import AdamState
+from gpu_adam.step.controller import Controller
+from gpu_adam.torch.groups import Group
+from gpu_adam.torch.numbers import check
+from gpu_adam.torch.states import States, check_shapes, has_moments
+from gpu_adam.variables import IndexedSlices
+
+_NO_NUMBERS = dict.fromkeys(("learning_rate", "beta_1", "beta_2", "epsilon", "decay", "weight_decay", "l2"), 0.0)
+"""The optimizer's own numbers, which nothing takes: every parameter is in a cohort."""
+
+
+class Adam(torch.optim.Optimizer):  # type: ignore[misc]
+    r"""torch.optim.Adam, with all parameters of a dtype and device updated by one launch, on CUDA and on the CPU.
+
+    Step t of a parameter θ with gradient g; t counts the steps in which θ had a gradient::
+
+        g    = -g                                             maximize
+        g    = g + weight_decay θ                             with decoupled_weight_decay not; instead
+        θ    = θ (1 - lr weight_decay)                        with decoupled_weight_decay, as AdamW
+        m    = m + (g - m) (1 - β1)                           exp_avg
+        v    = v + (g² - v) (1 - β2)                          exp_avg_sq; max_exp_avg_sq = max(max_exp_avg_sq, v)
+        θ    = θ - lr m' / (√v' + eps)                        m' = m / (1 - β1^t), v' = v / (1 - β2^t)
+
+    Complex parameters are updated as two real ones. Sparse gradients give the bits of the same gradient written out.
+
+    `param_groups`, hooks, closures, schedulers and `state_dict` are torch's, and a `state_dict` fits the class of torch
+    as it fits this one. The tensors of `state` share the memory of what steps read and write. Parameters of groups with
+    and without `amsgrad` take two launches, and are two steps where one of them fails.
+
+    Args:
+        params: parameters, (name, parameter) pairs or dicts of groups; contiguous, float32, float64 or complex.
+        lr: learning rate, >= 0 and finite. A number, or a tensor with one element, which is read at every step; one on
+            a CUDA device makes the host wait then.
+        betas: decay of the means of g and g², each in [0, 1); numbers or such tensors.
+        eps: added to the root, >= 0.
+        weight_decay: >= 0; see above.
+        amsgrad: whether to divide by the root of the maximum of v over the past.
+        foreach, capturable, fused: accepted, and make no difference.
+        maximize: whether to go uphill.
+        differentiable: must be False.
+        decoupled_weight_decay: see above.
+
+    Raises:
+        ArgumentTypeError, ArgumentValueError: a number of the wrong kind, or outside its range.
+        What torch.optim.Optimizer raises about `params`.
+
+    References:
+        https://docs.pytorch.org/docs/stable/generated/torch.optim.Adam.html; the papers that gpu_adam.Adam names.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: Any = 1e-3,
+        betas: tuple[Any, Any] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        amsgrad: bool = False,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        decoupled_weight_decay: bool = False,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "amsgrad": amsgrad,
+            "maximize": maximize,
+            "foreach": foreach,
+            "capturable": capturable,
+            "differentiable": differentiable,
+            "fused": fused,
+            "decoupled_weight_decay": decoupled_weight_decay,
+        }
+        check(defaults)
+        super().__init__(params, defaults)
+        self._begin()
+
+    def _begin(self) -> None:
+        """Have no slots, and take the first step's moments from `state`."""
+        self._core = AdamState(type(self).__name__, "real_imag")
+        self._controller = Controller(self._core, PLAIN)
+        self._states = States(self._core)
+        self._groups: list[Group] = []
+        self._layout: Any = None
+        self._devices: list[Device] = []
+        self._has_odd = False  # whether there was a gradient that the core does not take as it is
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
+        self._begin()
+
+    # As torch's own optimizers: torch.compiler.disable would import a second's worth of modules with this one.
+    @torch._disable_dynamo  # type: ignore[untyped-decorator]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update every parameter that has a gradient, in place.
+
+        Args:
+            closure: evaluates the model again, with gradients, and returns the loss.
+
+        Returns:
+            What the closure returns, or None.
+
+        Raises:
+            ArgumentTypeError, ArgumentValueError: a number of a group outside its range; a parameter that is not
+                contiguous, or of a dtype that is not computed with; a gradient that does not fit. No parameter has
+                changed then (see the class about `amsgrad`).
+            ConcurrentStepError: another step of this optimizer is at work.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with torch.no_grad(), ExitStack() as stack:
+            is_known = self._is_known()
+            if not is_known:
+                self._devices = self._cuda_devices()
+            for device in self._devices:
+                stack.enter_context(device.on_stream_of(torch))
+            if not is_known:
+                self._follow()
+            self._update([group for group in self._groups if not group.group["amsgrad"]], False)
+            self._update([group for group in self._groups if group.group["amsgrad"]], True)
+        return loss
+
+    def _update(self, groups: Sequence[Group], amsgrad: bool) -> None:
+        """Step the parameters of groups."""
+        pairs: list[Any] = []
+        new: list[Any] = []
+        stepped: list[Group] = []
+        for group in groups:
+            before = len(pairs)
+            pairs += [(g, p) for p in group.params if (g := p.grad) is not None]
+            if len(pairs) > before:
+                new += group.prepare(len(pairs) - before)
+                stepped.append(group)
+        if not stepped:
+            return
+        rule = _rule(amsgrad, any(group.numbers.adjusts for group in stepped))
+        if new:
+            params, cohorts = zip(*new, strict=True)
+            self._controller.set_cohorts(params, rule, cohorts)
+            for group in stepped:
+                group.note_told()
+        if self._has_odd:
+            pairs = _readable(pairs)
+        try:
+            self._controller.step(pairs, rule, _NO_NUMBERS, NO_CLIPPING)
+        except ArgumentTypeError:
+            if self._has_odd or not _are_odd(pairs):
+                raise
+            self._has_odd = True  # from now on all are looked at first
+            self._controller.step(_readable(pairs), rule, _NO_NUMBERS, NO_CLIPPING)
+        if self._layout is not self._core.layout:
+            self._show()
+
+    def _show(self) -> None:
+        """Let `state` show all slots of parameters that have been updated."""
+        for group in self._groups:
+            self._states.show(group, self.state)
+        self._states.see(self.state)
+        self._layout = self._core.layout
+
+    def _is_known(self) -> bool:
+        """Whether groups and state are those that the last step left."""
+        groups = self._groups
+        return (
+            len(groups) == len(self.param_groups)
+            and all(known.is_of(group) for known, group in zip(groups, self.param_groups, strict=True))
+            and self._states.are_seen(self.state)
+        )
+
+    def _follow(self) -> None:
+        """Take over groups, parameters and moments that others have put in their places."""
+        old = {id(group.group): group for group in self._groups}
+        for param in self._states.forgotten(self.state):
+            self._controller.forget(param)
+        groups = []
+        for each in self.param_groups:
+            group = old.get(id(each))
+            groups.append(group if group is not None and group.is_of(each) else Group(each))
+        for group in groups:
+            found = [(param, self.state[param]) for param in group.params if has_moments(self.state.get(param, {}))]
+            foreign = [(param, entry) for param, entry in found if self._states.is_foreign(param, entry)]
+            for param, entry in foreign:
+                check_shapes(param, entry)
+            for amsgrad in (False, True):
+                some = [param for param, entry in foreign if ("max_exp_avg_sq" in entry) == amsgrad]
+                self._controller.build(some, _rule(amsgrad, False))
+            for param, entry in foreign:
+                self._states.read(param, entry)
+            group.begin_anew({id(param): float(entry.get("step", 0)) for param, entry in found})
+        self._groups = groups
+        self._show()
+
+    def _cuda_devices(self) -> list[Device]:
+        """The CUDA devices that parameters lie on."""
+        places = {param.device for group in self.param_groups for param in group["params"]}
+        return [find_device(str(place)) for place in places if place.type == "cuda"]
+
+
+class AdamW(Adam):
+    r"""torch.optim.AdamW: `Adam` with decoupled_weight_decay, θ = θ (1 - lr weight_decay), of 0.01 by default.
+
+    Arguments and errors are those of `Adam`.
+
+    References:
+        Loshchilov & Hutter, ICLR 2019, https://arxiv.org/abs/1711.05101
+        https://docs.pytorch.org/docs/stable/generated/torch.optim.AdamW.html
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: Any = 1e-3,
+        betas: tuple[Any, Any] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+    ) -> None:
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            foreach=foreach,
+            maximize=maximize,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+            decoupled_weight_decay=True,
+        )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group["decoupled_weight_decay"] = True  # as torch does, whose older files do not say
+
+
+def _are_odd(pairs: list[Any]) -> bool:
+    """Whether some gradients of a step are sparse, or require a gradient themselves."""
+    return any(gradient.is_sparse or gradient.requires_grad for gradient, _ in pairs)
+
+
+def _readable(pairs: list[Any]) -> list[Any]:
+    """The pairs of gradients and parameters as the core takes them, whatever the gradients are."""
+    return [(_gradient(gradient), param) for gradient, param in pairs]
+
+
+def _gradient(gradient: torch.Tensor) -> Any:
+    gradient = gradient.detach()
+    if not gradient.is_sparse:
+        return gradient
+    if gradient.sparse_dim() != 1:
+        return gradient.to_dense()
+    return IndexedSlices(gradient._values().contiguous(), gradient._indices()[0].contiguous())
+
+
+@functools.cache
+def _rule(amsgrad: bool, adjusts: bool) -> UpdateRule:
+    return UpdateRule("real_imag", amsgrad, adjusts=adjusts)
