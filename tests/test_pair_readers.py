@@ -372,3 +372,25 @@ def test_gradients_of_torch(torch: Any, kind: str, monkeypatch: pytest.MonkeyPat
         by_array.apply_gradients([(each.copy(), variable) for each, variable in zip(arrays, theirs, strict=True)])
         for one, other in zip(ours, theirs, strict=True):
             assert_same_bits(one.numpy(), other.numpy(), f"step {step}")
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda dicts: dicts["a"].update(x=1.0 * 1000),
+        lambda dicts: dicts["a"].pop("y"),
+        lambda dicts: dicts["b"].update(z=None),
+        lambda dicts: dicts.pop("b"),
+        lambda dicts: dicts.update(c={"x": 1}),
+        lambda dicts: dicts.update(a=dict(reversed(dicts["a"].items()))),
+    ],
+)
+def test_dicts_that_hold_other_objects(at_once: bool, change: Callable[[Any], Any]) -> None:
+    """Equal ones are others, too."""
+    objects = [float(1000), [], {}]
+    dicts = {"a": dict(zip("xy", objects[:2], strict=True)), "empty": {}, "b": {"x": objects[2]}}
+    contents = native_tensors.Contents(dicts, at_once=at_once)
+    assert contents.are_in({key: dict(each) for key, each in dicts.items()})
+    change(dicts)
+    assert not contents.are_in(dicts)

@@ -188,6 +188,52 @@ def test_a_model_that_always_has_gradients_takes_the_fast_path() -> None:
     assert len(bound) <= 2
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_parameters_of_16_bits_are_those_of_float32_rounded_at_every_step(kind: str, dtype: str) -> None:
+    """Beside torch in float32, on the same parameters and gradients."""
+    small = torch.bfloat16 if dtype == "bfloat16" else torch.float16
+    params = made(dtype=small)
+    wide = [torch.nn.Parameter(p.detach().float()) for p in params]
+    optimizer, other = getattr(ours, kind)(params, LR), getattr(torch.optim, kind)(wide, LR)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(20):
+        give(generator, params)
+        for p, w in zip(params, wide, strict=True):
+            w.grad = p.grad.float()
+            w.data.copy_(p.data)
+        optimizer.step()
+        other.step()
+        for p, w in zip(params, wide, strict=True):
+            largest = float(w.detach().abs().max()) if w.numel() else 0.0
+            assert_near([p.float()], [w], torch.finfo(small).eps / 2 * (largest + LR))
+    assert optimizer.state[params[3]]["exp_avg"].dtype == torch.float32
+    assert_near([optimizer.state[params[3]]["exp_avg"]], [other.state[wide[3]]["exp_avg"]], 1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_moments_of_parameters_of_16_bits_are_loaded_as_they_are(dtype: str) -> None:
+    """And those that torch has rounded to the parameters' dtype as well."""
+    params = made([(3, 5)], dtype=getattr(torch, dtype))
+    optimizer = ours.Adam(params, LR)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(3):
+        give(generator, params)
+        optimizer.step()
+    twin = ours.Adam([torch.nn.Parameter(params[0].detach().clone())], LR)
+    twin.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    (loaded,) = twin.param_groups[0]["params"]
+    for name in ("exp_avg", "exp_avg_sq"):
+        assert torch.equal(twin.state[loaded][name], optimizer.state[params[0]][name])
+    foreign = torch.optim.Adam([torch.nn.Parameter(params[0].detach().clone())], LR)
+    foreign.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    twin.load_state_dict(foreign.state_dict())
+    loaded.grad = torch.zeros_like(loaded)
+    twin.step()
+    rounded = optimizer.state[params[0]]["exp_avg"].to(loaded.dtype).float()
+    assert torch.equal(twin.state[loaded]["exp_avg"], rounded + (0 - rounded) * torch.tensor(1 - 0.9))
+
+
 def test_versions_are_raised() -> None:
     (p,) = made([(3,)])
     loss, optimizer = (p * p).sum(), ours.Adam([p])

@@ -1,5 +1,6 @@
-// Where tensors lie: many in one call, by the C functions that DLPack 1.3 lets a class of tensors offer.
+// Where tensors lie, and whether dicts hold the same ones: many in one call.
 //
+// Tensors are read by the C functions that DLPack 1.3 lets a class of tensors offer.
 // The structs are DLPack's, declared here so that no headers are needed: https://github.com/dmlc/dlpack, dlpack.h. A
 // caller has found version 1 in the table's header. The caller holds the interpreter's lock.
 extern "C" {
@@ -9,6 +10,7 @@ typedef unsigned long long Address;
 
 Size PyList_Size(void* list);
 void* PyList_GetItem(void* list, Size index);
+int PyDict_Next(void* dict, Size* position, void** key, void** value);  // 0 at the end, and for what is no dict
 void PyErr_Clear();
 
 struct Object {  // PyObject of an interpreter with a global lock
@@ -77,6 +79,18 @@ void tensor_addresses(void* list, const ExpectedTensor* expected, const DLPackEx
     for (Size i = 0; i < count; ++i) {
         addresses[i] = address_of(PyList_GetItem(list, i), expected[i], api->read, device_type, device_id);
     }
+}
+
+// Whether the dicts in a dict hold exactly these objects, in order.
+int hold(void* dicts, void* const* objects, Size count) {
+    Size place = 0, outer = 0;
+    void *key, *dict, *value;
+    while (PyDict_Next(dicts, &outer, &key, &dict)) {
+        for (Size inner = 0; PyDict_Next(dict, &inner, &key, &value); ++place) {
+            if (place == count || value != objects[place]) return 0;
+        }
+    }
+    return place == count;
 }
 
 // Whether the table is of a version that is declared here, and has the function.

@@ -1,11 +1,13 @@
-"""Reading where torch's tensors lie: many in one call of cuda/host/tensors.cpp."""
+"""Reading where torch's tensors lie, and whether dicts hold the same ones: in one call of cuda/host/tensors.cpp."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
+import operator
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -61,6 +63,30 @@ class NativeTensorReader:
         return addresses
 
 
+class Contents:
+    """What the dicts in a dict hold at this time, such as tensors.
+
+    Args:
+        dicts: by any keys.
+        at_once: whether to compare in one call; see `is_available`.
+    """
+
+    def __init__(self, dicts: Mapping[Any, dict[Any, Any]], *, at_once: bool) -> None:
+        self._objects = _values(dicts)  # kept alive, so that no other object comes to have the address of one
+        self._addresses = np.array(list(map(id, self._objects)), np.uint64) if at_once else None
+
+    def are_in(self, dicts: Mapping[Any, dict[Any, Any]]) -> bool:
+        """Whether the same objects are in these dicts, in the same order, and no others."""
+        if self._addresses is not None:
+            return bool(_library().hold(dicts, int(self._addresses.ctypes.data), len(self._addresses)))
+        found = _values(dicts)
+        return len(found) == len(self._objects) and all(map(operator.is_, found, self._objects))
+
+
+def _values(dicts: Mapping[Any, dict[Any, Any]]) -> list[Any]:
+    return list(itertools.chain.from_iterable(map(dict.values, dicts.values())))
+
+
 @functools.cache
 def is_available(torch: Any) -> bool:
     """Whether this torch offers DLPack's C functions, this interpreter has a global lock, and there is a compiler.
@@ -92,5 +118,6 @@ def _library() -> Any:
     obj, pointer = ctypes.py_object, ctypes.c_void_p
     library.tensor_addresses.argtypes = (obj, pointer, pointer, ctypes.c_int, ctypes.c_int, pointer)
     library.tensor_addresses.restype = None
+    library.hold.argtypes, library.hold.restype = (obj, pointer, ctypes.c_ssize_t), ctypes.c_int
     library.can_read.argtypes, library.can_read.restype = (pointer,), ctypes.c_int
     return library

@@ -17,7 +17,7 @@ from gpu_adam.state.adam_state import AdamState
 from gpu_adam.step.controller import Controller
 from gpu_adam.torch.groups import Group
 from gpu_adam.torch.numbers import check
-from gpu_adam.torch.states import States, check_shapes, has_moments
+from gpu_adam.torch.states import SLOTS, States, check_shapes, has_moments
 from gpu_adam.variables import IndexedSlices
 
 _NO_NUMBERS = dict.fromkeys(("learning_rate", "beta_1", "beta_2", "epsilon", "decay", "weight_decay", "l2"), 0.0)
@@ -36,14 +36,16 @@ class Adam(torch.optim.Optimizer):  # type: ignore[misc]
         v    = v + (g² - v) (1 - β2)                          exp_avg_sq; max_exp_avg_sq = max(max_exp_avg_sq, v)
         θ    = θ - lr m' / (√v' + eps)                        m' = m / (1 - β1^t), v' = v / (1 - β2^t)
 
-    Complex parameters are updated as two real ones. Sparse gradients give the bits of the same gradient written out.
+    Complex parameters are updated as two real ones, those of 16 bits in float32, in which their moments are too. Sparse
+    gradients give the bits of the same gradient written out.
 
     `param_groups`, hooks, closures, schedulers and `state_dict` are torch's, and a `state_dict` fits the class of torch
     as it fits this one. The tensors of `state` share the memory of what steps read and write. Parameters of groups with
     and without `amsgrad` take two launches, and are two steps where one of them fails.
 
     Args:
-        params: parameters, (name, parameter) pairs or dicts of groups; contiguous, float32, float64 or complex.
+        params: parameters, (name, parameter) pairs or dicts of groups; contiguous; float32, float64, float16, bfloat16
+            or complex.
         lr: learning rate, >= 0 and finite. A number, or a tensor with one element, which is read at every step; one on
             a CUDA device makes the host wait then.
         betas: decay of the means of g and g², each in [0, 1); numbers or such tensors.
@@ -112,6 +114,24 @@ class Adam(torch.optim.Optimizer):  # type: ignore[misc]
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
         self._begin()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over what `state_dict` of this class or of torch's gave; moments in the dtype that they have there.
+
+        Args:
+            state_dict: of an optimizer with as many groups and parameters.
+
+        Raises:
+            ValueError: another number of groups or parameters.
+        """
+        super().load_state_dict(state_dict)
+        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+        params = [param for group in self.param_groups for param in group["params"]]
+        for number, param in zip(numbers, params, strict=True):
+            if param.is_floating_point() and param.itemsize == 2:  # to which torch has rounded them
+                entry = state_dict["state"].get(number, {})
+                moments = {name: entry[name].to(param.device, copy=True) for name in SLOTS if name in entry}
+                self.state[param].update(moments)
 
     # As torch's own optimizers: torch.compiler.disable would import a second's worth of modules with this one.
     @torch._disable_dynamo  # type: ignore[untyped-decorator]

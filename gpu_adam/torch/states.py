@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
-import operator
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from gpu_adam.autodiff.torch import view
+from gpu_adam.devices.native_tensors import Contents, is_available
 from gpu_adam.errors import ArgumentValueError
 from gpu_adam.state.adam_state import AdamState
 from gpu_adam.torch.groups import Group
@@ -34,16 +33,15 @@ class States:
         self._state = state
         self._shown: dict[int, tuple[torch.Tensor, dict[str, torch.Tensor]]] = {}
         self._entries: Any = None
-        self._seen: list[Any] = []
+        self._seen = Contents({}, at_once=False)
 
     def are_seen(self, entries: Mapping[Any, Any]) -> bool:
         """Whether the entries are as `see` left them, with the same tensors."""
-        seen = _contents(entries)
-        return entries is self._entries and len(seen) == len(self._seen) and all(map(operator.is_, seen, self._seen))
+        return entries is self._entries and self._seen.are_in(entries)
 
     def see(self, entries: Mapping[Any, Any]) -> None:
         """Note the entries as they are."""
-        self._entries, self._seen = entries, _contents(entries)
+        self._entries, self._seen = entries, Contents(entries, at_once=is_available(torch))
 
     def is_foreign(self, param: Any, entry: Mapping[str, Any]) -> bool:
         """Whether an entry with moments holds other tensors than those that show its parameter's slots."""
@@ -91,7 +89,3 @@ def check_shapes(param: Any, entry: Mapping[str, Any]) -> None:
         if name in entry and entry[name].shape != param.shape:
             rule, got = f"must have the parameter's shape {tuple(param.shape)}", tuple(entry[name].shape)
             raise ArgumentValueError(f"state[p][{name!r}]", rule, got, "load the state of the same parameters")
-
-
-def _contents(entries: Mapping[Any, Any]) -> list[Any]:
-    return list(itertools.chain.from_iterable(map(dict.values, entries.values())))
