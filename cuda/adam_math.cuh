@@ -96,7 +96,23 @@ __device__ inline Value clipped(Value g, const StepScalars& step, double factor)
     return g;
 }
 
-// Whether a kernel reads the scalars in device memory, where each replay of a graph can find other ones, and not among
-// its arguments. Chosen at compile time: an argument is an operand that takes no register. Kernels that chose between
-// the two at run time took up to 12 registers more; 66 of 224 rows of profiling/static.py were worse by more than 2 %.
-constexpr bool STAGED = GPU_ADAM_STAGED;
+// Where a kernel finds the scalars:
+//
+//     0  among its arguments
+//     1  in device memory, where each replay of a graph can find other ones
+//     2  in device memory from the time on that they are written there, which bounds |g| by a number > 0; before, as they
+//        were when the graph was captured: in memory at `frozen`, or among the arguments where that is null
+//
+// Chosen at compile time: an argument is an operand that takes no register. Kernels that chose between 0 and 1 at run time
+// took up to 12 registers more; 66 of 224 rows of profiling/static.py were worse by more than 2 %.
+constexpr int STAGED = GPU_ADAM_STAGED;
+
+// The scalars of a group; `staged` and `frozen` have those of each group.
+__device__ inline StepScalars scalars_of(long long group, const StepScalars& argument, const StepScalars* staged,
+                                         const StepScalars* frozen) {
+    if constexpr (STAGED == 0) return argument;
+    if constexpr (STAGED == 2) {
+        if (!(staged->clip_value > 0)) return frozen ? frozen[group] : argument;
+    }
+    return staged[group];
+}

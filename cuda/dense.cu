@@ -1,7 +1,7 @@
 // Dense update: every variable of one dtype in one launch.
 //
 // Scalars  of the step: by value, and `staged` is null; or, with GPU_ADAM_STAGED, those of the tensor's group from the
-//          array that `staged` points to. Where their `apply` is 0, the tensor stays as it is.
+//          array that `staged` points to: see scalars_of. Where their `apply` is 0, the tensor stays as it is.
 // Launch   any grid, any block of at most 256 threads in x; blocks stride over chunks, threads over a chunk's elements.
 // Memory   all slots of one tensor (slots.cuh) lie at one offset from a 16-byte boundary; no two tensors of a launch
 //          overlap. A gradient may equal, but not partly overlap, an array of its own tensor; it must not
@@ -18,7 +18,7 @@ dense(const TensorTable table, const double* factors, const long long factor_str
     for (long long index = blockIdx.x; index < table.chunks; index += gridDim.x) {
         const Chunk chunk = chunk_at(table, index);
         const Tensor tensor = table.tensors[chunk.tensor];
-        const StepScalars step = STAGED ? staged[tensor.group] : scalars;
+        const StepScalars step = scalars_of(tensor.group, scalars, staged, table.frozen);
         if (STAGED && step.apply == 0) continue;
         const Range range = {tensor.slots.at(chunk.begin), chunk.size, chunk.begin, noise_of(step.noise, tensor.place)};
         const Gradient* const g = in_global_memory(table.gradients[chunk.tensor]) + chunk.begin;

@@ -54,14 +54,15 @@ __device__ inline void put(long long* row, long long place, long long size, doub
 }
 
 // `known` steps are done; -1 where guard->count says how many. `first` is that number for the first of the candidates.
-// The gradients have the scale that `scale` points to, a double where it is `wide`, else a float; if null, `number`.
+// The gradients are to be divided by `number` times what `scale` points to, a double where it is `wide`, else a float; by
+// `number` alone where it is null.
 extern "C" __global__ void __launch_bounds__(256)
 guard_begin(Guard* guard, const GuardRows rows, const long long known, const long long first, const void* scale,
             const long long wide, const double number) {
     const long long count = known < 0 ? guard->count : known;
     const long long* const candidate = rows.candidates + (count - first) * rows.words;
     double divisor = number;
-    if (scale) divisor = wide ? *static_cast<const double*>(scale) : *static_cast<const float*>(scale);
+    if (scale) divisor *= wide ? *static_cast<const double*>(scale) : *static_cast<const float*>(scale);
     for (long long i = threadIdx.x; i < rows.words; i += blockDim.x) rows.row[i] = candidate[i];
     __syncthreads();
     for (long long i = threadIdx.x; i < rows.count; i += blockDim.x) {

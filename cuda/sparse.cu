@@ -87,7 +87,7 @@ __device__ inline void sum_rows(const Tile& tile, const Keys keys, long long beg
 extern "C" __global__ void __launch_bounds__(256)
 sparse(const EmbeddingTable table, const Indices indices, const Keys keys, const Gradient* values, const double* factors,
        const StepScalars scalars, const StepScalars* staged, IndexErrors* errors) {
-    const StepScalars step = STAGED ? *staged : scalars;
+    const StepScalars step = scalars_of(0, scalars, staged, nullptr);
     alignas(16) __shared__ Value gradient[GPU_ADAM_TILE];
     if (blockIdx.x == 0 && threadIdx.x == 0) record_first(errors, indices);
     if (STAGED && step.apply == 0) return;

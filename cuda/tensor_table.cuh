@@ -15,11 +15,15 @@ struct Tensor {
     long long place;        // among the variables, in the order in which they got their slots
 };
 
+struct StepScalars;  // of adam_math.cuh
+
+// Mirrored by gpu_adam.kernels.TENSOR_TABLE.
 struct TensorTable {
     const Tensor* tensors;
     const Gradient* const* gradients;  // one pointer per tensor
     const int* chunk_tensor;           // the tensor of each chunk
     long long chunks;
+    const StepScalars* frozen;       // see scalars_of
 };
 
 struct Chunk {

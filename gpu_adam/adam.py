@@ -8,6 +8,7 @@ import importlib
 import itertools
 import os
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from gpu_adam import schedules
-from gpu_adam.autodiff_seam import current_tracer
+from gpu_adam.autodiff_seam import current_tracer, refuse_in_loss
 from gpu_adam.devices import find_device
 from gpu_adam.errors import ArgumentTypeError, ArgumentValueError, CheckpointError, ConcurrentStepError
 from gpu_adam.hyperparameters import (
@@ -42,7 +43,9 @@ from gpu_adam.state.registry import News
 from gpu_adam.state.slots import initialized
 from gpu_adam.state.transaction import Transaction
 from gpu_adam.step.controller import Controller
+from gpu_adam.step.gradients import AS_THEY_ARE, Incoming
 from gpu_adam.step.guard import Telemetry, checked_scale
+from gpu_adam.step.replays import Configuration, Replayable, captured
 from gpu_adam.uninterrupted import make_all
 from gpu_adam.variables import Variable, as_dtype, as_shape
 
@@ -155,7 +158,14 @@ class Adam:
             setattr(self, keyword, kwargs.get(keyword))
         self._complex_mode = one_of("complex_mode", kwargs.get("complex_mode", COMPLEX_MODES[0]), COMPLEX_MODES)
         self._state = AdamState(name or type(self).__name__, self._complex_mode, self._flavour.slot_dtype)
-        self._controller = Controller(self._state, self._flavour)
+        self._controller = self._new_controller()
+
+    def _new_controller(self) -> Controller:
+        # A weak reference: an optimizer that its owner lets go is given back at once.
+        return Controller(self._state, self._flavour, weakref.WeakMethod(self._configuration))
+
+    def _configuration(self) -> Configuration:
+        return self._rule(), self._hyper, self._clip
 
     @property
     def amsgrad(self) -> bool:
@@ -209,9 +219,10 @@ class Adam:
             comes either before anything has changed, or after the step is done and counted; `iterations` tells which.
         """
         if current_tracer.get() is not None:
-            _refuse_in_loss("apply_gradients")
+            refuse_in_loss("apply_gradients")
         scale = None if grad_scale is None else checked_scale(grad_scale)
-        return self._controller.step(grads_and_vars, self._rule(scale), self._hyper, self._clip, scale)
+        incoming = AS_THEY_ARE if scale is None else Incoming(scale)
+        return self._controller.step(grads_and_vars, self._rule(scale), self._hyper, self._clip, incoming)
 
     def _rule(self, scale: Any = None, *, is_guarded: bool = False) -> UpdateRule:
         """Which update the present configuration asks for; the same object for the same configuration.
@@ -309,6 +320,75 @@ class Adam:
             As `get_gradients` and `apply_gradients`.
         """
         return [self.apply_gradients(_all_gradients(loss, params, self._scaled(None)))]
+
+    def capture(self, function: Callable[[], object]) -> Replayable:
+        """Capture a function with its steps in a CUDA graph, whose replays cost one launch.
+
+        No step is done: variables, slots and `iterations` are as before. (Slots that are missing are created, as by
+        `build`.) Where nothing can be captured, on the host, the function is not called, and each replay calls it. ::
+
+            graph = adam.capture(lambda: adam.minimize(loss, variables))
+            for _ in range(1000):
+                graph.replay()
+
+        A replay goes on where the last step ended, whether that was eager or a replay, with the bits of a call of the
+        function: the hyperparameters are those of the time of the replay, schedules and callables evaluated for its
+        step. A step of the function is one kernel of the graph for each dtype and device, and those of a norm. Several
+        functions may be captured, and other optimizers may step in the function: a replay stages and counts the steps
+        of all of them.
+
+        Args:
+            function: without arguments; it computes gradients by CuPy, or by a loss, and calls `apply_gradients` or
+                `minimize`. Call it once before, for what is compiled or looked up at the first call. On CUDA it is
+                called once here, while CuPy's current stream is one under capture (in the mode "relaxed"), and must not
+                wait for the device. What it allocates lives as long as the graph, in memory of the graph's own, and is
+                written anew by each replay; what it reads, a batch, say, is read where it lies: copy the next one there
+                (``batch[...] = ...``). PyTorch's own functions are captured by ``torch.cuda.graph``.
+
+        Returns:
+            An object with `replay()`, which enqueues everything on the current stream and returns the steps done. It
+            keeps alive what it needs. Averages that overwrite variables (`ema_overwrite_frequency`) do so at the end of
+            a replay.
+
+        Raises:
+            ArgumentTypeError: `function` is not callable; a gradient in host memory.
+            ArgumentValueError: the function makes no step of this optimizer, waits, or steps variables of another
+                device; a call inside of a capture. `replay` says the same of a function that the host calls.
+            And whatever the function raises. Nothing has changed then.
+        """
+        refuse_in_loss("capture")
+        return captured(function, self._controller.stepper())
+
+    def stage(self) -> int:
+        """Let the steps in graphs that were captured by other means than `capture` be the next step.
+
+        Such a graph (``torch.cuda.graph``, ``stream.begin_capture``) repeats the step with the count and the
+        hyperparameters that it had at the capture, until `stage` is called before each launch, on the same stream. ::
+
+            with torch.cuda.graph(graph):
+                loss.backward()
+                adam.apply_gradients([(p.grad, p) for p in parameters])
+            for _ in range(1000):
+                adam.stage()
+                graph.replay()
+
+        The hyperparameters are those of now, schedules and callables evaluated once, as in a step of `apply_gradients`.
+        They are written to where all graphs of this optimizer read them; a graph should have one step of it. The host
+        waits for nothing. A capture counts its step, though nothing of it runs: the first `stage` after it begins with
+        that step.
+
+        Returns:
+            The steps done, the one included that the launch does.
+
+        Raises:
+            ArgumentTypeError, ArgumentValueError: no step has been captured; as `apply_gradients` for hyperparameters;
+                as `capture`'s replay where a graph does not fit the optimizer any more; a step that
+                `ema_overwrite_frequency` lets overwrite variables; a call inside of a capture. Nothing has changed
+                then.
+            ConcurrentStepError: another call of this optimizer is at work.
+        """
+        refuse_in_loss("stage")
+        return self._controller.stage()
 
     def build(self, var_list: Iterable[Any]) -> None:
         """Create the slots of variables ahead of their first step, so that `set_weights` and `load` fit.
@@ -445,7 +525,7 @@ class Adam:
             ArgumentTypeError, ArgumentValueError, SlotNotFoundError: what is no variable of the optimizer, or has no
                 average; a call inside a loss that is being differentiated. Nothing has changed then.
         """
-        _refuse_in_loss("overwrite_by_averages")
+        refuse_in_loss("overwrite_by_averages")
         self._controller.overwrite_by_averages(var_list)
 
     finalize_variable_values = overwrite_by_averages
@@ -480,7 +560,7 @@ class Adam:
             raise ArgumentTypeError(
                 "iterations", "must be an int", type(value).__name__, "pass the number of steps done"
             )
-        _refuse_in_loss("iterations")
+        refuse_in_loss("iterations")
         count = checked_count(value, "iterations")
         with self._state.alone(), Transaction(self._state) as change:
             self._controller.settle_inside()
@@ -629,7 +709,7 @@ class Adam:
             ArgumentTypeError, ArgumentValueError: another number of arrays, other shapes, no numbers, or a first array
                 that is no number of steps; nothing has changed then.
         """
-        _refuse_in_loss("set_weights")
+        refuse_in_loss("set_weights")
         with self._state.alone():
             self._controller.settle_inside()
             arrays, count = list(weights), len(self.weights)
@@ -655,7 +735,7 @@ class Adam:
             ArgumentTypeError, ArgumentValueError: an array is missing, left over, of another shape, holds no numbers,
                 or is "iterations" and no number of steps; nothing has changed then.
         """
-        _refuse_in_loss("restore")
+        refuse_in_loss("restore")
         if not isinstance(arrays, Mapping):
             rule = "must be a mapping from names to arrays"
             raise ArgumentTypeError("arrays", rule, type(arrays).__name__, "pass what export() returned")
@@ -685,7 +765,7 @@ class Adam:
             CheckpointError: no checkpoint of Adam, or of other variables, dtypes or another `complex_mode`; nothing has
                 changed then.
         """
-        _refuse_in_loss("load")
+        refuse_in_loss("load")
         arrays, meta = checkpoint.read(path)
         self._check_fits(str(path), meta)
         with self._state.alone():
@@ -769,17 +849,10 @@ class Adam:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._controller = Controller(self._state, self._flavour)
+        self._controller = self._new_controller()
 
 
 _update_rule = functools.cache(UpdateRule)
-
-
-def _refuse_in_loss(method: str) -> None:
-    """Raise ArgumentValueError where a loss asks for what changes variables or state."""
-    if current_tracer.get() is not None:
-        rule = "must not be called or set while a loss is being differentiated"
-        raise ArgumentValueError(method, rule, "a call inside the loss", "move it behind the loss")
 
 
 def _autodiff() -> Any:

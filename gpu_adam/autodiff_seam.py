@@ -40,6 +40,13 @@ class Tracer(Protocol):
 current_tracer: ContextVar[Tracer | None] = ContextVar("gpu_adam_tracer", default=None)
 
 
+def refuse_in_loss(method: str) -> None:
+    """Raise ArgumentValueError where a loss asks for what changes variables or state."""
+    if current_tracer.get() is not None:
+        rule = "must not be called or set while a loss is being differentiated"
+        raise ArgumentValueError(method, rule, "a call inside the loss", "move it behind the loss")
+
+
 class _Running:
     """A loss that is being called; it lives as long as the call, which ends by an interrupt too."""
 

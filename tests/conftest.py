@@ -7,8 +7,10 @@ one has the mark `no_device`: it runs on the host alone, also where a GPU answer
 A test with the mark `long` does not run where a GPU's kernels are interpreted.
 """
 
+import importlib
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -65,6 +67,31 @@ def device(request: pytest.FixtureRequest) -> Iterator[devices.Device]:
         pytest.skip("needs a real GPU: so many steps take minutes where kernels are interpreted")
     yield device
     gpu_adam.set_device(before)
+
+
+@pytest.fixture
+def gpu(request: pytest.FixtureRequest) -> Iterator[devices.Device]:
+    """The CUDA device, made the default."""
+    wanted = request.config.getoption("--device")
+    try:
+        device = devices.find_device("cuda")
+    except DeviceError:
+        if wanted == "cuda":
+            raise
+        wanted = "host"
+    if wanted == "host":
+        pytest.skip("needs a real GPU, or an emulated one")
+    before = devices.get_device()
+    yield devices.set_device(device)
+    devices.set_device(before)
+
+
+@pytest.fixture
+def emulation(gpu: devices.Device) -> Any:
+    """The emulated driver, which counts what it is asked for."""
+    if not getattr(gpu.xp, "__emulated__", False):
+        pytest.skip("needs the emulated GPU: a real GPU counts nothing")
+    return importlib.import_module("cupy._emulation")
 
 
 @pytest.fixture(autouse=True)

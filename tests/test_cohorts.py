@@ -108,7 +108,7 @@ def test_a_cohort_alone_is_passed_by_value(device: Device) -> None:
     controller.step(list(zip(gradients, variables, strict=True)), RULE, NONE, NO_CLIPPING)
     assert controller._memo is not None
     (update,) = controller._memo.plan._launches._updates  # type: ignore[union-attr]
-    assert not update.arguments.is_staged
+    assert not update.arguments.kind
     assert int(cohort.steps[0]) == 1
 
 

@@ -21,34 +21,9 @@ import gpu_adam
 from gpu_adam import IndexedSlices, Variable, devices, kernels
 from gpu_adam.devices import Device
 from gpu_adam.devices.recording import Event, RecordingDevice
-from gpu_adam.errors import ArgumentTypeError, ArgumentValueError, DeviceError, GpuAdamError, SparseIndexError
+from gpu_adam.errors import ArgumentTypeError, ArgumentValueError, GpuAdamError, SparseIndexError
 
 HOST = devices.HostDevice(threads=1)
-
-
-@pytest.fixture
-def gpu(request: pytest.FixtureRequest) -> Iterator[Device]:
-    """The CUDA device, made the default."""
-    wanted = request.config.getoption("--device")
-    try:
-        device = devices.find_device("cuda")
-    except DeviceError:
-        if wanted == "cuda":
-            raise
-        wanted = "host"
-    if wanted == "host":
-        pytest.skip("needs a real GPU, or an emulated one")
-    before = devices.get_device()
-    yield devices.set_device(device)
-    devices.set_device(before)
-
-
-@pytest.fixture
-def emulation(gpu: Device) -> Any:
-    """The emulated driver, which counts what it is asked for."""
-    if not getattr(gpu.xp, "__emulated__", False):
-        pytest.skip("needs the emulated GPU: a real GPU counts nothing")
-    return importlib.import_module("cupy._emulation")
 
 
 def schedules(gpu: Device) -> list[Callable[[], contextlib.AbstractContextManager[None]]]:

@@ -15,6 +15,7 @@ import gpu_adam
 from gpu_adam import Adam, IndexedSlices, LossScale, Variable, kernels
 from gpu_adam.devices import Device, HostDevice
 from gpu_adam.errors import ArgumentTypeError, ArgumentValueError, CheckpointError
+from gpu_adam.step.gradients import Incoming
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -162,7 +163,7 @@ def test_a_scale_and_a_flag_of_torch() -> None:
         scale, gradient = torch.tensor(SCALE, dtype=torch.float64), torch.tensor(g * np.float32(SCALE))
         rule = flagged._rule(1.0, is_guarded=True)
         found, pairs = torch.tensor(flag), [(gradient * float(np.float32(1 / SCALE)), tensors[1])]
-        flagged._controller.step(pairs, rule, flagged._hyper, flagged._clip, 1.0, found)
+        flagged._controller.step(pairs, rule, flagged._hyper, flagged._clip, Incoming(1.0, found))
         if not flag:
             scaled.apply_gradients([(gradient, tensors[0])], grad_scale=scale)
             plain.apply_gradients([(parts_times(g * np.float32(SCALE), 1.0 / SCALE), variable)])
@@ -370,7 +371,7 @@ def test_a_flag_of_another_search(device: Device) -> None:
         gradients = job.gradients(step)
         pairs, rule = job.pairs(gradients), optimizer._rule(scale, is_guarded=True)
         found = None if flag is None else device.array(np.float32(flag))
-        done = optimizer._controller.step(pairs, rule, optimizer._hyper, optimizer._clip, scale, found)
+        done = optimizer._controller.step(pairs, rule, optimizer._hyper, optimizer._clip, Incoming(scale, found))
         assert done is None or device.name == "host" or flag is None
         if not flag:
             other.optimizer.apply_gradients(other.pairs(gradients), grad_scale=8.0)

@@ -271,13 +271,14 @@ def test_variants_are_distinct_and_complete() -> None:
         for rule in kernels.update_rules(dtype)
     }
     staged = {
-        update(dtype, rule, staged=True).source
+        update(dtype, rule, staged=staged).source
         for dtype, update in itertools.product(DTYPES, (kernels.dense, kernels.sparse))
         for rule in kernels.update_rules(dtype)
+        for staged in (1, 2)
     }
     mixed = {kernels.dense(dtype, rule, gradient=gradient).source for dtype, rule, gradient in kernels.MIXED_UPDATES}
     assert not mixed & updates
-    assert len(staged) == len(updates)
+    assert len(staged) == 2 * len(updates)
     assert not staged & updates
     rules = (kernels.UpdateRule(), kernels.UpdateRule(bounded=True), kernels.GUARDED)
     norms = {
@@ -551,26 +552,35 @@ def test_fast_mode_gives_the_reference_bits(dtype: str, mode: str) -> None:
 
 
 def test_staged_scalars_give_the_same_bits() -> None:
-    """Read through the pointer, and not from the argument, which holds other numbers."""
+    """Read where the kernel is to look, while all other places hold other numbers; zeros are what was never staged."""
     numbers_of_a_step = (0.01, 0.1, 0.001, 1e-7, -1, 0.5, 0.9, 0, 1, 0.75, 1, 1)
     scalars = kernels.struct(kernels.step_scalars("float32"), 0, *numbers_of_a_step)
     garbage = kernels.struct(scalars.dtype, 0, *[np.nan] * len(numbers_of_a_step))
-    null = kernels.pointer(0)
+    zeros, null = np.zeros_like(scalars), kernels.pointer(0)
+    garbage["clip_value"] = np.inf
     results = []
-    for staged in (False, True):
+    for staged, argument, in_memory, frozen in (
+        (0, scalars, None, None),
+        (1, garbage, scalars, None),
+        (2, garbage, scalars, garbage),
+        (2, garbage, scalars, None),
+        (2, scalars, zeros, None),
+        (2, garbage, zeros, scalars),
+    ):
         rng = np.random.default_rng(1)
         theta, m, v, g = (np.abs(numbers(rng, 37, "float32")) for _ in range(4))
         addresses = {name: array.ctypes.data for name, array in (("theta", theta), ("m", m), ("v", v))}
         tensor = kernels.struct(kernels.TENSOR, kernels.slot_pointers(addresses), 37, 0, 0, 0)
         gradients, chunk_tensor = np.array([g.ctypes.data], np.uint64), np.zeros(1, np.int32)
         places = [array.ctypes.data for array in (tensor, gradients, chunk_tensor)]
-        table = kernels.struct(kernels.TENSOR_TABLE, *places, 1)
-        given = [garbage, kernels.pointer(scalars.ctypes.data)] if staged else [scalars, null]
+        table = kernels.struct(kernels.TENSOR_TABLE, *places, 1, 0 if frozen is None else frozen.ctypes.data)
+        given = [argument, null if in_memory is None else kernels.pointer(in_memory.ctypes.data)]
         kernel = kernels.dense("float32", kernels.UpdateRule(bounded=True), staged=staged)
         FAST.prepare(kernel, [table, null, kernels.scalar(0), *given])(1)
         results.append({"theta": theta, "m": m, "v": v})
     assert np.isfinite(results[0]["theta"]).all()
-    assert_same(results[1], results[0], "staged")
+    for result in results[1:]:
+        assert_same(result, results[0], "staged")
 
 
 # The sort of row numbers.
@@ -697,7 +707,7 @@ def chunk_sums(device: HostDevice, gradients: list[Array], bound: float = np.inf
     pointers = np.array([g.ctypes.data for g in gradients], np.uint64)
     chunk_tensor = np.repeat(np.arange(len(gradients), dtype=np.int32), chunks)
     addresses = (tensors.ctypes.data, pointers.ctypes.data, chunk_tensor.ctypes.data)
-    table = kernels.struct(kernels.TENSOR_TABLE, *addresses, int(first[-1]))
+    table = kernels.struct(kernels.TENSOR_TABLE, *addresses, int(first[-1]), 0)
     scalars = np.zeros(1, kernels.step_scalars(kernels.DTYPES[dtype].real_dtype))
     scalars["clip_value"] = bound
     null = kernels.pointer(0)

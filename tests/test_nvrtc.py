@@ -146,8 +146,11 @@ def test_every_variant_compiles(architecture: str) -> None:
 
 @pytest.mark.parametrize("architecture", ["sm_90"], indirect=True)
 @pytest.mark.parametrize("update", [kernels.dense, kernels.sparse], ids=["dense", "sparse"])
-def test_staged_scalars_cost_no_spill(architecture: str, update: Callable[..., kernels.Kernel], tmp_path: Path) -> None:
-    kernel = update("float32", EVERYTHING, staged=True)
+@pytest.mark.parametrize("staged", [1, 2])
+def test_staged_scalars_cost_no_spill(
+    architecture: str, update: Callable[..., kernels.Kernel], staged: int, tmp_path: Path
+) -> None:
+    kernel = update("float32", EVERYTHING, staged=staged)
     assert kernel.source not in kernels.variants()
     figures = resources(kernel.source, architecture, tmp_path)[kernel.name]
     assert figures["STACK"] == figures["LOCAL"] == 0

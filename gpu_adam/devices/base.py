@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
@@ -68,6 +68,23 @@ class ReadBack(Protocol):
 
     def forget(self, number: int) -> list[Call]:
         """Calls that forget so many copies, the oldest ones, which are there."""
+
+
+class Capture(Protocol):
+    """One capture: what a function enqueues becomes a graph."""
+
+    def run(self, function: Callable[[], object]) -> None:
+        """Call the function; what it enqueues on the current stream, with all memory that it allocates, is the graph's.
+
+        Raises:
+            ArgumentValueError: the function did what a capture forbids, such as to wait for the device.
+        """
+
+    def outside(self) -> AbstractContextManager[Any]:
+        """A context, for the time of `run`, in which one works as if there were no capture."""
+
+    def launch_call(self) -> Call:
+        """A call that enqueues the graph once."""
 
 
 class Device(ABC):
@@ -159,6 +176,10 @@ class Device(ABC):
     @abstractmethod
     def is_capturing(self) -> bool:
         """Whether what is enqueued now becomes part of a graph, to run at every replay."""
+
+    @abstractmethod
+    def capture(self) -> Capture | None:
+        """A new capture; None where nothing can become part of a graph."""
 
     @abstractmethod
     def private_pool(self) -> tuple[Any, AbstractContextManager[Any]]:

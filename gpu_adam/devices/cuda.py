@@ -7,14 +7,14 @@ import itertools
 import operator
 import sys
 from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any
 
 import cupy
 import numpy as np
 
-from gpu_adam.devices.base import PACK_BYTES, Array, Device, Launch, ReadBack, StagedArray
+from gpu_adam.devices.base import PACK_BYTES, Array, Capture, Device, Launch, ReadBack, StagedArray
 from gpu_adam.devices.native_pairs import ArrayKind, NativeAddressReader, NativePairReader, cupy_is_read_in_c
 from gpu_adam.devices.pair_reader import AddressReader, ExpectedPairs, PairReader
 from gpu_adam.devices.torch_tensors import from_dlpack
@@ -23,6 +23,7 @@ from gpu_adam.kernels import BLOCK_SIZE, Kernel
 from gpu_adam.uninterrupted import Call, all_of, make_all
 
 _NOT_WHILE_CAPTURING = 900  # cudaErrorStreamCaptureUnsupported
+_OF_CAPTURES = range(_NOT_WHILE_CAPTURING, 909)  # to cudaErrorStreamCaptureWrongThread
 
 # No contraction to multiply-add: the bits of the host device. Division and square root are IEEE by default, and CuPy
 # itself adds -ftz=true.
@@ -204,6 +205,10 @@ class CudaDevice(Device):
         with self.activate():
             return bool(cupy.cuda.get_current_stream().is_capturing())
 
+    def capture(self) -> Capture:
+        """A new capture, on a stream of its own."""
+        return _CudaCapture(self)
+
     def private_pool(self) -> tuple[Any, AbstractContextManager[Any]]:
         """A pool of memory, and a context in which new arrays are allocated from it."""
         pool = cupy.cuda.MemoryPool()
@@ -359,6 +364,54 @@ def _allocated(pool: Any, size: int) -> Any:
             error,
             "do one such step before each capture, with contiguous gradients of as many rows, or capture in 'relaxed'",
         ) from error
+
+
+class _CudaCapture:
+    """See `Capture`. The mode "relaxed" lets a function allocate, and lets `outside` work on the stream of before.
+
+    The stream under capture is non-blocking, so that also the legacy default stream may be worked on meanwhile.
+    """
+
+    def __init__(self, device: CudaDevice) -> None:
+        self._device, self._pool = device, cupy.cuda.MemoryPool()
+        self._graph: Any = None
+
+    def run(self, function: Callable[[], object]) -> None:
+        with self._device.activate():
+            self._stream, self._allocator = cupy.cuda.get_current_stream(), cupy.cuda.get_allocator()
+            stream = cupy.cuda.Stream(non_blocking=True)
+            with stream, cupy.cuda.using_allocator(self._pool.malloc):
+                stream.begin_capture(cupy.cuda.runtime.streamCaptureModeRelaxed)
+                try:
+                    function()
+                    self._graph = stream.end_capture()
+                except BaseException as error:
+                    with suppress(cupy.cuda.runtime.CUDARuntimeError):  # that it is invalid, or has ended
+                        stream.end_capture()
+                    if _is_of_captures(error):
+                        raise ArgumentValueError(
+                            "the captured function",
+                            "must enqueue all work on the current stream, and wait for none",
+                            error,
+                            "leave out what waits, such as float(), numpy() and synchronize()",
+                        ) from error
+                    raise
+
+    @contextmanager
+    def outside(self) -> Iterator[None]:
+        with self._device.activate(), self._stream, cupy.cuda.using_allocator(self._allocator):
+            yield
+
+    def launch_call(self) -> Call:
+        with self._device.activate():
+            launch = functools.partial(self._graph.launch, cupy.cuda.get_current_stream())
+        return self._device._made_there(launch)
+
+
+def _is_of_captures(error: BaseException) -> bool:
+    if isinstance(error, cupy.cuda.runtime.CUDARuntimeError):
+        return error.status in _OF_CAPTURES
+    return type(error) is RuntimeError and "captur" in str(error)  # CuPy's own words
 
 
 class _CudaLaunch:

@@ -161,6 +161,9 @@ class HostDevice(Device):
         """Never."""
         return False
 
+    def capture(self) -> None:
+        """None: the host runs at once what it is asked for."""
+
     def private_pool(self) -> tuple[Any, AbstractContextManager[Any]]:
         """Every array's memory is its own."""
         return None, nullcontext()

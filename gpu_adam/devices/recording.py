@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gpu_adam.devices.base import Array, Device, Launch, ReadBack, StagedArray
+from gpu_adam.devices.base import Array, Capture, Device, Launch, ReadBack, StagedArray
 from gpu_adam.devices.pair_reader import AddressReader, ExpectedPairs, PairReader
 from gpu_adam.kernels import Kernel
 from gpu_adam.uninterrupted import Call
@@ -120,6 +120,10 @@ class RecordingDevice(Device):
     def is_capturing(self) -> bool:
         """As the device."""
         return self._device.is_capturing()
+
+    def capture(self) -> Capture | None:
+        """As the device."""
+        return self._device.capture()
 
     def private_pool(self) -> tuple[Any, AbstractContextManager[Any]]:
         """As the device."""

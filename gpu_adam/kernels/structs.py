@@ -33,7 +33,9 @@ TENSOR = np.dtype(
 """``Tensor`` of tensor_table.cuh."""
 
 TENSOR_TABLE = np.dtype(
-    [(name, _POINTER) for name in ("tensors", "gradients", "chunk_tensor")] + [("chunks", _INTEGER)], align=True
+    [(name, _POINTER) for name in ("tensors", "gradients", "chunk_tensor")]
+    + [("chunks", _INTEGER), ("frozen", _POINTER)],
+    align=True,
 )
 """``TensorTable`` of tensor_table.cuh."""
 

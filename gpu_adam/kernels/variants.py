@@ -115,24 +115,24 @@ def tile_size(dtype_name: str) -> int:
     return _TILE_BYTES // np.dtype(DTYPES[dtype_name].wide_dtype).itemsize
 
 
-def dense(dtype_name: str, rule: UpdateRule, *, gradient: str | None = None, staged: bool = False) -> Kernel:
+def dense(dtype_name: str, rule: UpdateRule, *, gradient: str | None = None, staged: int = 0) -> Kernel:
     """The update of all dense variables of a dtype.
 
     Args:
         dtype_name: a key of DTYPES.
         rule: the update.
         gradient: the gradients' dtype, by default the variables'.
-        staged: whether the scalars of the step are read through the argument ``staged``, a pointer to device memory,
-            instead of from the argument ``scalars``; those of a guarded step always are.
+        staged: where the scalars of the step are found, as adam_math.cuh lists: 0 in the argument ``scalars``, 1 or 2
+            through the argument ``staged``, a pointer to device memory. At least 1 for a guarded step.
     """
     dtypes = dtype_name, gradient or dtype_name, rule.slot_dtype
-    return _update("dense", dtypes, rule.of(dtype_name).switches, staged or rule.guarded)
+    return _update("dense", dtypes, rule.of(dtype_name).switches, staged or int(rule.guarded))
 
 
-def sparse(dtype_name: str, rule: UpdateRule, *, gradient: str | None = None, staged: bool = False) -> Kernel:
+def sparse(dtype_name: str, rule: UpdateRule, *, gradient: str | None = None, staged: int = 0) -> Kernel:
     """The update of one variable by some of its rows. Arguments as for dense."""
     dtypes = dtype_name, gradient or dtype_name, rule.slot_dtype
-    return _update("sparse", dtypes, rule.of(dtype_name).switches, staged or rule.guarded)
+    return _update("sparse", dtypes, rule.of(dtype_name).switches, staged or int(rule.guarded))
 
 
 def _types(dtype_name: str, gradient: str, slot_dtype: str | None) -> tuple[str, ...]:
@@ -145,7 +145,7 @@ def _types(dtype_name: str, gradient: str, slot_dtype: str | None) -> tuple[str,
 
 @functools.cache  # by what chooses the variant: rules that differ in nothing else have one kernel object
 def _update(
-    name: str, dtypes: tuple[str, str, str | None], switches: tuple[tuple[str, int], ...], staged: bool
+    name: str, dtypes: tuple[str, str, str | None], switches: tuple[tuple[str, int], ...], staged: int
 ) -> Kernel:
     dtype_name = dtypes[0]
     defines = (*_types(*dtypes), *_definitions(*switches, ("STAGED", staged)))

@@ -7,7 +7,7 @@ the values of all weights (`get_weights`, `set_weights`, files) does so by name,
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from gpu_adam.state.counter import checked_count
 from gpu_adam.state.door import Door
 from gpu_adam.state.registry import Registry
 from gpu_adam.state.slots import as_slot, beside, is_beside
-from gpu_adam.uninterrupted import make_all
+from gpu_adam.uninterrupted import Call, make_all
 from gpu_adam.variables import Variable
 
 COUNTER = "iterations"
@@ -138,6 +138,20 @@ class AdamState:
         """Let the variables with a master be its rounding, whatever is assigned to them."""
         for variable, master in self.slots.get("master", {}).items():
             variable._follow(master)
+
+    def overwriting_calls(self, variables: Iterable[Variable]) -> list[Call]:
+        """The calls that overwrite variables, and their masters, by their averages; to be made once."""
+        by_device: dict[Device, list[Variable]] = {}
+        for variable in dict.fromkeys(variables):
+            by_device.setdefault(variable.device, []).append(variable)
+        averages, masters = (self.slots.get(name, {}) for name in ("average", "master"))
+        calls = []
+        for device, there in by_device.items():
+            with_master = [variable for variable in there if variable in masters]
+            targets = [*there, *(masters[variable] for variable in with_master)]
+            sources = [averages[variable].value for variable in (*there, *with_master)]
+            calls.append(device.copy_call([target.value for target in targets], sources))
+        return calls
 
     # As a whole, by name.
 

@@ -82,6 +82,10 @@ class Transaction:
                 *(partial(setattr, *attribute) for attribute in attributes),
             ]
 
+    def guard(self) -> None:
+        """Let an error undo also what other transactions change within the block."""
+        self._remember()
+
     def _move(self, variable: Variable, array: Array) -> None:
         self._before.append(partial(variable._move_to, variable.value))
         variable._move_to(array)

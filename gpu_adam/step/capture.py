@@ -33,30 +33,31 @@ class Graph:
         self.kept: list[Any] = []
         self.pools: list[Any] = []
 
-    def check(self, pairs: Sequence[Any], *, is_first: bool) -> None:
-        """Refuse what a graph would do anew at every replay.
 
-        Raises:
-            ArgumentValueError: the first step of its kind, whose slots of zeros every replay would create again.
-            ArgumentTypeError: a gradient in host memory, which is gone at the replays.
-        """
-        if is_first:
-            raise ArgumentValueError(
-                "a step captured in a graph",
-                "must have been done before, with these variables, kinds of gradients and clipping",
-                "a first one",
-                "do one such step, then capture the next",
-            )
-        for number, (gradient, _) in enumerate(pairs):
-            parts = (gradient.values, gradient.indices) if hasattr(gradient, "indices") else (gradient,)
-            for part in parts:
-                if isinstance(part, IN_HOST_MEMORY):
-                    raise ArgumentTypeError(
-                        f"the gradient of grads_and_vars[{number}]",
-                        "must be an array while a graph is captured",
-                        type(part).__name__,
-                        "copy it to the device before",
-                    )
+def check_capturable(pairs: Sequence[Any], *, is_first: bool) -> None:
+    """Refuse what a graph would do anew at every replay.
+
+    Raises:
+        ArgumentValueError: the first step of its kind, whose slots of zeros every replay would create again.
+        ArgumentTypeError: a gradient in host memory, which is gone at the replays.
+    """
+    if is_first:
+        raise ArgumentValueError(
+            "a step captured in a graph",
+            "must have been done before, with these variables, kinds of gradients and clipping",
+            "a first one",
+            "do one such step, then capture the next",
+        )
+    for number, (gradient, _) in enumerate(pairs):
+        parts = (gradient.values, gradient.indices) if hasattr(gradient, "indices") else (gradient,)
+        for part in parts:
+            if isinstance(part, IN_HOST_MEMORY):
+                raise ArgumentTypeError(
+                    f"the gradient of grads_and_vars[{number}]",
+                    "must be an array while a graph is captured",
+                    type(part).__name__,
+                    "copy it to the device before",
+                )
 
 
 class Graphs:

@@ -11,7 +11,7 @@ import functools
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -29,17 +29,42 @@ from gpu_adam.state.registry import News
 from gpu_adam.state.replace import successors
 from gpu_adam.state.transaction import Transaction
 from gpu_adam.step import request as requests
-from gpu_adam.step.capture import Graph, Graphs
-from gpu_adam.step.gradients import OtherDtypeError
+from gpu_adam.step.capture import Graph, Graphs, check_capturable
+from gpu_adam.step.gradients import AS_THEY_ARE, Incoming, OtherDtypeError
 from gpu_adam.step.guard import GUARDING, Guard, Telemetry
 from gpu_adam.step.plan import Plan, check_updatable
+from gpu_adam.step.replays import (
+    CapturedStep,
+    Configuration,
+    Counting,
+    Recording,
+    Stepper,
+    current_recording,
+    refuse_in_capture,
+)
 from gpu_adam.step.request import Memo, Request
 from gpu_adam.step.scalars import Scalars
-from gpu_adam.uninterrupted import Call, make_all
+from gpu_adam.uninterrupted import make_all
 from gpu_adam.variables import Variable
 
 _enqueue = stage("update")(make_all)
 _PLANS_KEPT = 8  # sets of variables whose launches stay: a GAN steps two by turns
+
+
+class Found(NamedTuple):
+    """What is known of a step when its pairs have been read.
+
+    Attributes:
+        pairs: those that have a gradient.
+        memo: of such pairs.
+        addresses: where each pair's gradient lies, 0 where that is not known.
+        request: the step as it was asked for; None where the memo recognised it.
+    """
+
+    pairs: Sequence[Any]
+    memo: Memo
+    addresses: np.ndarray
+    request: Request | None
 
 
 class Controller:
@@ -48,13 +73,22 @@ class Controller:
     Args:
         state: what the steps change.
         flavour: what they do besides plain Adam.
+        configuration: a weak reference to what gives the optimizer's present configuration; without one no captured
+            function can have its steps.
     """
 
-    def __init__(self, state: AdamState, flavour: Flavour) -> None:
-        self._state, self._flavour = state, flavour
+    def __init__(
+        self,
+        state: AdamState,
+        flavour: Flavour,
+        configuration: Callable[[], Callable[[], Configuration] | None] | None = None,
+    ) -> None:
+        self._state, self._flavour, self._configuration = state, flavour, configuration
         self._graphs = Graphs()
         self._memos: OrderedDict[Any, Memo] = OrderedDict()
         self._memo: Memo | None = None
+        self._captured: dict[Plan, CapturedStep] = {}
+        self._promised: tuple[int, int] | None = None
         self._layout = state.layout
         self._guards: dict[Device, Guard] = {}
         self._guard: Guard | None = None  # of the last guarded step
@@ -67,8 +101,7 @@ class Controller:
         rule: UpdateRule,
         hyper: dict[str, Any],
         clip: Clip,
-        scale: Any = None,
-        found_inf: Any = None,
+        incoming: Incoming = AS_THEY_ARE,
     ) -> int | None:
         """Update every variable by its gradient and count the step.
 
@@ -77,10 +110,7 @@ class Controller:
             rule: which update; the same object for equal rules.
             hyper: stored hyperparameters by name.
             clip: how the gradients are clipped.
-            scale: by which they are divided before that: a number; for a rule that is guarded also a 0-d array on the
-                device. None: the optimizer's loss scale, if it has one.
-            found_inf: for a guarded rule, a 0-d float32 array on the device: where it is not 0, the step changes
-                nothing.
+            incoming: what the gradients are multiples of.
 
         Returns:
             The steps done; None where the host does not know, because the device may leave this step out.
@@ -90,63 +120,90 @@ class Controller:
         """
         # A list of the step's own: the caller's may be emptied meanwhile, and nothing else keeps the gradients alive.
         pairs = grads_and_vars[:] if type(grads_and_vars) is list else requests.listed(grads_and_vars)
-        state, request = self._state, None
+        state = self._state
         with state.alone():
             memo = self._memo if self._layout is state.layout else None
             addresses = None if memo is None or memo.rule is not rule else memo.read(pairs)
             if memo is None or addresses is None:
-                request, memo, addresses = self._resolved(pairs, rule)
-                pairs = request.pairs
-            plan = memo.plan
-            with self._graphs.step(plan.devices) as graph:
-                if graph is not None:
-                    graph.check(pairs, is_first=not plan.is_launched)
-                try:
-                    gradients = plan.check(pairs, addresses)
-                except OtherDtypeError:
-                    request, memo, addresses = self._resolved(pairs, rule)
-                    pairs, plan = request.pairs, memo.plan
-                    if graph is not None:
-                        graph.check(pairs, is_first=not plan.is_launched)
-                    gradients = plan.check(pairs, addresses)
-                guard = None
+                found = self._resolved(pairs, rule)
+            else:
+                found = Found(pairs, memo, addresses, None)
+            recording = current_recording.get()
+            if recording is not None:
+                return self._record(recording, found, clip, incoming)
+            with self._graphs.step(found.memo.plan.devices) as graph:
+                found, gradients = self._checked(found, graph)
+                pairs, memo, _, request = found
+                plan, guard = memo.plan, None
                 if rule.guarded or self._guard is not None:
                     guard = self._guard_of(plan, graph)
-                done = check_countable(state.counter)
-                now = Scalars(hyper, done, self._flavour) if guard is None else self._evaluated(hyper, done)
-                if now.are_called:
-                    done = self._checked_after_calls(memo, pairs, addresses)
-                if guard is None:
-                    now.iterations = done
-                    scalars: Sequence[Any] = plan.scalars(now, clip, 1.0 if scale is None else scale)
-                else:
-                    target = guard.aim(state.counter, scale, found_inf, self._flavour)
-                    done = target.most
-                    rate = hyper["learning_rate"]
-                    scalars = [plan.scalars(now.at(count, rate), clip, target.number) for count in target.counts]
+                done, scalars = self._scalars(found, hyper, clip, incoming, guard)
                 if request is not None and request.without:
                     _warn(request.without)
                 with Transaction(state) as change:
                     if request is not None:
-                        self._ensure_own(change, plan.devices[0])
-                        change.adopt(request.news)
-                        change.ensure_slots(request.variables, rule)
+                        self._make_fit(change, request, rule)
                     launches = plan.launches(state, graph, gradients, guard)
                     change.note(plan.index_errors)
                     launches.bind(pairs, gradients)
+                    launches.set_scalars(scalars)
                     count = functools.partial(state.counter._value.fill, done + 1)
                     report = [] if guard is None else guard.report_calls(state.own)
-                    calls = launches.calls(scalars, clip)
+                    calls = launches.calls(clip)
                     if self._flavour.use_ema and self._flavour.overwrites_at(done + 1):
-                        calls += self._overwriting(plan.variables, graph)
+                        if graph is not None:
+                            raise _overwriting_in_graph()
+                        calls += state.overwriting_calls(plan.variables)
                     _enqueue([*calls, *report, *memo.written_calls, count, *plan.counts, *change.commit])
                 if graph is None:
                     launches.release()
+                else:
+                    self._note_captured(memo, clip, incoming, done)
                 for variable in plan.constrained:
                     variable.constrain()
             if request is not None:
                 self._remember(memo, request)
             return done + 1 if guard is None or not guard.is_unsure else None
+
+    def _checked(self, found: Found, graph: Graph | None) -> tuple[Found, list[Any]]:
+        """What was found for a step, and its gradients, ready to bind; found anew where their dtypes are other ones."""
+        if graph is not None:
+            check_capturable(found.pairs, is_first=found.memo.plan.own_launches is None)
+        try:
+            return found, found.memo.plan.check(found.pairs, found.addresses)
+        except OtherDtypeError:
+            found = self._resolved(found.pairs, found.memo.rule)
+        if graph is not None:
+            check_capturable(found.pairs, is_first=found.memo.plan.own_launches is None)
+        return found, found.memo.plan.check(found.pairs, found.addresses)
+
+    def _scalars(
+        self, found: Found, hyper: dict[str, Any], clip: Clip, incoming: Incoming, guard: Guard | None
+    ) -> tuple[int, Sequence[Any]]:
+        """How many steps are done, at most, and the scalars of the next one: see `Launches.set_scalars`."""
+        plan = found.memo.plan
+        done = check_countable(self._state.counter)
+        now = Scalars(hyper, done, self._flavour) if guard is None else self._evaluated(hyper, done)
+        if now.are_called:
+            done = self._checked_after_calls(found)
+        if guard is None:
+            now.iterations = done
+            return done, plan.scalars(now, clip, incoming.divisor)
+        target = guard.aim(self._state.counter, incoming, self._flavour)
+        rate = hyper["learning_rate"]
+        return target.most, [plan.scalars(now.at(count, rate), clip, target.number) for count in target.counts]
+
+    def _ensure_own(self, change: Transaction, device: Device | None) -> None:
+        """Create what belongs to no variable: the counter, and a loss scale on the device if there is one."""
+        change.ensure_counter()
+        if self._flavour.loss_scale is not None and device is not None:
+            change.ensure_loss_scale(device, self._flavour.loss_scale.initial)
+
+    def _make_fit(self, change: Transaction, request: Request, rule: UpdateRule) -> None:
+        """Let the state have what a step needs."""
+        self._ensure_own(change, request.variables[0].device)
+        change.adopt(request.news)
+        change.ensure_slots(request.variables, rule)
 
     def _guard_of(self, plan: Plan, graph: Graph | None) -> Guard | None:
         """The guard of a step, if it has one.
@@ -156,8 +213,7 @@ class Controller:
         guard = None
         if plan.rule.guarded:
             if graph is not None:
-                rule, remedy = f"must do without {GUARDING}", "do it outside of the graph"
-                raise ArgumentValueError("a step captured in a graph", rule, "one of them", remedy)
+                raise _guarded_in_graph()
             device = plan.devices[0]
             guard = self._guards.get(device)
             if guard is None:
@@ -222,25 +278,96 @@ class Controller:
             self._ensure_own(change, variables[0].device if variables else get_device())
         return self._state.own[SCALE]
 
-    def _ensure_own(self, change: Transaction, device: Device | None) -> None:
-        """Create what belongs to no variable: the counter, and a loss scale on the device if there is one."""
-        change.ensure_counter()
-        if self._flavour.loss_scale is not None and device is not None:
-            change.ensure_loss_scale(device, self._flavour.loss_scale.initial)
+    def _note_captured(self, memo: Memo, clip: Clip, incoming: Incoming, done: int) -> None:
+        """Note a step in a graph of the user's, which was counted as step done + 1 and is still to be run."""
+        plan, state = memo.plan, self._state
+        assert plan.own_launches is not None
+        step = CapturedStep(plan, plan.own_launches, memo.written_calls, clip, incoming.divisor, state.layout)
+        self._captured[plan] = step
+        follows = self._promised is not None and self._promised[1] == done
+        self._promised = (self._promised[0] if follows and self._promised else done, done + 1)
 
-    def _checked_after_calls(self, memo: Memo, pairs: Sequence[Any], addresses: np.ndarray) -> int:
+    def stage(self) -> int:
+        """Write the scalars of the next step to where the user's graphs read them, and count it; the steps done."""
+        state, stepper = self._state, self.stepper()
+        with state.alone():
+            steps = list(self._captured.values())
+            if not steps:
+                rule = "must follow the capture of a step in a graph, as by torch.cuda.graph or stream.begin_capture"
+                raise ArgumentValueError("stage", rule, "none", "capture a step, or call the replay() of a capture")
+            for device in {device for step in steps for device in step.plan.devices}:
+                refuse_in_capture(device, "stage")
+            with Counting([state]) as counting:
+                if self._promised is not None and self._promised[1] == state.steps_done:
+                    state.counter._value.fill(self._promised[0])
+                asked = stepper.next_step()
+                if stepper.overwrites:
+                    raise _overwriting_in_graph()
+                # Where some graphs fit no more, the user has captured others.
+                fitting = [step for step in steps if step.misfit(asked, state.layout) is None] or steps[-1:]
+                scalars = [step.scalars(asked, state.layout) for step in fitting]
+                for step, own in zip(fitting, scalars, strict=True):
+                    step.launches.stage(own)
+                make_all([*(call for step in fitting for call in step.written_calls), counting.done])
+            self._promised = None
+            return state.steps_done
+
+    def stepper(self) -> Stepper:
+        """The optimizer, for what is captured of it."""
+        if self._configuration is None:
+            rule, remedy = "must make steps of gpu_adam.Adam alone", "capture the others by torch.cuda.graph, say"
+            raise ArgumentValueError("the captured function", rule, f"one of {self._state.name!r}", remedy)
+        configuration = self._configuration()
+        assert configuration is not None, "the optimizer is at work"
+        return Stepper(self._state, self._flavour, configuration)
+
+    def _record(self, recording: Recording, found: Found, clip: Clip, incoming: Incoming) -> int:
+        """Enqueue a step for the replays of a captured function, and count nothing; the number that it will have.
+
+        What is created for it, like slots, is no part of the graph.
+        """
+        state, stepper = self._state, self.stepper()
+        recording.check(stepper, found.memo.plan.devices)
+        if found.memo.rule.guarded:
+            raise _guarded_in_graph()
+        check_capturable(found.pairs, is_first=False)
+        found, gradients = self._checked(found, None)
+        pairs, memo, _, request = found
+        plan = memo.plan
+        check_countable(state.counter)
+        if request is not None and request.without:
+            _warn(request.without)
+        if plan.own_launches is None:
+            recording.note(state, self._forget_plans)
+        with Transaction(state) as change:
+            with recording.outside():
+                if request is not None:
+                    self._make_fit(change, request, plan.rule)
+                launches = plan.launches_for_replays(state, clip, incoming.divisor, recording.write_outside)
+                change.note(plan.index_errors)
+            launches.bind(pairs, gradients)
+            make_all([*launches.calls(clip), *change.commit])
+        step = CapturedStep(plan, launches, memo.written_calls, clip, incoming.divisor, state.layout)
+        number = recording.add(stepper, step)
+        for variable in plan.constrained:
+            variable.constrain()
+        if request is not None:
+            self._remember(memo, request)
+        return number
+
+    def _checked_after_calls(self, found: Found) -> int:
         """The number of steps done, once callables have been called, which may have changed it.
 
         Raises:
             ArgumentValueError: the memory of a variable or gradient does not lie where it was checked.
         """
-        again = memo.read(pairs)
+        again, addresses = found.memo.read(found.pairs), found.addresses
         if again is not addresses and (addresses.any() if again is None else not np.array_equal(again, addresses)):
             rule = "must not move or resize a variable or gradient of the step that calls it"
             raise ArgumentValueError("a callable hyperparameter", rule, "other memory", "do so between steps")
         return check_countable(self._state.counter)
 
-    def _resolved(self, pairs: Sequence[Any], rule: UpdateRule) -> tuple[Request, Memo, np.ndarray]:
+    def _resolved(self, pairs: Sequence[Any], rule: UpdateRule) -> Found:
         """The request, with a plan of an earlier one like it or a new plan."""
         request = requests.read(pairs, self._state.registry)
         self._drop_what_moved()
@@ -256,7 +383,9 @@ class Controller:
                 plan = known.plan
             memo = Memo(plan, request, self._state.registry)
         addresses = memo.read(request.pairs)
-        return request, memo, requests.unknown_addresses(len(request.pairs)) if addresses is None else addresses
+        if addresses is None:
+            addresses = requests.unknown_addresses(len(request.pairs))
+        return Found(request.pairs, memo, addresses, request)
 
     def _remember(self, memo: Memo, request: Request) -> None:
         self._drop_what_moved()
@@ -270,27 +399,12 @@ class Controller:
     def _drop_what_moved(self) -> None:
         """Forget all plans where a variable or slot does not lie where it did: their launches have its old address."""
         if self._layout is not self._state.layout:
-            self._memo = None
-            self._memos.clear()
+            self._forget_plans()
             self._layout = self._state.layout
 
-    def _overwriting(self, variables: Sequence[Variable], graph: Graph | None) -> list[Call]:
-        """The calls that overwrite variables by their averages."""
-        if graph is not None:
-            rule = "must not overwrite variables by their averages, as every replay would do again"
-            remedy = "capture another step, or leave ema_overwrite_frequency out and call overwrite_by_averages()"
-            raise ArgumentValueError("a step captured in a graph", rule, "such a step", remedy)
-        by_device: dict[Device, list[Variable]] = {}
-        for variable in dict.fromkeys(variables):
-            by_device.setdefault(variable.device, []).append(variable)
-        averages, masters = (self._state.slots.get(name, {}) for name in ("average", "master"))
-        calls = []
-        for device, there in by_device.items():
-            with_master = [variable for variable in there if variable in masters]
-            targets = [*there, *(masters[variable] for variable in with_master)]
-            sources = [averages[variable].value for variable in (*there, *with_master)]
-            calls.append(device.copy_call([target.value for target in targets], sources))
-        return calls
+    def _forget_plans(self) -> None:
+        self._memo = None
+        self._memos.clear()
 
     def overwrite_by_averages(self, objects: Iterable[Any] | None) -> None:
         """Overwrite variables, all those with an average if none are named, by their averages."""
@@ -306,7 +420,7 @@ class Controller:
             news = self._news_of(arrays)
             with Transaction(self._state) as change:
                 change.adopt(news)
-                make_all([*self._overwriting(variables, None), *written_calls(arrays), *change.commit])
+                make_all([*self._state.overwriting_calls(variables), *written_calls(arrays), *change.commit])
             self._drop_what_moved()
 
     def set_group(self, objects: Iterable[Any], rule: UpdateRule, given: Mapping[str, Any]) -> None:
@@ -434,6 +548,17 @@ def _in_order(objects: Iterable[Any], argument: str) -> Iterable[Any]:
     if isinstance(objects, Set):
         raise ArgumentTypeError(argument, rule, f"a {type(objects).__name__}", "pass a list")
     return items_of(argument, objects, rule)
+
+
+def _guarded_in_graph() -> ArgumentValueError:
+    rule, remedy = f"must do without {GUARDING}", "do it outside of the graph"
+    return ArgumentValueError("a step captured in a graph", rule, "one of them", remedy)
+
+
+def _overwriting_in_graph() -> ArgumentValueError:
+    rule = "must not overwrite variables by their averages, as every replay would do again"
+    remedy = "use Adam.capture, or leave ema_overwrite_frequency out and call overwrite_by_averages()"
+    return ArgumentValueError("a step captured in a graph", rule, "such a step", remedy)
 
 
 def _key(request: Request, rule: UpdateRule) -> Any:

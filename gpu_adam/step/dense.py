@@ -9,7 +9,7 @@ import numpy as np
 from gpu_adam import kernels
 from gpu_adam.devices import Array
 from gpu_adam.devices.base import StagedArray
-from gpu_adam.step.arguments import UpdateArguments
+from gpu_adam.step.arguments import EAGER, UpdateArguments, Use
 from gpu_adam.step.groups import DenseGradients, DenseGroup
 from gpu_adam.uninterrupted import Call
 
@@ -44,7 +44,7 @@ class DenseTable:
         self.chunk_ends = device.array(ends)
         self._tensors = device.array(table.view(np.uint8))
         self._chunk_tensor = device.array(np.repeat(np.arange(len(filled), dtype=np.int32), chunks))
-        self.struct = (device.address(self._tensors), 0, device.address(self._chunk_tensor), self.chunks)
+        self.struct = (device.address(self._tensors), 0, device.address(self._chunk_tensor), self.chunks, 0)
 
 
 class DenseLaunch:
@@ -53,20 +53,22 @@ class DenseLaunch:
     Args:
         group: the variables.
         table: where they and their slots lie.
-        captured: whether the launch becomes part of a graph.
+        use: what the launch is made for.
+        live: where a graph of the user's finds staged scalars.
     """
 
-    def __init__(self, group: DenseGroup, table: DenseTable, *, captured: bool = False) -> None:
-        self.group, self.table, self._captured = group, table, captured
+    def __init__(self, group: DenseGroup, table: DenseTable, use: Use = EAGER, live: StagedArray | None = None) -> None:
+        self.group, self.table, self._write = group, table, use.write_addresses
         self.device, self.gradient = group.device, group.layout.gradient
         self.tensors, self.chunk_ends = len(group.filled), table.chunk_ends
         self._tensor_table = tensor_table = kernels.struct(kernels.TENSOR_TABLE, *table.struct)
         self._read_from(group.device.staged(max(1, self.tensors), np.dtype(np.uint64)))
         self.arguments = arguments = UpdateArguments(
-            group.layout, group.device, len(group.settings), captured=captured, guarded=group.rule.guarded
+            group.layout, group.device, len(group.settings), use, live, guarded=group.rule.guarded
         )
+        tensor_table["frozen"] = arguments.frozen
         self._launch = self.device.prepare(
-            kernels.dense(group.layout.dtype, group.rule, gradient=self.gradient, staged=arguments.is_staged),
+            kernels.dense(group.layout.dtype, group.rule, gradient=self.gradient, staged=arguments.kind),
             [tensor_table, arguments.factors, arguments.factor_stride, arguments.scalars, arguments.staged],
         )
         self._square_sums = None
@@ -90,7 +92,7 @@ class DenseLaunch:
         addresses = gradients.addresses if self.group.all_filled else gradients.addresses[self.group.filled]
         self._bound = None  # while the table is written, which may fail, nothing is known of it
         if self.tensors:
-            self._gradients.write(addresses, captured=self._captured)
+            self._write(self._gradients, addresses)
         self._bound = gradients
 
     def take_addresses_of(self, other: DenseLaunch) -> None:
@@ -124,9 +126,9 @@ class DenseLaunch:
         """How many partial sums the gradients have: one for each chunk."""
         return self.table.chunks
 
-    def for_graph(self) -> DenseLaunch:
+    def for_graph(self, use: Use) -> DenseLaunch:
         """The same update for a captured graph, with gradients, scalars and factors of its own."""
-        return DenseLaunch(self.group, self.table, captured=True)
+        return DenseLaunch(self.group, self.table, use, self.arguments.live)
 
     @property
     def capacity(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -13,6 +13,29 @@ from gpu_adam.devices.torch_tensors import readable
 from gpu_adam.errors import ArgumentTypeError, ArgumentValueError
 from gpu_adam.kernels import MIXING, dtype_named
 from gpu_adam.variables import IndexedSlices, Variable
+
+
+class Incoming(NamedTuple):
+    """What the gradients of a step are multiples of.
+
+    Attributes:
+        scale: by which they are to be divided: a number; for a rule that is guarded also a 0-d array on the device.
+            None: the optimizer's loss scale, if it has one.
+        found_inf: for a guarded rule, a 0-d float32 array on the device: where it is not 0, the step changes nothing.
+        calls: over how many calls they were summed.
+    """
+
+    scale: Any = None
+    found_inf: Any = None
+    calls: int = 1
+
+    @property
+    def divisor(self) -> float:
+        """By which number the gradients are to be divided, besides a scale that the device knows."""
+        return self.calls * (self.scale if type(self.scale) is float else 1.0)
+
+
+AS_THEY_ARE = Incoming()
 
 
 class OtherDtypeError(Exception):

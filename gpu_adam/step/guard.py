@@ -24,7 +24,7 @@ from gpu_adam.loss_scale import LossScale
 from gpu_adam.rules import Rule, real_number
 from gpu_adam.state.adam_state import GOOD_STEPS, SCALE
 from gpu_adam.step.arguments import UpdateArguments
-from gpu_adam.step.gradients import on_device
+from gpu_adam.step.gradients import Incoming, on_device
 from gpu_adam.step.norms import NormPass
 from gpu_adam.uninterrupted import Call, make_all
 from gpu_adam.variables import Variable
@@ -166,37 +166,35 @@ class Guard:
     def _most(self) -> int:
         return self._count + self._enqueued - self._since
 
-    def aim(self, counter: Variable, scale: Any, found_inf: Any, flavour: Flavour) -> Target:
+    def aim(self, counter: Variable, incoming: Incoming, flavour: Flavour) -> Target:
         """Let the kernels' next launches be those of a step.
 
         Args:
             counter: of the optimizer.
-            scale: what the gradients are to be divided by: a number, or a 0-d array on the device; None for the loss
-                scale of the optimizer, or 1 where it has none.
-            found_inf: a float32 on the device, not 0 for a step to be left out; or None.
+            incoming: what its gradients are multiples of.
             flavour: of the optimizer.
 
         Raises:
             ArgumentTypeError, ArgumentValueError: an array of another device, shape or dtype.
         """
         array = flag = None
-        if scale is not None and type(scale) is not float:
-            array = device_scalar(scale, self.device, "grad_scale")
-        if found_inf is not None:
-            flag = device_scalar(found_inf, self.device, "found_inf").astype(np.float32, copy=False)
+        if incoming.scale is not None and type(incoming.scale) is not float:
+            array = device_scalar(incoming.scale, self.device, "grad_scale")
+        if incoming.found_inf is not None:
+            flag = device_scalar(incoming.found_inf, self.device, "found_inf").astype(np.float32, copy=False)
         if flag is not None and flavour.ema_overwrite_frequency is not None:
             rule = "must be left out with ema_overwrite_frequency, as the host does not know the number of steps"
             raise ArgumentValueError("found_inf", rule, "an array", "call overwrite_by_averages() where it is wanted")
-        self.number[0] = number = scale if type(scale) is float else 1.0
+        self.number[0] = incoming.divisor
         self.scale[0] = 0 if array is None else self.device.address(array)
         self.wide[0] = array is not None and array.dtype.itemsize == 8
         self.found_inf[0] = 0 if flag is None else self.device.address(flag)
         self.skips[0], self.measures = flavour.skips, flavour.telemetry
-        self._kept, self._follows = (array, flag), scale is None
+        self._kept, self._follows = (array, flag), incoming.scale is None
         self._loss_scale = flavour.loss_scale
         first, most = self.bounds(counter)
         self.known[0], self.first[0] = most if first == most else -1, first
-        return Target(number, first, most)
+        return Target(incoming.divisor, first, most)
 
     def report_calls(self, own: Mapping[str, Variable]) -> list[Call]:
         """The calls that count the step aimed at and enqueue its report; to be made with its launches.
@@ -274,14 +272,17 @@ class GuardedScalars:
         self._table: StagedArray = self._guard.device.staged(rows, self._dtype)
         self._rows["candidates"] = self._table.address
 
-    def begin(self, candidates: Candidates) -> list[Call]:
-        """The calls that enqueue the choice of a step's scalars."""
+    def write(self, candidates: Candidates) -> None:
+        """Let the next step's scalars be chosen among these."""
         if len(candidates) > len(self._candidates):
             self._have_room_for(2 * len(candidates))
         for number, name in enumerate(self._dtype.names or ()):
             column = self._candidates[name]
             column[: len(candidates)] = [scalars[number] for scalars in candidates]
         self._table.write(self._candidates)
+
+    def begin(self) -> list[Call]:
+        """The calls that enqueue the choice of a step's scalars."""
         return [self._begin.call(1)]
 
     def end(self, norms: Sequence[NormPass]) -> list[Call]:

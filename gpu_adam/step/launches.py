@@ -13,12 +13,14 @@ from gpu_adam.devices import Array
 from gpu_adam.hyperparameters import Clip
 from gpu_adam.kernels import UpdateRule
 from gpu_adam.state.adam_state import AdamState
+from gpu_adam.step.arguments import CAPTURED, Use, Writer, replayed
 from gpu_adam.step.dense import DenseLaunch, DenseTable
 from gpu_adam.step.groups import DenseGroup, SparseGroup
 from gpu_adam.step.guard import Guard, GuardedScalars
 from gpu_adam.step.index_errors import IndexErrors
 from gpu_adam.step.norms import norm_passes
 from gpu_adam.step.overlap import Intervals, memory_of
+from gpu_adam.step.scalars import reciprocal
 from gpu_adam.step.sparse import EmbeddingTable, SparseLaunch
 from gpu_adam.uninterrupted import Call
 from gpu_adam.variables import Variable
@@ -127,10 +129,28 @@ class Launches:
                 pool, memory = device.private_pool()
                 pools.append(pool)
                 stack.enter_context(memory)
-            updates = [update.for_graph() for update in self._updates]
-            launches = Launches(updates, self._written, self._rule, self._kept, captures=False, pools=pools)
-            for norm, own in zip(launches._norms, self._norms, strict=True):
-                norm.reserve(own.capacity)
+            return self._again(CAPTURED, pools)
+
+    def for_replays(self, clip: Clip, divisor: float, write: Writer) -> Launches:
+        """The same launches for a captured graph whose scalars are staged before each replay.
+
+        Args:
+            clip: the bounds, which the kernels of a norm take as arguments.
+            divisor: by which gradients are divided, which they take too.
+            write: gives an array other contents that are no part of the graph.
+        """
+        launches = self._again(replayed(write))
+        for update in launches._updates:
+            numbers = update.arguments.scalars
+            real_dtype = numbers["clip_value"].dtype.name
+            numbers["clip_value"], numbers["unscale"] = clip.value_in(real_dtype), reciprocal(divisor, real_dtype)
+        return launches
+
+    def _again(self, use: Use, pools: Sequence[Any] = ()) -> Launches:
+        updates = [update.for_graph(use) for update in self._updates]
+        launches = Launches(updates, self._written, self._rule, self._kept, captures=False, pools=pools)
+        for norm, own in zip(launches._norms, self._norms, strict=True):
+            norm.reserve(own.capacity)
         return launches
 
     def _capacities(self) -> list[int]:
@@ -172,20 +192,29 @@ class Launches:
             for update in self._updates:
                 update.release()
 
-    def calls(self, scalars: Sequence[Any], clip: Clip) -> list[Call]:
-        """The calls that enqueue the whole step with the gradients bound last; to be made at once, and once.
+    def set_scalars(self, scalars: Sequence[Any]) -> None:
+        """Let the next step use these scalars.
 
         Args:
             scalars: for each update, for each of its settings; in a guarded step that for each number of steps that may
                 have been done.
-            clip: how gradients are clipped.
         """
+        if self._guarded is not None:
+            self._guarded.write(scalars)
+            return
+        for number, update in enumerate(self._updates):
+            update.arguments.set_scalars(scalars[number])
+
+    def stage(self, scalars: Sequence[Sequence[tuple[Any, ...]]]) -> None:
+        """Let the graphs of these launches use these scalars of each group from now on."""
+        for update, own in zip(self._updates, scalars, strict=True):
+            update.arguments.stage(own)
+
+    def calls(self, clip: Clip) -> list[Call]:
+        """The calls that enqueue the whole step with the gradients bound last; to be made at once, and once."""
         calls: list[Call] = []
         if self._guarded is not None:
-            calls += self._guarded.begin(scalars)
-        else:
-            for number, update in enumerate(self._updates):
-                update.arguments.set_scalars(scalars[number])
+            calls += self._guarded.begin()
         for norm in self._norms:
             calls += norm.sums()
             calls += norm.factors(clip.limit)

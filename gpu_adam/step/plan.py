@@ -15,6 +15,7 @@ from gpu_adam.hyperparameters import OWN_SETTINGS, AnySettings, Clip, Cohort
 from gpu_adam.kernels import MIXING, UpdateRule, dtype_row
 from gpu_adam.nvtx import stage
 from gpu_adam.state.adam_state import AdamState
+from gpu_adam.step.arguments import Writer
 from gpu_adam.step.capture import Graph
 from gpu_adam.step.groups import DenseGroup, SparseGroup
 from gpu_adam.step.guard import GUARDING, Guard
@@ -164,9 +165,9 @@ class Plan:
         return [[by_kind[kind] for kind in kinds] for kinds in self._kinds]
 
     @property
-    def is_launched(self) -> bool:
-        """Whether the launches exist."""
-        return self._launches is not None
+    def own_launches(self) -> Launches | None:
+        """The launches of steps that are no part of a graph, if they exist."""
+        return self._launches
 
     def launches(
         self, state: AdamState, graph: Graph | None, checked: Sequence[Any], guard: Guard | None = None
@@ -179,17 +180,26 @@ class Plan:
             checked: the gradients of each group.
             guard: of a rule that is guarded; the same one in all steps.
         """
-        if self._launches is None:
-            for group in self.groups:
-                if isinstance(group, SparseGroup):
-                    variable = group.variable
-                    self.index_errors[variable] = state.index_errors.get(variable) or IndexErrors(variable)
-            self._launches = Launches.of(self.groups, self.rule, state, self.index_errors, guard)
+        own = self._launches
+        if own is None:
+            own = self._make_launches(state, guard)
         if graph is None:
-            return self._launches
-        launches = self._launches.take_for_graph(checked)
+            return own
+        launches = own.take_for_graph(checked)
         graph.kept.append(launches)
         return launches
+
+    def launches_for_replays(self, state: AdamState, clip: Clip, divisor: float, write: Writer) -> Launches:
+        """New launches for a graph whose scalars are staged before each replay; arguments as for `for_replays`."""
+        return (self._launches or self._make_launches(state, None)).for_replays(clip, divisor, write)
+
+    def _make_launches(self, state: AdamState, guard: Guard | None) -> Launches:
+        for group in self.groups:
+            if isinstance(group, SparseGroup):
+                variable = group.variable
+                self.index_errors[variable] = state.index_errors.get(variable) or IndexErrors(variable)
+        self._launches = Launches.of(self.groups, self.rule, state, self.index_errors, guard)
+        return self._launches
 
 
 def _check_constrained(variable: Variable, sparse: Sequence[bool]) -> None:

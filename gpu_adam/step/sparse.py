@@ -8,8 +8,8 @@ import numpy as np
 
 from gpu_adam import kernels
 from gpu_adam.devices import Array
-from gpu_adam.devices.base import PACK_BYTES
-from gpu_adam.step.arguments import UpdateArguments
+from gpu_adam.devices.base import PACK_BYTES, StagedArray
+from gpu_adam.step.arguments import EAGER, UpdateArguments, Use
 from gpu_adam.step.groups import SparseGradient, SparseGroup
 from gpu_adam.step.index_errors import IndexErrors
 from gpu_adam.step.row_sort import RowSorter
@@ -55,20 +55,31 @@ class SparseLaunch:
         group: the variable.
         table: where it and its slots lie.
         errors: where rows out of range are noted.
+        use: what the launch is made for.
+        live: where a graph of the user's finds staged scalars.
     """
 
     tensors, chunk_ends = 1, None
 
-    def __init__(self, group: SparseGroup, table: EmbeddingTable, errors: IndexErrors) -> None:
+    def __init__(
+        self,
+        group: SparseGroup,
+        table: EmbeddingTable,
+        errors: IndexErrors,
+        use: Use = EAGER,
+        live: StagedArray | None = None,
+    ) -> None:
         self.group, self.table = group, table
         self.device, self.gradient = group.device, group.layout.gradient
         self._errors = errors
-        self.arguments = arguments = UpdateArguments(group.layout, group.device, guarded=group.rule.guarded)
+        self.arguments = arguments = UpdateArguments(
+            group.layout, group.device, 1, use, live, guarded=group.rule.guarded
+        )
         self._values, self._size = kernels.pointer(0), kernels.scalar(0)
         self._sorter = RowSorter(self.device, group.variable.shape[0], errors)
         sorter = self._sorter
         self._launch = self.device.prepare(
-            kernels.sparse(group.layout.dtype, group.rule, gradient=self.gradient),
+            kernels.sparse(group.layout.dtype, group.rule, gradient=self.gradient, staged=arguments.kind),
             [
                 *(table.struct, sorter.indices, sorter.keys, self._values),
                 *(arguments.factors, arguments.scalars, arguments.staged, sorter.errors),
@@ -115,9 +126,9 @@ class SparseLaunch:
         """How many partial sums the values have: one for each chunk."""
         return -(-int(self._size[0]) // kernels.CHUNK)
 
-    def for_graph(self) -> SparseLaunch:
+    def for_graph(self, use: Use) -> SparseLaunch:
         """The same update for a captured graph, with keys, scalars and factors of its own."""
-        launch = SparseLaunch(self.group, self.table, self._errors)
+        launch = SparseLaunch(self.group, self.table, self._errors, use, self.arguments.live)
         launch._sorter.reserve(self.capacity)
         return launch
 

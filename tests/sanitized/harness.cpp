@@ -266,7 +266,7 @@ static void test_dense() {
         launch(all.table.chunks, dense, all.table, shift == 0 ? nullptr : factors.data, shift % 2, SCALARS, STAGED_GROUPS);
         for (Pair* pair : pairs) pair->check("dense"), delete pair;
     }
-    launch(2, dense, TensorTable{nullptr, nullptr, nullptr, 0}, nullptr, 0, SCALARS, STAGED_GROUPS);
+    launch(2, dense, TensorTable{nullptr, nullptr, nullptr, 0, nullptr}, nullptr, 0, SCALARS, STAGED_GROUPS);
 }
 
 static const IndexErrors NO_ERRORS = {0, ~0ULL, 0, 0};
@@ -451,7 +451,7 @@ static void test_norm() {
     compare(factor[0], 1.0, "clip_by_norm", 0, 0);
     launch(1, clip_by_global_norm, none.data, 0, 2.0, factor.data);
     compare(factor[0], 1.0, "clip_by_global_norm", 0, 0);
-    launch(2, square_sums, TensorTable{nullptr, nullptr, nullptr, 0}, CLIP_VALUE, nullptr);
+    launch(2, square_sums, TensorTable{nullptr, nullptr, nullptr, 0, nullptr}, CLIP_VALUE, nullptr);
     launch(2, square_sums_of, nullptr, 0, CLIP_VALUE, nullptr);
 }
 

@@ -1,0 +1,343 @@
+"""Functions captured by `Adam.capture`: a replay is a step like any other.
+
+A capture calls the function once, and the graph gets what the function enqueues. The steps in it run nothing and count
+nothing: each only notes what a replay needs. A replay evaluates the hyperparameters for the next step, writes the
+scalars to where the graph reads them, launches the graph and counts. The writes come before the launch on the same
+stream, so that neither the host nor the graph waits for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from contextvars import ContextVar
+from functools import partial
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from gpu_adam.autodiff_seam import refuse_in_loss
+from gpu_adam.devices import Device, get_device
+from gpu_adam.devices.base import Capture, StagedArray
+from gpu_adam.errors import ArgumentTypeError, ArgumentValueError
+from gpu_adam.hyperparameters import Clip, Flavour
+from gpu_adam.kernels import UpdateRule
+from gpu_adam.state.adam_state import AdamState
+from gpu_adam.state.counter import check_countable
+from gpu_adam.state.transaction import Transaction
+from gpu_adam.step.arguments import Writer
+from gpu_adam.step.launches import Launches
+from gpu_adam.step.plan import Plan
+from gpu_adam.step.scalars import Scalars
+from gpu_adam.uninterrupted import Call, make_all
+
+Configuration = tuple[UpdateRule, dict[str, Any], Clip]
+"""Which update an optimizer's present configuration asks for, its stored hyperparameters, its clipping."""
+
+
+class Stepper(NamedTuple):
+    """An optimizer as its captured steps see it, and keep it alive.
+
+    Attributes:
+        state: what its steps change.
+        flavour: what they do besides plain Adam.
+        configuration: gives the present one.
+    """
+
+    state: AdamState
+    flavour: Flavour
+    configuration: Callable[[], Configuration]
+
+    def next_step(self) -> NextStep:
+        """The hyperparameters, each evaluated once for the next step, which is counted.
+
+        Raises:
+            ArgumentTypeError, ArgumentValueError: a value breaks its rule, or no step can be counted.
+        """
+        rule, hyper, clip = self.configuration()
+        counter = self.state.counter
+        now = Scalars(hyper, check_countable(counter), self.flavour)
+        if now.are_called:  # by code that may have set the counter
+            now.iterations = check_countable(counter)
+        counter._value.fill(now.iterations + 1)
+        return NextStep(rule, now, clip)
+
+    @property
+    def overwrites(self) -> bool:
+        """Whether the step that was counted last overwrites variables by their averages."""
+        return self.flavour.overwrites_at(self.state.steps_done)
+
+
+class NextStep(NamedTuple):
+    """What an optimizer is to do next: which update, by which hyperparameters, within which bounds."""
+
+    rule: UpdateRule
+    now: Scalars
+    clip: Clip
+
+
+class CapturedStep(NamedTuple):
+    """A step within graphs.
+
+    Attributes:
+        plan: which variables it updates.
+        launches: has the memory where the graphs find their scalars.
+        written_calls: to be made with each replay, see `written_calls` of gpu_adam.devices.torch_tensors.
+        clip: the bounds, which the kernels of a norm have as part of a graph.
+        divisor: by which the gradients are divided.
+        layout: of the state, while a graph fits it.
+    """
+
+    plan: Plan
+    launches: Launches
+    written_calls: Sequence[Call]
+    clip: Clip
+    divisor: float
+    layout: object
+
+    def misfit(self, asked: NextStep, layout: object) -> ArgumentValueError | None:
+        """What is wrong where the kernels of a graph are not those that are asked for.
+
+        Kernels that clip by value or adjust are given neutral numbers where that is no longer asked for.
+        """
+        own, rule = self.plan.rule, asked.rule
+        if rule is own and asked.clip == self.clip and layout is self.layout:
+            return None
+        covered = rule._replace(
+            adjusts=rule.adjusts or own.adjusts, bounded=rule.bounded or own.bounded, scaled=own.scaled
+        )
+        changed = [name for name, one, other in zip(own._fields, own, covered, strict=True) if one != other]
+        if own.norm is not None and asked.clip != self.clip:
+            changed.append("bounds")
+        if self.layout is not layout:
+            changed.append("variables, slots or groups")
+        if not changed:
+            return None
+        rule_of_replays = "must be replayed with the variables and the kind of update that it was captured with"
+        return ArgumentValueError("a captured step", rule_of_replays, f"other {', '.join(changed)}", "capture it again")
+
+    def scalars(self, asked: NextStep, layout: object) -> list[list[tuple[Any, ...]]]:
+        """The scalars of each group, ready to be staged.
+
+        Raises:
+            ArgumentValueError: the graph does not fit; a value breaks its rule in some dtype.
+        """
+        wrong = self.misfit(asked, layout)
+        if wrong is not None:
+            raise wrong
+        return self.plan.scalars(asked.now, asked.clip, self.divisor)
+
+
+class Counting:
+    """A context of steps that are counted before they are done: the counters are set back unless `done` was called.
+
+    Args:
+        states: whose counters.
+
+    Attributes:
+        done: the call.
+    """
+
+    def __init__(self, states: Iterable[AdamState]) -> None:
+        self._back = [partial(state.counter._value.fill, state.steps_done) for state in states]
+        self._is_done: list[bool] = []
+        self.done: Call = partial(self._is_done.append, True)
+
+    def __enter__(self) -> Counting:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if not self._is_done:
+            make_all(self._back)
+
+
+class Recording:
+    """A function under capture.
+
+    Args:
+        capture: of the device.
+        device: where the function's steps must have their variables.
+
+    Attributes:
+        steps: those that the function has made so far.
+        undoing: a context that undoes, after an error, what the steps had to create.
+    """
+
+    def __init__(self, capture: Capture, device: Device) -> None:
+        self._capture, self._device = capture, device
+        self.steps: list[tuple[Stepper, CapturedStep]] = []
+        self.undoing = ExitStack()
+        self._noted: list[AdamState] = []
+
+    def check(self, stepper: Stepper, devices: Iterable[Device]) -> None:
+        """Raise ArgumentValueError for a step that cannot be captured."""
+        places = [device.name for device in devices]
+        if places != [self._device.name] or not self._device.is_capturing():
+            rule = f"must be enqueued on the stream of {self._device.name} that is current when the function is called"
+            raise ArgumentValueError(
+                "a captured step", rule, f"one on {', '.join(places)}", "capture steps of other streams apart"
+            )
+        if stepper.flavour.ema_overwrite_frequency is not None and self._made_by(stepper):
+            rule = "must make one step of an optimizer with ema_overwrite_frequency"
+            raise ArgumentValueError("the captured function", rule, "a second one", "capture each step apart")
+
+    def _made_by(self, stepper: Stepper) -> int:
+        return sum(other.state is stepper.state for other, _ in self.steps)
+
+    def note(self, state: AdamState, forget: Callable[[], None]) -> None:
+        """Let an error undo what is created in this state from now on; `forget` is what is told then."""
+        if not any(state is noted for noted in self._noted):
+            self._noted.append(state)
+            self.undoing.push(lambda kind, error, trace: None if kind is None else forget())
+            self.undoing.enter_context(Transaction(state)).guard()
+
+    def add(self, stepper: Stepper, step: CapturedStep) -> int:
+        """Note a step; the number that it has in the first replay."""
+        self.steps.append((stepper, step))
+        return stepper.state.steps_done + self._made_by(stepper)
+
+    def outside(self) -> AbstractContextManager[Any]:
+        """A context in which one works as if there were no capture."""
+        return self._capture.outside()
+
+    @property
+    def write_outside(self) -> Writer:
+        """Gives an array of the graph contents that stay. It does not keep this object: the launches keep it."""
+        return partial(_write_outside, self._capture)
+
+
+def _write_outside(capture: Capture, array: StagedArray, values: np.ndarray) -> None:
+    with capture.outside():
+        array.write(values)
+
+
+current_recording: ContextVar[Recording | None] = ContextVar("current_recording", default=None)
+"""What the steps of this thread are captured for; None outside of `Adam.capture`."""
+
+
+class Replayable(Protocol):
+    """What `Adam.capture` gives."""
+
+    def replay(self) -> int:
+        """Do what the function does; the optimizer's steps done."""
+
+
+class CapturedFunction:
+    """A function as a graph of a device. It keeps alive what the graph uses: also optimizers that are gone otherwise.
+
+    Args:
+        capture: has the graph.
+        recording: the steps in it.
+        device: where it runs.
+        stepper: whose count a replay returns.
+    """
+
+    def __init__(self, capture: Capture, recording: Recording, device: Device, stepper: Stepper) -> None:
+        self._capture, self._steps, self._device, self._stepper = capture, recording.steps, device, stepper
+        self._states = list(dict.fromkeys(stepper.state for stepper, _ in recording.steps))
+
+    def replay(self) -> int:
+        """Do all of the function's steps on the current stream, as calls of the function would.
+
+        Learning rates and other hyperparameters are those of now: numbers, schedules and callables, each evaluated
+        once per step. Every optimizer that made a step in the function counts. The host waits for nothing.
+
+        Returns:
+            The steps done by the optimizer that captured, these included.
+
+        Raises:
+            ArgumentTypeError, ArgumentValueError: as `apply_gradients` for hyperparameters; `amsgrad`, groups, the
+                memory of variables or, where gradients are clipped by norm, a bound changed since the capture; weights
+                decay or values are clipped now, and were not; a replay inside of a capture. Nothing has changed then.
+            ConcurrentStepError: another call of one of the optimizers is at work.
+        """
+        refuse_in_loss("replay")
+        refuse_in_capture(self._device, "replay")
+        with ExitStack() as inside:
+            for state in self._states:
+                inside.enter_context(state.alone())
+            scalars, ending = list[Any](), list[Call]()
+            with Counting(self._states) as counting:
+                for stepper, step in self._steps:
+                    asked = stepper.next_step()
+                    scalars.append(step.scalars(asked, stepper.state.layout))
+                for (_, step), own in zip(self._steps, scalars, strict=True):
+                    step.launches.stage(own)
+                for stepper, step in self._steps:
+                    ending += step.written_calls
+                    if stepper.overwrites:
+                        ending += stepper.state.overwriting_calls(step.plan.variables)
+                make_all([self._capture.launch_call(), *ending, counting.done])
+            for stepper, step in self._steps:
+                if stepper.overwrites:
+                    for variable in step.plan.constrained:
+                        variable.constrain()
+            return self._stepper.state.steps_done
+
+
+class CalledFunction:
+    """A function where nothing can be captured: a replay calls it.
+
+    Args:
+        function: the function.
+        stepper: whose count a replay returns.
+    """
+
+    def __init__(self, function: Callable[[], object], stepper: Stepper) -> None:
+        self._function, self._stepper = function, stepper
+
+    def replay(self) -> int:
+        """Call the function.
+
+        Returns:
+            The steps done by the optimizer that captured, these included.
+
+        Raises:
+            ArgumentValueError: the function made no step.
+            And whatever the function raises.
+        """
+        state = self._stepper.state
+        before = state.steps_done
+        self._function()
+        if state.steps_done == before:
+            raise _without_step(state)
+        return state.steps_done
+
+
+def captured(function: Any, stepper: Stepper) -> Replayable:
+    """Capture a function; see `Adam.capture`."""
+    if not callable(function):
+        got = type(function).__name__
+        raise ArgumentTypeError("function", "must be a callable without arguments", got, "pass a function")
+    devices = {variable.device for variable in stepper.state.variables} or {get_device()}
+    captures = [(device, capture) for device in devices for capture in (device.capture(),) if capture is not None]
+    if not captures:
+        return CalledFunction(function, stepper)
+    if len(captures) > 1:
+        places = sorted(device.name for device, _ in captures)
+        rule = "must have its variables on one device to capture steps"
+        raise ArgumentValueError(f"optimizer {stepper.state.name!r}", rule, places, "take one optimizer for each")
+    ((device, capture),) = captures
+    refuse_in_capture(device, "capture")
+    recording = Recording(capture, device)
+    with recording.undoing:
+        token = current_recording.set(recording)
+        try:
+            capture.run(function)
+        finally:
+            current_recording.reset(token)
+        if not any(other.state is stepper.state for other, _ in recording.steps):
+            raise _without_step(stepper.state)
+    return CapturedFunction(capture, recording, device, stepper)
+
+
+def refuse_in_capture(device: Device, method: str) -> None:
+    """Raise ArgumentValueError for a call while work on a device is captured."""
+    if current_recording.get() is not None or device.is_capturing():
+        rule = "must not be called while a graph is captured"
+        raise ArgumentValueError(method, rule, "a call inside of a capture", "end the capture first")
+
+
+def _without_step(state: AdamState) -> ArgumentValueError:
+    rule = f"must make a step of optimizer {state.name!r}"
+    return ArgumentValueError("the captured function", rule, "none", "call apply_gradients or minimize in it")
