@@ -125,7 +125,7 @@ def test_a_failing_step_counts_nothing(device: Device) -> None:
 def test_float32_numbers_are_rounded_once() -> None:
     """1 - 0.999 is 0.001 as torch has it, and not 1 - float32(0.999)."""
     cohort = Counted((0.1, 0.9, 0.999, 1e-8, 0.0, 0.0, 0.0)).ready()
-    alpha, one_minus_beta_1, one_minus_beta_2, epsilon, *_ = Scalars(NONE, 0).under(cohort).for_real("float32")
+    _, alpha, one_minus_beta_1, one_minus_beta_2, epsilon, *_ = Scalars(NONE, 0).under(cohort).for_real("float32")
     root = np.sqrt(1 - 0.999)
     expected = [0.1 * root / (1 - 0.9), 1 - 0.9, 1 - 0.999, 1e-8 * root]
     assert [alpha, one_minus_beta_1, one_minus_beta_2, epsilon] == [float(np.float32(each)) for each in expected]

@@ -184,7 +184,7 @@ def test_a_model_that_always_has_gradients_takes_the_fast_path() -> None:
         optimizer.step()
         (update,) = plan_of(optimizer)._launches._updates
         bound.add(id(update._bound))
-        assert not update.arguments.is_staged
+        assert not update.arguments.kind
     assert len(bound) <= 2
 
 
