@@ -28,6 +28,10 @@
 // no bit.
 // 0.0 is not neutral for l2 (0 times infinity is NaN): that term is left out by a condition, the same for all elements.
 //
+// Kernels that accumulate gradients over several calls have another line in place of all of these:
+//
+//     theta_t = theta_{t-1} + unscale g           theta_t = unscale g where decay is 0
+//
 // The order of the operations, each rounded once, is that of tf.keras.optimizers.Adam: every device gives Keras' bits.
 #pragma once
 #include "noise.cuh"
@@ -55,6 +59,10 @@ struct StepScalars {
 constexpr bool ADJUSTS = GPU_ADAM_ADJUST;
 
 __device__ inline Element adam(Element e, Value g, const StepScalars& step, unsigned noise) {
+    if constexpr (ACCUMULATES) {
+        e.theta = step.decay == 0 ? g : e.theta + g;  // 0 begins a new sum: the old one may be infinite
+        return e;
+    }
     if constexpr (MASTER) e.theta = e.master;
     if constexpr (ADJUSTS) {
         g = g * real(step.sign);

@@ -7,6 +7,7 @@
 #include "numbers.cuh"
 
 constexpr bool AMSGRAD = GPU_ADAM_AMSGRAD;
+constexpr bool ACCUMULATES = GPU_ADAM_ACCUMULATE;  // theta is a sum of gradients, and nothing else is kept
 constexpr bool EMA = GPU_ADAM_EMA;        // an exponential moving average of the variable
 constexpr bool MASTER = GPU_ADAM_MASTER;  // theta before it was rounded to 16 bits
 
@@ -17,8 +18,8 @@ using SlotReal = GPU_ADAM_SLOT_REAL;
 // because C++17 has no other way to go over the members of a struct by name; its users are five lines each.
 #define GPU_ADAM_SLOTS(SLOT)                        \
     SLOT(theta, Stored, Value, true)                \
-    SLOT(m, Slot, Value, true)                      \
-    SLOT(v, SlotReal, Real, true)                   \
+    SLOT(m, Slot, Value, !ACCUMULATES)              \
+    SLOT(v, SlotReal, Real, !ACCUMULATES)           \
     SLOT(vhat, SlotReal, Real, AMSGRAD)             \
     SLOT(average, Wide, Value, EMA)                 \
     SLOT(master, Wide, Value, MASTER)

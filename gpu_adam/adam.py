@@ -34,7 +34,7 @@ from gpu_adam.hyperparameters import (
 )
 from gpu_adam.kernels import COMPLEX_MODES, UpdateRule
 from gpu_adam.loss_scale import CurrentLossScale
-from gpu_adam.rules import is_whole, one_of, truth_value
+from gpu_adam.rules import is_whole, one_of, shown, truth_value
 from gpu_adam.schedules import LearningRateSchedule
 from gpu_adam.state import checkpoint
 from gpu_adam.state.adam_state import AdamState
@@ -42,6 +42,7 @@ from gpu_adam.state.counter import checked_count
 from gpu_adam.state.registry import News
 from gpu_adam.state.slots import initialized
 from gpu_adam.state.transaction import Transaction
+from gpu_adam.step.accumulation import Accumulator
 from gpu_adam.step.controller import Controller
 from gpu_adam.step.gradients import AS_THEY_ARE, Incoming
 from gpu_adam.step.guard import Telemetry, checked_scale
@@ -100,7 +101,8 @@ class Adam:
             16 bits or float32. ``skip_nonfinite`` leaves a step out, t and all, whose gradients are not all finite;
             ``loss_scale``, a `LossScale`, does so too, and divides all gradients by a scale that follows: see
             `loss_scale`; ``telemetry`` has each step's numbers measured: see `read_telemetry`. The last three want a
-            step's variables on one device, and no graph.
+            step's variables on one device, and no graph. ``accumulation`` "mean" (default) or "sum" is what becomes of
+            gradients that were accumulated: see `accumulate`.
 
     Callables are evaluated once per step, and schedules, which get t - 1: with ``skip_nonfinite`` or ``loss_scale``
     for every t that the step may turn out to have.
@@ -159,6 +161,7 @@ class Adam:
         self._complex_mode = one_of("complex_mode", kwargs.get("complex_mode", COMPLEX_MODES[0]), COMPLEX_MODES)
         self._state = AdamState(name or type(self).__name__, self._complex_mode, self._flavour.slot_dtype)
         self._controller = self._new_controller()
+        self._accumulator = Accumulator(self._state)
 
     def _new_controller(self) -> Controller:
         # A weak reference: an optimizer that its owner lets go is given back at once.
@@ -180,7 +183,7 @@ class Adam:
 
     def apply_gradients(
         self,
-        grads_and_vars: Iterable[Any],
+        grads_and_vars: Iterable[Any] | None = None,
         name: str | None = None,
         experimental_aggregate_gradients: bool = True,
         grad_scale: Any = None,
@@ -195,13 +198,13 @@ class Adam:
                 memory. A gradient has its variable's shape, dtype and device, or is an IndexedSlices, or None: then its
                 variable stays as it is, with a UserWarning. Gradients of float32, float16 and bfloat16 may belong to
                 variables of either. A variable that comes twice is updated twice, in order, with the same t. A variable
-                with a constraint comes once, and not with an IndexedSlices.
+                with a constraint comes once, and not with an IndexedSlices. None: the gradients that were accumulated.
             name: ignored, for compatibility with Keras.
             experimental_aggregate_gradients: ignored, for compatibility with Keras: there is one replica.
             grad_scale: what the loss was multiplied by, > 0: a number, or a 0-d array of float16, float32 or float64,
                 of the variables' device or in host memory. Gradients, the values of slices each, are multiplied by
                 1 / grad_scale, a float64 quotient rounded to the dtype of the variable's real numbers, before anything
-                else. None: the optimizer's own loss scale, or 1.
+                else. None: the optimizer's own loss scale, or 1. Not with accumulated gradients.
 
         Returns:
             The steps done, this one included. None where the device may have left out this step or an earlier one, as
@@ -220,9 +223,59 @@ class Adam:
         """
         if current_tracer.get() is not None:
             refuse_in_loss("apply_gradients")
+        if grads_and_vars is None:
+            return self._apply_accumulated(grad_scale)
         scale = None if grad_scale is None else checked_scale(grad_scale)
         incoming = AS_THEY_ARE if scale is None else Incoming(scale)
         return self._controller.step(grads_and_vars, self._rule(scale), self._hyper, self._clip, incoming)
+
+    def accumulate(self, grads_and_vars: Iterable[Any], grad_scale: float | None = None) -> int:
+        """Add gradients to sums, which `apply_gradients()` without pairs uses.
+
+        So a batch may come in several parts::
+
+            for part in batch:
+                adam.accumulate(gradients(part))
+            adam.apply_gradients()
+
+        Sums are kept beside the optimizer's slots, in float32 for gradients of 16 bits, and begin anew after each such
+        step; a variable that a call has no gradient for has a gradient of 0 there. The step uses their mean over the
+        calls, or with ``accumulation="sum"`` the sums. They are no part of `weights`, files and copies. Everything is
+        enqueued on the current stream, in one launch for each dtype and device and one for each IndexedSlices.
+
+        Args:
+            grads_and_vars: as for `apply_gradients`; new variables are registered as by `build`.
+            grad_scale: by which the gradients are divided, a number > 0. With ``loss_scale`` it is left out: the scale
+                stays until the step, which divides.
+
+        Returns:
+            Over how many calls the sums go.
+
+        Raises:
+            As `apply_gradients`; ArgumentValueError for a scale beside ``loss_scale``, and in a capture. Nothing has
+            changed then.
+        """
+        refuse_in_loss("accumulate")
+        scale = None
+        if grad_scale is not None:
+            scale = checked_scale(grad_scale)
+            if type(scale) is not float:
+                rule = "must be a number where gradients are accumulated"
+                raise ArgumentTypeError("grad_scale", rule, type(scale).__name__, "pass float(scale), which waits")
+            if self._flavour.loss_scale is not None:
+                rule = "must be left out with loss_scale, by which the step divides"
+                raise ArgumentValueError("grad_scale", rule, scale, "leave it out")
+        pairs = list(grads_and_vars) if not isinstance(grads_and_vars, list) else grads_and_vars
+        return self._accumulator.add(pairs, scale, lambda targets: self._controller.build(targets, self._rule()))
+
+    def _apply_accumulated(self, grad_scale: Any) -> int | None:
+        if grad_scale is not None:
+            rule = "must be left out with accumulated gradients, which are divided already"
+            raise ArgumentValueError("grad_scale", rule, shown(grad_scale), "pass it to accumulate")
+        pairs = self._accumulator.sums()
+        incoming = self._accumulator.taken(mean=self._flavour.accumulation == "mean")
+        update = self._rule(1.0 if incoming.calls > 1 else None)
+        return self._controller.step(pairs, update, self._hyper, self._clip, incoming)
 
     def _rule(self, scale: Any = None, *, is_guarded: bool = False) -> UpdateRule:
         """Which update the present configuration asks for; the same object for the same configuration.
@@ -414,6 +467,7 @@ class Adam:
         """
         with self._state.alone():
             self._controller.check_errors()
+        self._accumulator.check_errors()
 
     # Hyperparameters: each reads as its present value and may be assigned at any time.
 
@@ -844,12 +898,13 @@ class Adam:
         self._controller.follow_memory()
         self._controller.settle()
         state = dict(self.__dict__)
-        del state["_controller"]
+        del state["_controller"], state["_accumulator"]
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._controller = self._new_controller()
+        self._accumulator = Accumulator(self._state)
 
 
 _update_rule = functools.cache(UpdateRule)

@@ -150,6 +150,7 @@ class Flavour(NamedTuple):
         skip_nonfinite: whether a step with a gradient that is not finite changes nothing.
         loss_scale: what the gradients are divided by, a scale that follows the steps that are left out; None for none.
         telemetry: whether the numbers of the last step can be read without a wait.
+        accumulation: one of ACCUMULATIONS.
     """
 
     maximize: bool = False
@@ -164,6 +165,7 @@ class Flavour(NamedTuple):
     skip_nonfinite: bool = False
     loss_scale: LossScale | None = None
     telemetry: bool = False
+    accumulation: str = "mean"
 
     @property
     def halves(self) -> tuple[str | None, bool, bool]:
@@ -187,6 +189,8 @@ class Flavour(NamedTuple):
 
 PLAIN = Flavour()
 SLOT_DTYPES = ("bfloat16",)
+ACCUMULATIONS = ("mean", "sum")
+"""What becomes of the gradients that were accumulated: their mean over the calls, or their sum."""
 EPSILON_FORMS = ("hat", "paper")
 """To what epsilon is added: the root of v ("epsilon hat" of the paper's section 2), or that of v / (1 - beta_2^t)."""
 
@@ -204,10 +208,10 @@ def checked_flavour(arguments: Mapping[str, Any]) -> Flavour:
             given[name] = truth_value(name, given[name])
     if "ema_momentum" in given:
         given["ema_momentum"] = as_number("ema_momentum", given["ema_momentum"])
-    if "epsilon_form" in given:
-        given["epsilon_form"] = one_of("epsilon_form", given["epsilon_form"], EPSILON_FORMS)
-    if given.get("slot_dtype") is not None:
-        given["slot_dtype"] = one_of("slot_dtype", given["slot_dtype"], SLOT_DTYPES)
+    words = {"epsilon_form": EPSILON_FORMS, "accumulation": ACCUMULATIONS, "slot_dtype": SLOT_DTYPES}
+    for name in words.keys() & given.keys():
+        if name != "slot_dtype" or given[name] is not None:
+            given[name] = one_of(name, given[name], words[name])
     if not is_whole(given.get("seed", 0)) or not 0 <= given.get("seed", 0) < 2**64:
         raise ArgumentValueError("seed", "must be a whole number in [0, 2^64)", shown(given["seed"]), "pass 0, say")
     if "loss_scale" in given:

@@ -32,6 +32,7 @@ from gpu_adam.kernels.structs import (
     struct,
 )
 from gpu_adam.kernels.variants import (
+    ACCUMULATION,
     BLOCK_SIZE,
     CHUNK,
     DIGIT_BITS,
@@ -51,6 +52,7 @@ from gpu_adam.kernels.variants import (
 )
 
 __all__ = [
+    "ACCUMULATION",
     "BLOCK_SIZE",
     "CHUNK",
     "COMPLEX_MODES",

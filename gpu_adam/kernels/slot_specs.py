@@ -51,8 +51,8 @@ class SlotSpec:
 
 
 SLOT_SPECS = (
-    SlotSpec("m", is_real=False, is_moment=True, exists=lambda rule: True),
-    SlotSpec("v", is_real=True, is_moment=True, exists=lambda rule: True),
+    SlotSpec("m", is_real=False, is_moment=True, exists=lambda rule: not rule.accumulates),
+    SlotSpec("v", is_real=True, is_moment=True, exists=lambda rule: not rule.accumulates),
     SlotSpec("vhat", is_real=True, is_moment=True, exists=lambda rule: rule.amsgrad),
     SlotSpec("average", is_real=False, is_moment=False, exists=lambda rule: rule.ema, begins_at_variable=True),
     SlotSpec("master", is_real=False, is_moment=False, exists=lambda rule: rule.master, begins_at_variable=True),

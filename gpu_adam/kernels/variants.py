@@ -59,6 +59,7 @@ class UpdateRule(NamedTuple):
         scaled: whether the gradient comes multiplied by a scale, and is divided by it before it is clipped.
         guarded: whether the step's scalars are chosen on the device, which may also decide that nothing changes.
         searched: whether the gradients of a guarded step are searched for elements that are not finite.
+        accumulates: whether the variable is a sum to which the gradient is added, and nothing else happens.
     """
 
     complex_mode: str = "abs2"
@@ -73,6 +74,7 @@ class UpdateRule(NamedTuple):
     scaled: bool = False
     guarded: bool = False
     searched: bool = False
+    accumulates: bool = False
 
     @property
     def clip(self) -> int:
@@ -103,6 +105,7 @@ class UpdateRule(NamedTuple):
         return (
             *(("AMSGRAD", self.amsgrad), ("EMA", self.ema), ("ADJUST", self.adjusts or self.scaled)),
             *(("CLIP", self.clip), ("MASTER", self.master), ("STOCHASTIC", self.stochastic)),
+            ("ACCUMULATE", self.accumulates),
         )
 
 
@@ -190,11 +193,15 @@ MIXED_UPDATES = (
     ("float16", UpdateRule(master=True), "float32"),
     ("float32", UpdateRule(), "bfloat16"),
     ("float32", UpdateRule(), "float16"),
+    ("float32", UpdateRule(accumulates=True), "bfloat16"),
 )
 """Dtypes of variables, rules and dtypes of gradients, as training in mixed precision has them."""
 
 GUARDED = UpdateRule(scaled=True, guarded=True, searched=True)
 """The update of a step with a loss scale."""
+
+ACCUMULATION = UpdateRule(accumulates=True)
+"""The update of sums of gradients."""
 
 
 def update_rules(dtype_name: str = "float32") -> list[UpdateRule]:
@@ -220,6 +227,7 @@ def variants() -> list[Source]:
     """Sources that a step can ask for, each once, by these rules: tests compile them, and profiling lists them."""
     updates = [update(dtype, rule) for dtype in DTYPES for update in (dense, sparse) for rule in update_rules(dtype)]
     updates += [update(dtype, GUARDED) for dtype in DTYPES for update in (dense, sparse)]
+    updates += [update(dtype, ACCUMULATION) for dtype in DTYPES if dtype not in HALVES for update in (dense, sparse)]
     mixed = [dense(dtype, rule, gradient=gradient) for dtype, rule, gradient in MIXED_UPDATES]
     rules = (UpdateRule(), UpdateRule(bounded=True), GUARDED)
     norms = [norm(dtype, "square_sums", rule) for dtype in DTYPES for rule in rules]

@@ -154,7 +154,8 @@ class Controller:
                         if graph is not None:
                             raise _overwriting_in_graph()
                         calls += state.overwriting_calls(plan.variables)
-                    _enqueue([*calls, *report, *memo.written_calls, count, *plan.counts, *change.commit])
+                    counts = [count, *plan.counts, *incoming.taken]
+                    _enqueue([*calls, *report, *memo.written_calls, *counts, *change.commit])
                 if graph is None:
                     launches.release()
                 else:

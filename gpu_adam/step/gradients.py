@@ -12,6 +12,7 @@ from gpu_adam.devices.placement import has_all_its_memory
 from gpu_adam.devices.torch_tensors import readable
 from gpu_adam.errors import ArgumentTypeError, ArgumentValueError
 from gpu_adam.kernels import MIXING, dtype_named
+from gpu_adam.uninterrupted import Call
 from gpu_adam.variables import IndexedSlices, Variable
 
 
@@ -23,11 +24,13 @@ class Incoming(NamedTuple):
             None: the optimizer's loss scale, if it has one.
         found_inf: for a guarded rule, a 0-d float32 array on the device: where it is not 0, the step changes nothing.
         calls: over how many calls they were summed.
+        taken: calls to be made with the step's launches, once nothing can fail any more.
     """
 
     scale: Any = None
     found_inf: Any = None
     calls: int = 1
+    taken: tuple[Call, ...] = ()
 
     @property
     def divisor(self) -> float:
