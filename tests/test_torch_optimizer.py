@@ -341,7 +341,7 @@ def test_the_state_shows_the_memory_of_the_slots() -> None:
     assert float(entry["exp_avg"].max()) == pytest.approx(0.1)
 
 
-@pytest.mark.parametrize("way", ["all", "one", "exchanged", "one tensor", "one count"])
+@pytest.mark.parametrize("way", ["all", "a dict", "one", "exchanged", "one tensor", "one count"])
 def test_a_state_that_somebody_has_put_there(way: str) -> None:
     """What people do to optimizers of torch, beside torch."""
     results = []
@@ -349,6 +349,8 @@ def test_a_state_that_somebody_has_put_there(way: str) -> None:
         params, optimizer = trained(of, "Adam", 5)
         if way == "all":
             optimizer.state = defaultdict(dict)
+        elif way == "a dict":
+            optimizer.state = dict(optimizer.state)
         elif way == "one":
             del optimizer.state[params[3]]
         elif way == "one tensor":
@@ -698,8 +700,7 @@ def test_distributed(tmp_path: Any, buckets: int) -> None:
         for rank in (0, 1)
     ]
     outputs = [process.communicate(timeout=120)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0]
-    assert outputs[0] == outputs[1]
+    assert outputs[0] == outputs[1] != b""
     torch.manual_seed(0)
     model = torch.nn.Linear(3, 1)
     optimizer, x = torch.optim.AdamW(model.parameters(), lr=0.01), torch.arange(24.0).reshape(8, 3) / 24

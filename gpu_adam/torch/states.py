@@ -74,7 +74,7 @@ class States:
                 is_same = name in old and old[name].data_ptr() == tensor.data_ptr()
                 shown[name] = old[name] if is_same else tensor
             self._shown[id(param)] = param, shown
-            entries[param].update(shown)
+            entries.setdefault(param, {}).update(shown)
 
     def _slots(self, param: Any) -> dict[str, Any]:
         variable, slots = self._state.registry.known(param), self._state.slots
