@@ -54,9 +54,11 @@ struct StepScalars {
     StoredReal apply;             // 1; 0 for an update that changes nothing, which staged scalars alone may ask for
 };
 
-// Whether this kernel has unscale, sign, l2 and decay. Chosen at compile time, although neutral elements change no bit: on the host
-// they cost float32 4 to 10 % more instructions, float64 12 to 14 %, complex64 16 to 43 %.
-constexpr bool ADJUSTS = GPU_ADAM_ADJUST;
+// Whether this kernel has sign, l2 and decay, and whether unscale too. Chosen at compile time, although neutral elements
+// change no bit: on the host the first three cost float32 4 to 10 % more instructions, float64 12 to 14 %, complex64 16 to
+// 43 %; unscale another 4, 3 and 9 %.
+constexpr bool ADJUSTS = GPU_ADAM_ADJUST > 0;
+constexpr bool SCALED = GPU_ADAM_ADJUST > 1;
 
 __device__ inline Element adam(Element e, Value g, const StepScalars& step, unsigned noise) {
     if constexpr (ACCUMULATES) {
@@ -92,7 +94,7 @@ constexpr bool BOUNDED = GPU_ADAM_CLIP > 1;
 
 // Unscaled, then clipped by value.
 __device__ inline Value bounded(Value g, const StepScalars& step) {
-    if constexpr (ADJUSTS) g = g * real(step.unscale);
+    if constexpr (SCALED) g = g * real(step.unscale);
     if constexpr (BOUNDED) g = clamped(g, real(step.clip_value));
     return g;
 }

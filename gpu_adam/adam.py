@@ -209,7 +209,8 @@ class Adam:
         Returns:
             The steps done, this one included. None where the device may have left out this step or an earlier one, as
             it may with ``skip_nonfinite`` or ``loss_scale``: then `iterations` waits for the number. A step that is
-            left out changes no variable, slot or average; constraints are applied to what is there.
+            left out changes no variable, slot or average; constraints are applied to what is there. In a function that
+            `capture` calls: as in the function's first replay.
 
         Raises:
             ArgumentTypeError: no pairs, or not of arrays; a `grad_scale` that is no number.
@@ -265,8 +266,9 @@ class Adam:
             if self._flavour.loss_scale is not None:
                 rule = "must be left out with loss_scale, by which the step divides"
                 raise ArgumentValueError("grad_scale", rule, scale, "leave it out")
-        pairs = list(grads_and_vars) if not isinstance(grads_and_vars, list) else grads_and_vars
-        return self._accumulator.add(pairs, scale, lambda targets: self._controller.build(targets, self._rule()))
+        return self._accumulator.add(
+            grads_and_vars, scale, lambda targets: self._controller.build(targets, self._rule())
+        )
 
     def _apply_accumulated(self, grad_scale: Any) -> int | None:
         if grad_scale is not None:
@@ -287,14 +289,13 @@ class Adam:
         clip, flavour, hyper = self._clip, self._flavour, self._hyper
         adjusts = flavour.maximize or hyper["weight_decay"] or hyper["l2"] or self._state.settings_decay
         bounded, ema, mode = clip.clipvalue is not None, flavour.use_ema, self._complex_mode
-        if not self._is_guarded and scale is None and not is_guarded:  # a key of fewer numbers takes less time
+        searched = self._is_guarded
+        if not searched and scale is None and not is_guarded:  # a key of fewer numbers takes less time
             return _update_rule(mode, self._amsgrad, bounded, clip.norm, ema, bool(adjusts), *flavour.halves)
-        is_scaled = scale is not None or flavour.loss_scale is not None
-        guarded = self._is_guarded or is_guarded or not (scale is None or type(scale) is float)
-        return _update_rule(
-            *(mode, self._amsgrad, bounded, clip.norm, ema, bool(adjusts), *flavour.halves),
-            *(is_scaled, guarded, self._is_guarded),
-        )
+        scaled = scale is not None or flavour.loss_scale is not None
+        guarded = searched or is_guarded or not (scale is None or type(scale) is float)
+        key = (mode, self._amsgrad, bounded, clip.norm, ema, bool(adjusts), *flavour.halves)
+        return _update_rule(*key, scaled, guarded, searched)
 
     def minimize(
         self,

@@ -56,12 +56,17 @@ def checked_loss_scale(value: Any) -> LossScale | None:
             raise ArgumentTypeError(f"loss_scale's {name!r}", rule, "another", "correct or drop it")
     settings = LossScale(**given)
     initial = float(real_number("loss_scale's initial", settings.initial))
-    if not 2.0**-126 <= initial <= 2.0**126:
-        raise ArgumentValueError("loss_scale's initial", "must lie in [2^-126, 2^126]", initial, "pass 2**15, say")
+    check_scale(initial, "loss_scale's initial")
     if not is_whole(settings.growth_interval) or settings.growth_interval < 1:
         got = shown(settings.growth_interval)
         raise ArgumentValueError("loss_scale's growth_interval", "must be a whole number >= 1", got, "pass 2000, say")
     return LossScale(initial, int(settings.growth_interval))
+
+
+def check_scale(scale: float, argument: str) -> None:
+    """Raise ArgumentValueError for a scale outside its range."""
+    if not 2.0**-126 <= scale <= 2.0**126:
+        raise ArgumentValueError(argument, "must lie in [2^-126, 2^126]", scale, "pass 2**15, say")
 
 
 class CurrentLossScale:

@@ -118,6 +118,8 @@ def rows(only: str = "") -> dict[str, Any]:
 SWITCHES = {
     **{word: (word.upper(), 1) for word in ("amsgrad", "ema", "adjust", "clip", "master", "stochastic", "accumulate")},
     "staged": ("STAGED", 1),
+    "captured": ("STAGED", 2),
+    "scaled": ("ADJUST", 2),
     "bounded": ("CLIP", 2),
 }
 """Words for the switches of a variant, as names and numbers of the preprocessor."""

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import functools
 import gc
 import importlib
 import json
@@ -46,7 +47,7 @@ _ANSWER_2 = bytes.fromhex("c70600000000") + _DONE
 _ATTRIBUTES = bytes.fromhex("c70702000000 c7470400000000 48897708 48c7471000000000") + _DONE
 _CODE = {
     **dict.fromkeys(("cuLaunchKernel", "cudaMemcpy", "cudaMemcpyAsync", "cudaMemsetAsync"), _DONE),
-    **dict.fromkeys(("cudaEventRecord", "cudaEventQuery", "cudaSetDevice"), _DONE),
+    **dict.fromkeys(("cudaEventRecord", "cudaEventQuery", "cudaSetDevice", "cudaGraphLaunch"), _DONE),
     "cudaGetDevice": _ANSWER_1,
     "cudaStreamIsCapturing": _ANSWER_2,
     "cudaPointerGetAttributes": _ATTRIBUTES,
@@ -182,18 +183,39 @@ def _torch_tensors() -> Callable[[int], list[Any]]:
     return lambda count: [torch.ones(1) for _ in range(count)]
 
 
-def _median(optimizer: Any, turns: Sequence[Pairs], wait: Callable[[], Any]) -> float:
-    """Microseconds of a step."""
-    step, clock, samples = optimizer.apply_gradients, time.perf_counter, list[float]()
+def _replays() -> dict[str, Callable[[], Any]]:
+    """What replays a captured step, or prepares the launch of one that was captured by other means."""
+    import cupy  # noqa: PLC0415
+    import numpy as np  # noqa: PLC0415
+
+    import gpu_adam  # noqa: PLC0415
+
+    if not hasattr(gpu_adam.Adam, "capture"):  # an older checkout
+        return {}
+    calls: dict[str, Callable[[], Any]] = {}
+    for name, count in (("one tensor", 1), ("1000 tensors", 1000)):
+        variables = [gpu_adam.Variable(np.ones(1, np.float32), device="cuda") for _ in range(count)]
+        pairs = [(cupy.ones(1, np.float32), variable) for variable in variables]
+        optimizer = gpu_adam.Adam()
+        optimizer.apply_gradients(pairs)
+        calls[f"{name}, replay"] = optimizer.capture(functools.partial(optimizer.apply_gradients, pairs)).replay
+        _captured(optimizer, pairs)
+        calls[f"{name}, stage"] = optimizer.stage
+    return calls
+
+
+def _median(steps: Sequence[Callable[[], Any]], wait: Callable[[], Any]) -> float:
+    """Microseconds of a step, of those that are taken by turns."""
+    clock, samples = time.perf_counter, list[float]()
     for number in range(10):
-        step(turns[number % len(turns)])
+        steps[number % len(steps)]()
     gc.collect()
     gc.disable()  # a collection among a thousand gradients is no step's time
     end = clock() + SECONDS
     while clock() < end or len(samples) < 20:
-        for pairs in turns:
+        for step in steps:
             start = clock()
-            step(pairs)
+            step()
             samples.append(clock() - start)
         wait()
     gc.enable()
@@ -211,14 +233,20 @@ def _graph_nodes() -> int:
     pairs = [(cupy.ones(3, np.float32), variable) for variable in variables]
     optimizer = gpu_adam.Adam()
     optimizer.apply_gradients(pairs)
+    dot = _captured(optimizer, pairs).debug_dot_str()
+    return len(set(re.findall(r'^\s*("?\w+"?)\s*\[', dot if isinstance(dot, str) else dot.decode(), re.MULTILINE)))
+
+
+def _captured(optimizer: Any, pairs: Pairs) -> Any:
+    """The graph of a step."""
+    import cupy  # noqa: PLC0415
+
     stream = cupy.cuda.Stream(non_blocking=True)
     optimizer.synchronize()
     with stream:
         stream.begin_capture(cupy.cuda.runtime.streamCaptureModeRelaxed)
         optimizer.apply_gradients(pairs)
-        graph = stream.end_capture()
-    dot = graph.debug_dot_str()
-    return len(set(re.findall(r'^\s*("?\w+"?)\s*\[', dot if isinstance(dot, str) else dot.decode(), re.MULTILINE)))
+        return stream.end_capture()
 
 
 def measured() -> dict[str, Any]:
@@ -232,9 +260,12 @@ def measured() -> dict[str, Any]:
     device = gpu_adam.set_device("cuda")
     place = "emulated driver, launches that do nothing" if emulated else dict(device.facts())["GPU"]
     found: dict[str, Any] = {NODES: _graph_nodes()}
+    replays, wait = _replays(), _nothing if emulated else device.synchronize
     with free_driver() if emulated else contextlib.nullcontext():
         for name, (options, make) in _rows().items():
-            found[name] = _median(gpu_adam.Adam(**options), make(), _nothing if emulated else device.synchronize)
+            step = gpu_adam.Adam(**options).apply_gradients
+            found[name] = _median([functools.partial(step, pairs) for pairs in make()], wait)
+        found.update({name: _median([replay], wait) for name, replay in replays.items()})
     # What older checkouts have too.
     processor = dict(find_device("host").facts())["processor"]
     facts = f"{place}; CuPy {cupy.__version__}, Python {platform.python_version()}, {processor}"
@@ -248,9 +279,9 @@ def _nothing() -> None:
 def table(results: dict[str, list[dict[str, Any]]]) -> str:
     """The results of each checkout's rounds as Markdown: the best of the rounds."""
     lines = [f"| microseconds | {' | '.join(results)} |", "|---|" + "---|" * len(results)]
-    for name in next(iter(results.values()))[0]["rows"]:
-        best = [min(round_["rows"][name] for round_ in rounds) for rounds in results.values()]
-        lines.append(f"| {name} | {' | '.join(str(x) if isinstance(x, int) else f'{x:.1f}' for x in best)} |")
+    for name in dict.fromkeys(name for rounds in results.values() for name in rounds[0]["rows"]):
+        best = [min(round_["rows"].get(name, "") for round_ in rounds) for rounds in results.values()]
+        lines.append(f"| {name} | {' | '.join(f'{x:.1f}' if isinstance(x, float) else str(x) for x in best)} |")
     return "\n".join(lines)
 
 

@@ -139,6 +139,10 @@ CASES: dict[str, dict[str, Any]] = {
     "global norm, both": {"config": {"global_clipnorm": 1.0, "clipvalue": 2.0}, "kind": "both"},
     "norm of each, dtypes": {"config": {"clipnorm": 1.0}, "dtypes": ("float32", "float64", "complex64")},
     "sparse, clipped": {"config": {"learning_rate": "schedule", "clipvalue": 0.5}, "kind": "sparse"},
+    "16 bits, masters, averages that overwrite": {
+        "config": {"master_weights": True, "use_ema": True, "ema_overwrite_frequency": 7, "learning_rate": "schedule"},
+        "dtypes": ("float16",),
+    },
     "averages that overwrite": {
         "config": {"use_ema": True, "ema_overwrite_frequency": 7, "ema_momentum": 0.9, "weight_decay": 0.01},
         "constraint": lambda variable: variable * variable.dtype.type(0.5),
@@ -221,6 +225,24 @@ def test_a_rate_may_set_the_count(device: Device) -> None:
         graph = case.optimizer.capture(case.step)
         assert [graph.replay() for _ in range(6)] == [eager.step() for _ in range(6)] == [1, 2, 3, 4, 8, 9]
         assert_same_state(state(case.optimizer, case.work), state(eager.optimizer, eager.work))
+
+
+def test_replays_round_by_other_lots(device: Device) -> None:
+    """The seed of a step's noise is one of its scalars."""
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    results = []
+    for where in (device, HOST):
+        with context_of(where):
+            variable = Variable(np.ones(4097, ml_dtypes.bfloat16), device=where)
+            gradient = where.array(np.linspace(-1, 1, 4097, dtype=np.float32))
+            adam = gpu_adam.Adam(0.001, stochastic_rounding=True)
+            step = partial(adam.apply_gradients, [(gradient, variable)])
+            step()
+            replay = step if where is HOST else adam.capture(step).replay
+            assert [replay() for _ in range(10)] == list(range(2, 12))
+            results.append(variable.numpy().view(np.uint16))
+    assert len(set(results[0].tolist())) > 2
+    assert_same_bits(results[0], results[1])
 
 
 def test_a_loss_is_captured(device: Device) -> None:

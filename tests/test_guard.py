@@ -531,6 +531,15 @@ def test_a_file_without_a_loss_scale(tmp_path: Path) -> None:
         scaled.optimizer.load(tmp_path / "a.npz")
 
 
+@pytest.mark.parametrize("scale", [0.0, -8.0, np.nan, np.inf])
+def test_a_state_with_a_scale_that_is_none(device: Device, scale: float) -> None:
+    job = Job(device, {"loss_scale": LossScale()})
+    job.optimizer.build(job.variables)
+    state = {**job.optimizer.export(), "loss_scale": np.float32(scale)}
+    with unchanged(job.optimizer), pytest.raises(ArgumentValueError, match=r"must lie in \[2\^-126, 2\^126\]"):
+        job.optimizer.restore(state)
+
+
 def test_amsgrads_weights_fit_without_amsgrad_beside_a_loss_scale(device: Device) -> None:
     jobs = [Job(device, {"amsgrad": amsgrad, "loss_scale": LossScale()}) for amsgrad in (True, False)]
     for job in jobs:

@@ -288,7 +288,9 @@ def test_variants_are_distinct_and_complete() -> None:
     guards = {kernels.guard(name).source for name in kernels.kernel_names("guard.cu")}
     guarded = {update(dtype, kernels.GUARDED).source for dtype in DTYPES for update in (kernels.dense, kernels.sparse)}
     sorts = {kernels.sort(name).source for name in kernels.kernel_names("sort.cu")}
-    assert set(variants) == updates | mixed | norms | sorts | guards | guarded
+    wide = [dtype for dtype in DTYPES if dtype not in kernels.HALVES]
+    sums = {update(dtype, kernels.ACCUMULATION).source for dtype in wide for update in (kernels.dense, kernels.sparse)}
+    assert set(variants) == updates | mixed | norms | sorts | guards | guarded | sums
 
 
 @pytest.mark.parametrize("update", [kernels.dense, kernels.sparse])

@@ -102,10 +102,10 @@ class UpdateRule(NamedTuple):
     @property
     def switches(self) -> tuple[tuple[str, int], ...]:
         """What chooses the variant of an update: names of the preprocessor, and their numbers."""
+        adjusts = 2 if self.scaled else int(self.adjusts)
         return (
-            *(("AMSGRAD", self.amsgrad), ("EMA", self.ema), ("ADJUST", self.adjusts or self.scaled)),
-            *(("CLIP", self.clip), ("MASTER", self.master), ("STOCHASTIC", self.stochastic)),
-            ("ACCUMULATE", self.accumulates),
+            *(("AMSGRAD", self.amsgrad), ("EMA", self.ema), ("ADJUST", adjusts), ("CLIP", self.clip)),
+            *(("MASTER", self.master), ("STOCHASTIC", self.stochastic), ("ACCUMULATE", self.accumulates)),
         )
 
 

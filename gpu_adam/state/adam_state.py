@@ -16,6 +16,7 @@ from gpu_adam.devices import Array, Device
 from gpu_adam.errors import ArgumentValueError, SlotNotFoundError
 from gpu_adam.hyperparameters import OWN_SETTINGS, AnySettings, Cohort
 from gpu_adam.kernels import UpdateRule, slots_of
+from gpu_adam.loss_scale import check_scale
 from gpu_adam.state.counter import checked_count
 from gpu_adam.state.door import Door
 from gpu_adam.state.registry import Registry
@@ -190,7 +191,8 @@ class AdamState:
 
         Raises:
             ArgumentTypeError, ArgumentValueError: an array is missing, left over, of another shape or dtype, or holds
-                no numbers; a counter that is no number of steps. Nothing has changed then.
+                no numbers; a counter that is no number of steps, a loss scale outside its range. Nothing has changed
+                then.
         """
         names = self.weight_names()
         if len(arrays) != len(names) or not all(map(arrays.__contains__, names)):
@@ -212,6 +214,8 @@ class AdamState:
                 source = as_slot(value, weight, label(number), from_file=from_file)
             else:
                 source = value if from_file and value.flags.c_contiguous else value.copy()
+            if name == SCALE and isinstance(source, np.ndarray):  # what lies on a device cannot be seen without a wait
+                check_scale(float(source), label(number))
             targets, sources = copies.setdefault(weight.device, ([], []))
             targets.append(target)
             sources.append(source)

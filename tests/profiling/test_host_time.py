@@ -26,6 +26,14 @@ def test_the_best_round_of_each_checkout_counts() -> None:
     ]
 
 
+def test_a_row_that_a_checkout_lacks_is_left_empty() -> None:
+    old, new = {"rows": {"one tensor": 4.0}}, {"rows": {"one tensor": 5.0, "one tensor, replay": 3.0}}
+    assert host_time.table({"old": [old, old], "new": [new, new]}).splitlines()[2:] == [
+        "| one tensor | 4.0 | 5.0 |",
+        "| one tensor, replay |  | 3.0 |",
+    ]
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads an ELF file")
 def test_functions_of_a_library_are_found(tmp_path: Path) -> None:
     text = 'extern "C" int one() { return 1; }\nextern "C" int one_ptsz() { return 1; }'
@@ -47,7 +55,7 @@ def test_every_row_is_measured(capsys: pytest.CaptureFixture[str], monkeypatch: 
         assert host_time.main(["--one-round"]) == 0
         found = json.loads(capsys.readouterr().out)
         assert "emulated driver" in found["facts"]
-        assert len(found["rows"]) == 9
+        assert len(found["rows"]) == 13
         assert all(math.isfinite(value) and value > 0 for value in found["rows"].values())
         assert (cupy.arange(5) + 1).get().tolist() == [1, 2, 3, 4, 5]
     finally:

@@ -118,8 +118,9 @@ template <typename T> static T bounded(T x) { return x < -CLIP_VALUE ? -CLIP_VAL
 template <typename T> static Complex<T> bounded(Complex<T> x) { return x; }
 
 static const StepScalars STEP = {12345, StoredReal(0.01), StoredReal(0.1), StoredReal(0.001), StoredReal(1e-7), StoredReal(-1),
-                                 StoredReal(0.25), StoredReal(0.875), StoredReal(0.7), StoredReal(0.3), CLIP_VALUE};
-static const StepScalars NOTHING = {0, NAN, NAN, NAN, NAN, NAN, NAN, NAN, NAN, NAN, NAN};
+                                 StoredReal(0.25), StoredReal(0.875), StoredReal(0.7), StoredReal(0.3), CLIP_VALUE,
+                                 StoredReal(1), StoredReal(1)};
+static const StepScalars NOTHING = {0, NAN, NAN, NAN, NAN, NAN, NAN, NAN, NAN, NAN, NAN, NAN, NAN};
 static const long long PLACE = 3;  // of every variable among all
 
 // How a kernel is given them: a staged one must not look at the argument, another one not at the pointer.
@@ -413,12 +414,14 @@ static void test_norm() {
         Tensors all(shift);
         const long long chunks = all.table.chunks;
         Buffer<double> sums(chunks);
-        launch(chunks, square_sums, all.table, CLIP_VALUE, sums.data);
+        Buffer<unsigned long long> found(1);
+        found[0] = 0;
+        launch(chunks, square_sums, all.table, SCALARS, STAGED_STEP, sums.data, found.data);
         for (int t = shift; t < TENSORS; t += 2) {
             const Buffer<Gradient>& gradient = *all.gradients[t];
             const long long first = all.tensors[t].first_chunk;
             Buffer<double> alone(all.ends[t] - first);
-            launch(alone.size, square_sums_of, gradient.data, gradient.size, CLIP_VALUE, alone.data);
+            launch(alone.size, square_sums_of, gradient.data, gradient.size, SCALARS, STAGED_STEP, alone.data, found.data);
             for (long long c = 0; c < alone.size; ++c) {
                 const long long left = gradient.size - c * GPU_ADAM_CHUNK;
                 const long long size = left < GPU_ADAM_CHUNK ? left : GPU_ADAM_CHUNK;
@@ -431,6 +434,7 @@ static void test_norm() {
             launch(1, clip_by_norm, alone.data, nullptr, 1, alone.size, 2.0, factor.data);
             compare(factor[0], factor_of(alone.data, alone.size, 2.0), "clip_by_norm", gradient.size, 0);
         }
+        compare(static_cast<double>(found[0]), 0.0, "found", chunks, 0);
         Buffer<double> factors(TENSORS), factor(1);
         launch(TENSORS, clip_by_norm, sums.data, all.ends.data, TENSORS, chunks, 2.0, factors.data);
         for (int t = 0; t < TENSORS; ++t) {
@@ -451,8 +455,8 @@ static void test_norm() {
     compare(factor[0], 1.0, "clip_by_norm", 0, 0);
     launch(1, clip_by_global_norm, none.data, 0, 2.0, factor.data);
     compare(factor[0], 1.0, "clip_by_global_norm", 0, 0);
-    launch(2, square_sums, TensorTable{nullptr, nullptr, nullptr, 0, nullptr}, CLIP_VALUE, nullptr);
-    launch(2, square_sums_of, nullptr, 0, CLIP_VALUE, nullptr);
+    launch(2, square_sums, TensorTable{nullptr, nullptr, nullptr, 0, nullptr}, SCALARS, STAGED_STEP, nullptr, nullptr);
+    launch(2, square_sums_of, nullptr, 0, SCALARS, STAGED_STEP, nullptr, nullptr);
 }
 
 int main(int count, char** arguments) {
