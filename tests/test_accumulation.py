@@ -296,7 +296,7 @@ def test_scales_that_are_refused(scale: Any, error: type[Exception], message: st
 def test_a_scale_is_given_once(device: Device) -> None:
     w = Variable(np.zeros(2, np.float32), device=device)
     pairs = [(device.array(np.ones(2, np.float32)), w)]
-    with pytest.raises(ArgumentValueError, match=r"grad_scale must be left out with loss_scale .*\(got 2.0\)"):
+    with pytest.raises(ArgumentValueError, match=r"grad_scale must be left out with loss_scale, .*\(got 2.0\)"):
         Adam(loss_scale=LossScale()).accumulate(pairs, grad_scale=2)
     adam = Adam()
     adam.accumulate(pairs)

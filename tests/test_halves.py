@@ -104,10 +104,10 @@ def test_every_number_as_gradient_and_as_variable(dtype: str, master: bool, devi
     numbers = all_numbers(HALVES[dtype])[:: 1 if device.name == "host" else 61]
     initial = [numbers, np.ones_like(numbers), np.zeros_like(numbers)]
     gradients = [np.ones_like(numbers), numbers, numbers[::-1].copy()]
-    variables, optimizer = [Variable(x) for x in initial], Adam(0.5, epsilon=1e-3, master_weights=master)
+    variables, optimizer = [Variable(x, device=device) for x in initial], Adam(0.5, epsilon=1e-3, master_weights=master)
     oracle = reference.Adam(initial, 0.5, epsilon=1e-3, masters=master)
     for _ in range(2):
-        optimizer.apply_gradients(list(zip(gradients, variables, strict=True)))
+        optimizer.apply_gradients(list(zip(map(device.array, gradients), variables, strict=True)))
         oracle.step(gradients)
     check(optimizer, variables, oracle)
     smallest = Variable(all_numbers(HALVES[dtype])[1:2], device=device)
