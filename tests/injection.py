@@ -90,7 +90,8 @@ class World:
             self.successor = None
         weights = [(weight.name, contents(weight)) for weight in self.optimizer.weights]
         settings = [self.optimizer.get_group(target) for target in self.targets]
-        return weights, list(self.optimizer.get_slot_names()), [contents(target) for target in self.targets], settings
+        names, calls = list(self.optimizer.get_slot_names()), self.optimizer._accumulator.calls
+        return weights, names, [contents(target) for target in self.targets], settings, calls
 
     def identities(self) -> tuple[int, list[int]]:
         """The list of weights and its members as objects."""
@@ -437,6 +438,26 @@ def _own_counter(world: World) -> None:
     world.optimizer.iterations = Variable(np.int64(7), device="host")
 
 
+def sums_scenario(device: Device, call: Callable[[World], object], *, raw: bool = False) -> Factory:
+    """A call while gradients are accumulated; the steps after it take what the sums hold."""
+
+    def factory() -> World:
+        targets: list[Any] = [device.array(value) if raw else Variable(value, device=device) for value in (X, Y)]
+        optimizer = gpu_adam.Adam(0.1)
+        optimizer.apply_gradients(_pairs(device, targets, 0, sparse=True))
+        for number in (1, 2):
+            optimizer.accumulate(_pairs(device, targets, number, sparse=True))
+
+        def go_on(world: World) -> None:
+            world.optimizer.accumulate(_pairs(device, world.targets, 10, sparse=False))
+            world.optimizer.apply_gradients()
+            world.optimizer.apply_gradients(_pairs(device, world.targets, 11, sparse=False))
+
+        return World(optimizer, targets, call, go_on)
+
+    return factory
+
+
 class _Recognised(HostDevice):
     """The host with the reader of pairs that other devices have."""
 
@@ -500,6 +521,13 @@ SCENARIOS: dict[str, Callable[[Device], Factory]] = {
     "same step, clipnorm": _steps(2, same=True, clipnorm=0.5),
     "later step, Python's reader": _recognised(2),
     "same step, Python's reader": _recognised(2, same=True),
+    "accumulate": lambda device: sums_scenario(
+        device, lambda world: world.optimizer.accumulate(_pairs(device, world.targets, 5, sparse=False))
+    ),
+    "accumulated step": lambda device: sums_scenario(device, lambda world: world.optimizer.apply_gradients()),
+    "accumulated step, raw": lambda device: sums_scenario(
+        device, lambda world: world.optimizer.apply_gradients(), raw=True
+    ),
     "build": _calls(_build, steps=0, newcomers=3),
     "build, raw": _calls(_build, steps=0, newcomers=3, raw=True),
     "build, one more": _calls(_build, newcomers=1),
