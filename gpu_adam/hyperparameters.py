@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Mapping
@@ -300,20 +301,28 @@ class Cohort:
     than last time make no launch anew. What kernels take of them is computed in float64 and rounded once, as in torch.
 
     Args:
-        count: the call that counts a step of these variables.
+        counts: steps that are done; elements of a NumPy array, of which each variable has one.
+        members: the places of these variables' elements, which are equal before each step.
 
     Attributes:
-        count: as above.
         hyper: floats by name that have been checked, as an optimizer stores them.
         flavour: what the update does besides plain Adam; nothing that needs another rule than the optimizer's.
-        iterations: steps of these variables that are done, t - 1.
     """
 
-    __slots__ = ("count", "flavour", "hyper", "iterations")
+    __slots__ = ("_counts", "_first", "_members", "flavour", "hyper")
 
-    def __init__(self, count: Call) -> None:
-        self.count, self.flavour, self.iterations = count, PLAIN, 0
-        self.hyper: dict[str, float] = {}
+    def __init__(self, counts: np.ndarray, members: np.ndarray) -> None:
+        self._counts, self._members, self._first = counts, members, int(members[0])
+        self.flavour, self.hyper = PLAIN, dict[str, float]()
+
+    @property
+    def iterations(self) -> int:
+        """Steps of these variables that are done, t - 1; at most, while the device may leave some of them out."""
+        return int(self._counts.item(self._first))
+
+    def counting(self, steps: int) -> Call:
+        """The call that adds steps to those that are done; fewer than 0 take some back that were left out."""
+        return functools.partial(np.add.at, self._counts, self._members, self._counts.dtype.type(steps))
 
 
 AnySettings = Settings | Cohort

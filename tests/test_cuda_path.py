@@ -23,6 +23,11 @@ from gpu_adam import IndexedSlices, Variable, devices, kernels
 from gpu_adam.devices import Device
 from gpu_adam.devices.recording import Event, RecordingDevice
 from gpu_adam.errors import ArgumentTypeError, ArgumentValueError, GpuAdamError, SparseIndexError
+from gpu_adam.hyperparameters import NO_CLIPPING, Cohort, Flavour
+from gpu_adam.kernels import UpdateRule
+from gpu_adam.state.adam_state import AdamState
+from gpu_adam.step.controller import Controller
+from gpu_adam.step.gradients import Incoming
 
 HOST = devices.HostDevice(threads=1)
 
@@ -253,6 +258,33 @@ def test_a_guarded_step_waits_for_nothing(gpu: Device, emulation: Any, kind: str
             assert found.step == 7
         assert counters.syncs == []
     assert int(optimizer.iterations) == 7
+
+
+def test_a_guarded_step_of_cohorts_waits_for_nothing(gpu: Device, emulation: Any) -> None:
+    """Parameters of torch under GradScaler are such: each group has numbers of its own, and a count."""
+    rule, numbers = UpdateRule(guarded=True, scaled=True), dict.fromkeys(("decay", "weight_decay", "l2"), 0.0)
+    numbers |= {"learning_rate": 0.1, "beta_1": 0.9, "beta_2": 0.999, "epsilon": 1e-8}
+    variables, counts = [Variable(np.ones(3, np.float32)) for _ in range(3)], np.zeros(3, np.float32)
+    cohorts = [Cohort(counts, np.array(members)) for members in ([0, 2], [1])]
+    for cohort in cohorts:
+        cohort.hyper = numbers
+    controller = Controller(AdamState("Adam", "abs2"), Flavour())
+    controller.set_cohorts(variables, rule, [cohorts[0], cohorts[1], cohorts[0]])
+    pairs = [(gpu.array(np.ones(3, np.float32)), variable) for variable in variables]
+    scale, good, bad = (gpu.array(np.float32(number)) for number in (8, 0, 1))
+    for found in (good, good, bad):
+        controller.step(pairs, rule, numbers, NO_CLIPPING, Incoming(scale, found))
+    controller.settle()
+    emulation.reset()
+    with emulation.asynchronous():
+        for found in (good, bad, bad, good, bad):
+            assert controller.step(pairs, rule, numbers, NO_CLIPPING, Incoming(scale, found)) is None
+        counters = emulation.counters
+        assert counters.syncs == []
+        assert not counters.array_functions
+        assert counts.tolist() == [7, 7, 7]
+        controller.settle()
+        assert counts.tolist() == [4, 4, 4]
 
 
 def test_iterations_wait_for_the_count(gpu: Device, emulation: Any) -> None:

@@ -148,7 +148,7 @@ class Controller:
                     launches.bind(pairs, gradients)
                     launches.set_scalars(scalars)
                     count = functools.partial(state.counter._value.fill, done + 1)
-                    report = [] if guard is None else guard.report_calls(state.own)
+                    report = [] if guard is None else guard.report_calls(state.own, plan.cohorts)
                     calls = launches.calls(clip)
                     if self._flavour.use_ema and self._flavour.overwrites_at(done + 1):
                         if graph is not None:
@@ -192,7 +192,9 @@ class Controller:
             return done, plan.scalars(now, clip, incoming.divisor)
         target = guard.aim(self._state.counter, incoming, self._flavour)
         rate = hyper["learning_rate"]
-        return target.most, [plan.scalars(now.at(count, rate), clip, target.number) for count in target.counts]
+        return target.most, [
+            plan.scalars(now.at(count, rate), clip, target.number, target.most - count) for count in target.counts
+        ]
 
     def _ensure_own(self, change: Transaction, device: Device | None) -> None:
         """Create what belongs to no variable: the counter, and a loss scale on the device if there is one."""
@@ -209,7 +211,8 @@ class Controller:
     def _guard_of(self, plan: Plan, graph: Graph | None) -> Guard | None:
         """The guard of a step, if it has one.
 
-        Where another one was the last step's, or none is this one's, the steps that may be left out are waited for.
+        The steps that may have been left out are waited for where another one was the last step's, or none is this
+        one's, or where the cohorts are other ones: all that took part in such steps are corrected alike.
         """
         guard = None
         if plan.rule.guarded:
@@ -219,8 +222,9 @@ class Controller:
             guard = self._guards.get(device)
             if guard is None:
                 guard = self._guards[device] = Guard(device)
-        if self._guard is not None and self._guard is not guard and self._guard.is_unsure:
-            self._guard.bounds(self._state.counter, waits=True)
+        last = self._guard
+        if last is not None and last.is_unsure and (last is not guard or last.cohorts != plan.cohorts):
+            last.bounds(self._state.counter, waits=True)
         self._guard = guard
         if guard is not None:
             guard.bounds(self._state.counter)

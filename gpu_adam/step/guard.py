@@ -19,7 +19,7 @@ from gpu_adam.conversion import place_of
 from gpu_adam.devices import Array, Device
 from gpu_adam.devices.base import StagedArray
 from gpu_adam.errors import ArgumentTypeError, ArgumentValueError
-from gpu_adam.hyperparameters import Flavour
+from gpu_adam.hyperparameters import Cohort, Flavour
 from gpu_adam.loss_scale import LossScale
 from gpu_adam.rules import Rule, real_number
 from gpu_adam.state.adam_state import GOOD_STEPS, SCALE
@@ -91,7 +91,7 @@ class Guard:
     """What a device knows of an optimizer's steps, and what the host has learned of it.
 
     The optimizer's counter, on the host, holds the largest number of steps that may have been done; `bounds` corrects
-    it. Whoever writes another number into it sets it.
+    it, and the counts of cohorts with it. Whoever writes another number into it sets it.
 
     Args:
         device: where the steps are done.
@@ -100,6 +100,7 @@ class Guard:
         device: as above.
         report: the last report, of kernels.GUARD; zeros before the first one.
         measures: whether the report is to have the norm of the gradients.
+        cohorts: those of the last step, and of all steps of which it is not known whether they were left out.
         state, known, first, scale, wide, number, skips, found_inf, loss: arguments of the kernels.
     """
 
@@ -117,6 +118,7 @@ class Guard:
         self.skips, self.found_inf = kernels.scalar(0), kernels.pointer(0)
         self.loss = kernels.struct(kernels.LOSS_SCALE, 0, 0, 1)
         self.measures = self._follows = False
+        self.cohorts: Sequence[Cohort] = ()
         self._loss_scale: LossScale | None = None
         self._kept: tuple[Array | None, ...] = ()
 
@@ -157,6 +159,8 @@ class Guard:
                 done = count + self._enqueued - read
                 fill = functools.partial(counter._value.fill, done)
                 changes += [assign("_count", count), assign("_since", read), fill]
+                if done != most:
+                    changes += [cohort.counting(done - most) for cohort in self.cohorts]
             make_all([*self._reports.forget(number), *changes])
             most = self._most()
         if done != most:  # somebody has set the counter
@@ -196,11 +200,12 @@ class Guard:
         self.known[0], self.first[0] = most if first == most else -1, first
         return Target(incoming.divisor, first, most)
 
-    def report_calls(self, own: Mapping[str, Variable]) -> list[Call]:
+    def report_calls(self, own: Mapping[str, Variable], cohorts: Sequence[Cohort]) -> list[Call]:
         """The calls that count the step aimed at and enqueue its report; to be made with its launches.
 
         Args:
             own: the loss scale's numbers, where the optimizer has one.
+            cohorts: among the step's variables.
         """
         if self._loss_scale is not None:
             scale, good = (self.device.address(own[name]._value) for name in (SCALE, GOOD_STEPS))
@@ -208,9 +213,10 @@ class Guard:
             if self._follows:
                 self.scale[0] = scale
         number = self._enqueued + 1
-        calls = [*self._reports.calls(), functools.partial(setattr, self, "_enqueued", number)]
+        assign = functools.partial(functools.partial, setattr, self)
+        calls = [*self._reports.calls(), assign("_enqueued", number), assign("cohorts", cohorts)]
         if self.skips[0] or self.found_inf[0]:
-            calls.append(functools.partial(setattr, self, "_unsure", number))
+            calls.append(assign("_unsure", number))
         return calls
 
 

@@ -45,7 +45,8 @@ class Plan:
         variables, rule: as above.
         index_errors: the note of rows out of range of each variable with a sparse gradient.
         constrained: the variables with a constraint, which is applied after the update.
-        counts: the calls that count the step of each cohort among the variables.
+        cohorts: those among the variables.
+        counts: the calls that count the step of each of them.
 
     Raises:
         ArgumentValueError: a dtype that is not computed with; variables that overlap; slices for a variable without
@@ -108,8 +109,9 @@ class Plan:
             for group in self.groups
         ]
         self._different = list(dict.fromkeys(itertools.chain(*self._kinds)))
-        cohorts = dict.fromkeys(settings for _, settings in self._different if isinstance(settings, Cohort))
-        self.counts = [cohort.count for cohort in cohorts]
+        settled = dict.fromkeys(settings for _, settings in self._different)
+        self.cohorts = [each for each in settled if isinstance(each, Cohort)]
+        self.counts = [cohort.counting(1) for cohort in self.cohorts]
         self.index_errors: dict[Variable, IndexErrors] = {}
         self._launches: Launches | None = None
 
@@ -138,13 +140,14 @@ class Plan:
         return found
 
     @stage("read")
-    def scalars(self, now: Scalars, clip: Clip, scale: float = 1.0) -> list[list[tuple[Any, ...]]]:
+    def scalars(self, now: Scalars, clip: Clip, scale: float = 1.0, left_out: int = 0) -> list[list[tuple[Any, ...]]]:
         """The scalars of each group for each of its settings, in its dtype.
 
         Args:
             now: the hyperparameters' values.
             clip: how gradients are clipped.
             scale: by which the gradients are to be divided.
+            left_out: of the steps that each cohort has counted.
 
         Raises:
             ArgumentValueError: a value breaks its rule in that dtype.
@@ -152,12 +155,12 @@ class Plan:
         if len(self._different) == 1:  # then a group has no more than one
             dtype, settings = self._different[0]
             if settings is not OWN_SETTINGS:
-                now = now.under(settings)
+                now = now.under(settings, left_out)
             unscale = 1.0 if scale == 1.0 else reciprocal(scale, dtype)
             return [[(*now.for_real(dtype), clip.value_in(dtype), unscale, 1.0)]] * len(self._kinds)
         by_kind = {
             (dtype, settings): (
-                *(*now.under(settings).for_real(dtype), clip.value_in(dtype)),
+                *(*now.under(settings, left_out).for_real(dtype), clip.value_in(dtype)),
                 *(reciprocal(scale, dtype), 1.0),
             )
             for dtype, settings in self._different

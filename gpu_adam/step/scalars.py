@@ -72,10 +72,15 @@ class Scalars:
             own.learning_rate = _rate_now(rate, iterations)
         return own
 
-    def under(self, settings: AnySettings) -> Scalars:
-        """The values for variables with settings of their own."""
+    def under(self, settings: AnySettings, left_out: int = 0) -> Scalars:
+        """The values for variables with settings of their own.
+
+        Args:
+            settings: as above.
+            left_out: of the steps that a cohort has counted.
+        """
         if isinstance(settings, Cohort):
-            return _CohortScalars(settings.hyper, settings.iterations, settings.flavour)
+            return _CohortScalars(settings.hyper, settings.iterations - left_out, settings.flavour)
         own = self._copied()
         own.learning_rate = self.learning_rate * settings.learning_rate_multiplier
         for name in ("weight_decay", "beta_1", "beta_2", "epsilon"):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,8 +11,6 @@ import torch
 
 from gpu_adam.hyperparameters import Cohort
 from gpu_adam.torch.numbers import Numbers
-
-_ONE = np.float32(1)
 
 
 class Group:
@@ -83,7 +80,7 @@ class Group:
         numbers = self.numbers
         for first, cohort in zip(self._firsts.tolist(), self._cohorts, strict=True):
             if present[first]:
-                cohort.hyper, cohort.flavour, cohort.iterations = numbers.hyper, numbers.flavour, int(counts[first])
+                cohort.hyper, cohort.flavour = numbers.hyper, numbers.flavour
         self._present = present
         new = () if self._is_told.all() else np.flatnonzero(present & ~self._is_told).tolist()
         return [(self.params[n], self._cohorts[self._cohort_of[n]]) for n in new]
@@ -97,5 +94,5 @@ class Group:
         _, self._firsts, inverse = np.unique(keys, axis=1, return_index=True, return_inverse=True)
         self._cohort_of = inverse.reshape(-1)
         members = [np.flatnonzero(self._cohort_of == number) for number in range(len(self._firsts))]
-        self._cohorts = [Cohort(partial(np.add.at, self._counts, each, _ONE)) for each in members]
+        self._cohorts = [Cohort(self._counts, each) for each in members]
         self._is_told = np.zeros(len(self.params), bool)
