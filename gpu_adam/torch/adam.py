@@ -15,6 +15,8 @@ from gpu_adam.hyperparameters import NO_CLIPPING, PLAIN
 from gpu_adam.kernels import UpdateRule
 from gpu_adam.state.adam_state import AdamState
 from gpu_adam.step.controller import Controller
+from gpu_adam.step.gradients import AS_THEY_ARE, Incoming
+from gpu_adam.step.guard import checked_scale
 from gpu_adam.torch.groups import Group
 from gpu_adam.torch.numbers import check
 from gpu_adam.torch.states import SLOTS, States, check_shapes, has_moments
@@ -43,6 +45,11 @@ class Adam(torch.optim.Optimizer):  # type: ignore[misc]
     as it fits this one. The tensors of `state` share the memory of what steps read and write. Parameters of groups with
     and without `amsgrad` take two launches, and are two steps where one of them fails.
 
+    torch.amp.GradScaler leaves it to `step` to divide by the scale and to do nothing where a gradient is not finite, as
+    with torch's `fused`: the device does both, the host does not wait, and `grad` stays as it is. The host waits for
+    earlier steps that may have been left out where other parameters have gradients than in these, and where `state` is
+    read. It waits at every step where the parameters lie on several devices, or some groups alone have `amsgrad`.
+
     Args:
         params: parameters, (name, parameter) pairs or dicts of groups; contiguous; float32, float64, float16, bfloat16
             or complex.
@@ -64,6 +71,8 @@ class Adam(torch.optim.Optimizer):  # type: ignore[misc]
     References:
         https://docs.pytorch.org/docs/stable/generated/torch.optim.Adam.html; the papers that gpu_adam.Adam names.
     """
+
+    _step_supports_amp_scaling = True  # which GradScaler looks at
 
     def __init__(
         self,
@@ -105,8 +114,24 @@ class Adam(torch.optim.Optimizer):  # type: ignore[misc]
         self._states = States(self._core)
         self._groups: list[Group] = []
         self._layout: Any = None
+        self._places: list[torch.device] = []
         self._devices: list[Device] = []
         self._has_odd = False  # whether there was a gradient that the core does not take as it is
+
+    @property
+    def state(self) -> Any:
+        """What is known of each parameter, as torch has it. Waits until it is known which steps the device left out."""
+        self._controller.settle()
+        return self._entries
+
+    @state.setter
+    def state(self, entries: Any) -> None:
+        self.__dict__["state"] = entries
+
+    @property
+    def _entries(self) -> Any:
+        """The same, with counts of steps that may be too large yet."""
+        return self.__dict__["state"]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -157,16 +182,39 @@ class Adam(torch.optim.Optimizer):  # type: ignore[misc]
         with torch.no_grad(), ExitStack() as stack:
             is_known = self._is_known()
             if not is_known:
-                self._devices = self._cuda_devices()
+                self._find_devices()
             for device in self._devices:
                 stack.enter_context(device.on_stream_of(torch))
             if not is_known:
                 self._follow()
-            self._update([group for group in self._groups if not group.group["amsgrad"]], False)
-            self._update([group for group in self._groups if group.group["amsgrad"]], True)
+            plain = [group for group in self._groups if not group.group["amsgrad"]]
+            amsgrads = [group for group in self._groups if group.group["amsgrad"]]
+            incoming = self._incoming(is_one_step=not (plain and amsgrads) and len(self._places) == 1)
+            if incoming is not None:
+                self._update(plain, False, incoming)
+                self._update(amsgrads, True, incoming)
         return loss
 
-    def _update(self, groups: Sequence[Group], amsgrad: bool) -> None:
+    def _incoming(self, *, is_one_step: bool) -> Incoming | None:
+        """What GradScaler has said of the gradients; None where the step is to be left out.
+
+        Args:
+            is_one_step: whether the device can decide for all parameters at once, so that the host need not wait.
+        """
+        scale, flag = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if scale is None and flag is None:
+            return AS_THEY_ARE
+        if is_one_step and all(number is None or torch.is_tensor(number) for number in (scale, flag)):
+            return Incoming(self._placed(scale), self._placed(flag))
+        if flag is not None and float(flag):
+            return None
+        return Incoming(None if scale is None else checked_scale(float(scale)))
+
+    def _placed(self, number: torch.Tensor | None) -> torch.Tensor | None:
+        """A tensor with one element as a 0-d one beside the parameters; None for none."""
+        return None if number is None else number.detach().to(self._places[0]).reshape(())
+
+    def _update(self, groups: Sequence[Group], amsgrad: bool, incoming: Incoming) -> None:
         """Step the parameters of groups."""
         pairs: list[Any] = []
         new: list[Any] = []
@@ -179,7 +227,12 @@ class Adam(torch.optim.Optimizer):  # type: ignore[misc]
                 stepped.append(group)
         if not stepped:
             return
-        rule = _rule(amsgrad, any(group.numbers.adjusts for group in stepped))
+        rule = _rule(
+            amsgrad,
+            any(group.numbers.adjusts for group in stepped),
+            incoming.scale is not None,
+            torch.is_tensor(incoming.scale) or torch.is_tensor(incoming.found_inf),
+        )
         if new:
             params, cohorts = zip(*new, strict=True)
             self._controller.set_cohorts(params, rule, cohorts)
@@ -188,20 +241,20 @@ class Adam(torch.optim.Optimizer):  # type: ignore[misc]
         if self._has_odd:
             pairs = _readable(pairs)
         try:
-            self._controller.step(pairs, rule, _NO_NUMBERS, NO_CLIPPING)
+            self._controller.step(pairs, rule, _NO_NUMBERS, NO_CLIPPING, incoming)
         except ArgumentTypeError:
             if self._has_odd or not _are_odd(pairs):
                 raise
             self._has_odd = True  # from now on all are looked at first
-            self._controller.step(_readable(pairs), rule, _NO_NUMBERS, NO_CLIPPING)
+            self._controller.step(_readable(pairs), rule, _NO_NUMBERS, NO_CLIPPING, incoming)
         if self._layout is not self._core.layout:
             self._show()
 
     def _show(self) -> None:
         """Let `state` show all slots of parameters that have been updated."""
         for group in self._groups:
-            self._states.show(group, self.state)
-        self._states.see(self.state)
+            self._states.show(group, self._entries)
+        self._states.see(self._entries)
         self._layout = self._core.layout
 
     def _is_known(self) -> bool:
@@ -210,36 +263,37 @@ class Adam(torch.optim.Optimizer):  # type: ignore[misc]
         return (
             len(groups) == len(self.param_groups)
             and all(known.is_of(group) for known, group in zip(groups, self.param_groups, strict=True))
-            and self._states.are_seen(self.state)
+            and self._states.are_seen(self._entries)
         )
 
     def _follow(self) -> None:
         """Take over groups, parameters and moments that others have put in their places."""
         old = {id(group.group): group for group in self._groups}
-        for param in self._states.forgotten(self.state):
+        entries = self.state
+        for param in self._states.forgotten(entries):
             self._controller.forget(param)
         groups = []
         for each in self.param_groups:
             group = old.get(id(each))
             groups.append(group if group is not None and group.is_of(each) else Group(each))
         for group in groups:
-            found = [(param, self.state[param]) for param in group.params if has_moments(self.state.get(param, {}))]
+            found = [(param, entries[param]) for param in group.params if has_moments(entries.get(param, {}))]
             foreign = [(param, entry) for param, entry in found if self._states.is_foreign(param, entry)]
             for param, entry in foreign:
                 check_shapes(param, entry)
             for amsgrad in (False, True):
                 some = [param for param, entry in foreign if ("max_exp_avg_sq" in entry) == amsgrad]
-                self._controller.build(some, _rule(amsgrad, False))
+                self._controller.build(some, _rule(amsgrad, False, False, False))
             for param, entry in foreign:
                 self._states.read(param, entry)
             group.begin_anew({id(param): float(entry.get("step", 0)) for param, entry in found})
         self._groups = groups
         self._show()
 
-    def _cuda_devices(self) -> list[Device]:
-        """The CUDA devices that parameters lie on."""
-        places = {param.device for group in self.param_groups for param in group["params"]}
-        return [find_device(str(place)) for place in places if place.type == "cuda"]
+    def _find_devices(self) -> None:
+        """Note where parameters lie."""
+        self._places = list({param.device for group in self.param_groups for param in group["params"]})
+        self._devices = [find_device(str(place)) for place in self._places if place.type == "cuda"]
 
 
 class AdamW(Adam):
@@ -308,5 +362,5 @@ def _gradient(gradient: torch.Tensor) -> Any:
 
 
 @functools.cache
-def _rule(amsgrad: bool, adjusts: bool) -> UpdateRule:
-    return UpdateRule("real_imag", amsgrad, adjusts=adjusts)
+def _rule(amsgrad: bool, adjusts: bool, scaled: bool, guarded: bool) -> UpdateRule:
+    return UpdateRule("real_imag", amsgrad, adjusts=adjusts, scaled=scaled, guarded=guarded)
