@@ -4,11 +4,11 @@ import os
 import platform
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import typer
@@ -25,6 +25,7 @@ from gpu_adam.demos.digits import Digits
 from gpu_adam.demos.ptychography import Ptychography, require
 from gpu_adam.demos.words import Words
 from gpu_adam.errors import ArgumentValueError, GpuAdamError
+from gpu_adam.kernels import HALVES
 
 app = typer.Typer(
     help="Adam as CUDA kernels, on NVIDIA GPUs and on the CPU.",
@@ -44,6 +45,15 @@ class What(str, Enum):
     ptychography = "ptychography"
 
 
+class Precision(str, Enum):
+    """The dtypes of a demo's variables, as typer wants a choice."""
+
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+    float64 = "float64"
+
+
 @app.command()
 def demo(
     what: Annotated[
@@ -59,6 +69,8 @@ def demo(
     save: Annotated[Path | None, typer.Option(help="File for the state, at the end or when interrupted.")] = None,
     resume: Annotated[Path | None, typer.Option(help="File of an earlier --save, to continue bit for bit.")] = None,
     plot: Annotated[Path | None, typer.Option(help="PNG file for a picture of the result; ptychography only.")] = None,
+    dtype: Annotated[Precision | None, typer.Option(help="Of the variables; digits only; default: float32.")] = None,
+    master: Annotated[bool, typer.Option("--master", help="Keep variables of 16 bits in 32 bits too.")] = False,
     watch: Annotated[bool, typer.Option(help="Show the gradients' norm, and how many are not finite.")] = False,
 ) -> None:
     """Train a small model on real data."""
@@ -71,10 +83,11 @@ def demo(
         if kind is not Ptychography:
             raise ArgumentValueError("--plot", "must be left out where there is no picture", what.value, "leave it out")
         require("matplotlib", "matplotlib")
+    choices = _choices(kind, dtype, master)
     try:
         if device is not None:
             gpu_adam.set_device(device)
-        training = kind(seed or 0) if resume is None else _resumed(kind, resume, seed)
+        training = _begun(kind, seed, choices) if resume is None else _resumed(kind, resume, seed, choices)
         if training.step >= last:
             rule = f"must be above {training.step}, the step that {resume} has reached"
             raise ArgumentValueError("--steps", rule, last, "pass a larger number")
@@ -137,12 +150,32 @@ def _check_target(option: str, save: Path) -> None:
         raise ArgumentValueError(option, "must be a file in a writable directory", save, "choose another path")
 
 
-def _resumed(kind: type[Demo], resume: Path, seed: int | None) -> Demo:
+def _choices(kind: type[Demo], dtype: Precision | None, master: bool) -> dict[str, Any]:
+    """What was chosen of what the demo leaves to its user."""
+    choices = {name: value for name, value in (("dtype", dtype and dtype.value), ("master", master)) if value}
+    for name in choices:
+        if name not in kind.defaults:
+            rule = "must be left out where the demo has no choice of it"
+            raise ArgumentValueError(f"--{name}", rule, kind.name, "leave it out")
+    return choices
+
+
+def _begun(kind: type[Demo], seed: int | None, choices: Mapping[str, Any]) -> Demo:
+    if choices.get("master") and (dtype := {**kind.defaults, **choices}["dtype"]) not in HALVES:
+        rule = f"must come with --dtype {' or '.join(HALVES)}, which are rounded to 16 bits"
+        raise ArgumentValueError("--master", rule, dtype, "leave it out")
+    return kind(seed or 0, **choices)
+
+
+def _resumed(kind: type[Demo], resume: Path, seed: int | None, choices: Mapping[str, Any]) -> Demo:
     if not resume.is_file():
         raise ArgumentValueError("--resume", "must be a file", resume, "pass the FILE of an earlier --save")
     training = kind.resume(resume)
-    if seed not in (None, training.seed):
-        raise ArgumentValueError("--seed", f"must be {training.seed}, as in {resume}", seed, "leave --seed out")
+    saved = {"seed": training.seed, **training.choices}
+    for name, value in {**({} if seed is None else {"seed": seed}), **choices}.items():
+        if value != saved[name]:
+            rule = f"must be {saved[name]}, as in {resume}"
+            raise ArgumentValueError(f"--{name}", rule, value, f"leave --{name} out")
     return training
 
 

@@ -65,8 +65,28 @@ def test_resuming_writes_the_same_file(device: Device, capsys: pytest.CaptureFix
     assert run(capsys, "demo", "--seed", "7", "--steps", "4", "--save", whole)[0] == 0
     assert Path(resumed).read_bytes() == Path(whole).read_bytes()
     (a, meta_a), (b, meta_b) = checkpoint.read(resumed), checkpoint.read(whole)
-    assert meta_a == meta_b == {"demo": "digits", "seed": 7, "step": 4}
+    assert meta_a == meta_b == {"demo": "digits", "seed": 7, "dtype": "float32", "master": False, "step": 4}
     assert {name: array.tobytes() for name, array in a.items()} == {name: array.tobytes() for name, array in b.items()}
+
+
+def test_resuming_keeps_dtype_and_masters(device: Device, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    half, resumed, whole = (str(tmp_path / name) for name in ("half", "resumed", "whole"))
+    chosen = ("demo", "--dtype", "bfloat16", "--master")
+    assert run(capsys, *chosen, "--steps", "2", "--save", half)[0] == 0
+    assert run(capsys, "demo", "--steps", "3", "--watch", "--resume", half, "--save", half)[0] == 0
+    assert run(capsys, *chosen, "--steps", "4", "--resume", half, "--save", resumed)[0] == 0
+    assert run(capsys, *chosen, "--steps", "4", "--save", whole)[0] == 0
+    assert Path(resumed).read_bytes() == Path(whole).read_bytes()
+    arrays, meta = checkpoint.read(whole)
+    assert (meta["dtype"], meta["master"], arrays["variable/w1"].dtype.name) == ("bfloat16", True, "bfloat16")
+
+
+def test_a_file_without_a_dtype_holds_float32(capsys: pytest.CaptureFixture[str], saved: Path, tmp_path: Path) -> None:
+    arrays, meta = checkpoint.read(saved)
+    checkpoint.write(tmp_path / "old", arrays, {name: meta[name] for name in ("demo", "seed", "step")})
+    new = tmp_path / "new"
+    assert run(capsys, "demo", "--steps", "4", "--resume", str(tmp_path / "old"), "--save", str(new))[0] == 0
+    assert checkpoint.read(new)[1]["dtype"] == "float32"
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +119,13 @@ def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         (["--resume", "text"], 1, "text must be a whole gpu_adam checkpoint (got File is not a zip file); pass"),
         (["--resume", "SAVED", "--steps", "3"], 1, "--steps must be above 3, the step that SAVED has reached (got 3)"),
         (["--resume", "SAVED", "--seed", "8"], 1, "--seed must be 7, as in SAVED (got 8); leave --seed out."),
+        (["--dtype", "int8"], 2, "'int8' is not one of 'float32', 'float16', 'bfloat16', 'float64'."),
+        (["words", "--dtype", "float16"], 1, "--dtype must be left out where the demo has no choice of it (got words)"),
+        (["words", "--master"], 1, "--master must be left out where the demo has no choice of it (got words); leave"),
+        (["--master"], 1, "--master must come with --dtype float16 or bfloat16, which are rounded to 16 bits (got fl"),
+        (["--master", "--dtype", "float64"], 1, "which are rounded to 16 bits (got float64); leave it out."),
+        (["--resume", "SAVED", "--dtype", "float16"], 1, "--dtype must be float32, as in SAVED (got float16); leave"),
+        (["--resume", "SAVED", "--master"], 1, "--master must be False, as in SAVED (got True); leave --master out."),
         (["words", "--resume", "SAVED"], 1, "SAVED must hold a training of the demo words (got digits); pass a file"),
         (["--save", "none/state"], 1, "--save must be a file in a writable directory (got none/state); choose"),
         (["--save", "."], 1, "--save must be a file in a writable directory (got .); choose another path."),

@@ -41,15 +41,18 @@ class Demo(ABC):
 
     Args:
         seed: >= 0; the same seed gives the same training on the same device.
+        **choices: others than some of `defaults`.
     """
 
     name: ClassVar[str]
     default_steps: ClassVar[int]
+    defaults: ClassVar[Mapping[str, Any]] = {}
+    """What else a kind of demo leaves to its user, as JSON has it."""
     shown: ClassVar[str] = "loss {0.loss:.3f}  accuracy {0.score:4.0%}"
     """How a progress bar shows a `Measure`."""
 
-    def __init__(self, seed: int = 0) -> None:
-        self.seed, self.step = seed, 0
+    def __init__(self, seed: int = 0, **choices: Any) -> None:
+        self.seed, self.choices, self.step = seed, {**self.defaults, **choices}, 0
         self.device = gpu_adam.get_device()
         self.xp: Any = self.device.xp
         self.variables, self.optimizer = self._model(self.generator(0))
@@ -113,7 +116,7 @@ class Demo(ABC):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write variables, optimizer state, seed and step to one file."""
-        meta = {"demo": self.name, "seed": self.seed, "step": self.step, **self.notes()}
+        meta = {"demo": self.name, "seed": self.seed, **self.choices, "step": self.step, **self.notes()}
         checkpoint.write(path, self.state(), meta)
 
     @classmethod
@@ -129,7 +132,7 @@ class Demo(ABC):
             remedy = f"pass a file that `gpu-adam demo {cls.name} --save FILE` wrote"
             got = meta.get("demo", "another checkpoint")
             raise CheckpointError(str(path), f"must hold a training of the demo {cls.name}", got, remedy)
-        demo = cls(meta["seed"])
+        demo = cls(meta["seed"], **{name: meta[name] for name in cls.defaults.keys() & meta.keys()})
         own, data = demo.state(), demo.data()
         fits = {name: array.shape for name, array in own.items()} == {
             name: array.shape for name, array in arrays.items()
