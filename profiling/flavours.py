@@ -1,0 +1,172 @@
+"""Does a flavour of Adam take the time that its memory traffic predicts? And how long does its first step compile?
+
+    python profiling/flavours.py                           one variable of 32 M elements on the host
+    python profiling/flavours.py --only "bfloat16" --turns 40
+    python profiling/flavours.py --first-step host cuda    compile times; on "cuda" also of an emulated driver
+
+Every flavour takes turns with plain float32 Adam. The figure is the median over the turns of the quotient of the two
+times, divided by the quotient of the bytes that the two must move. First steps run in processes of their own: "cold"
+with empty caches of compiled kernels, "warm" once more with what the first has left there; imports do not count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import gpu_adam
+from gpu_adam.bench.clocks import Candidate, Effort, Step, WallClock, measure
+from gpu_adam.bench.inputs import Inputs
+from gpu_adam.bench.tables import markdown
+from gpu_adam.bench.workloads import M, Workload, many
+from gpu_adam.devices import Device, HostDevice
+from gpu_adam.kernels import dtype_named
+
+SIZE = 32 * M
+
+
+@dataclass(frozen=True)
+class Flavour:
+    """A step to be timed.
+
+    Attributes:
+        keywords: of the optimizer.
+        dtype: of the variable.
+        gradient: dtype of the gradient; "" for the variable's.
+        scale: `grad_scale` of the step.
+        reads: how often the step reads the gradient.
+        accumulates: whether a call of `accumulate` is timed in place of a step.
+    """
+
+    keywords: Mapping[str, Any] = field(default_factory=dict)
+    dtype: str = "float32"
+    gradient: str = ""
+    scale: float | None = None
+    reads: int = 1
+    accumulates: bool = False
+
+
+PLAIN = Flavour()
+FLAVOURS = {
+    "plain": PLAIN,
+    "amsgrad": Flavour({"amsgrad": True}),
+    "weight_decay": Flavour({"weight_decay": 0.01}),
+    "l2": Flavour({"l2": 0.01}),
+    "maximize": Flavour({"maximize": True}),
+    "epsilon_form paper": Flavour({"epsilon_form": "paper"}),
+    "use_ema": Flavour({"use_ema": True}),
+    "grad_scale": Flavour(scale=1024.0),
+    "clipvalue": Flavour({"clipvalue": 0.5}),
+    "global_clipnorm": Flavour({"global_clipnorm": 1.0}, reads=2),
+    "skip_nonfinite": Flavour({"skip_nonfinite": True}, reads=2),
+    "loss_scale": Flavour({"loss_scale": {}}, reads=2),
+    "slot_dtype": Flavour({"slot_dtype": "bfloat16"}),
+    "gradient of bfloat16": Flavour(gradient="bfloat16"),
+    "accumulate": Flavour(accumulates=True),
+    "bfloat16": Flavour(dtype="bfloat16"),
+    "bfloat16, gradient of float32": Flavour(dtype="bfloat16", gradient="float32"),
+    "bfloat16, slot_dtype": Flavour({"slot_dtype": "bfloat16"}, "bfloat16"),
+    "bfloat16, stochastic_rounding": Flavour({"stochastic_rounding": True}, "bfloat16"),
+    "bfloat16, master_weights": Flavour({"master_weights": True}, "bfloat16"),
+    "float16": Flavour(dtype="float16"),
+    "float16, master_weights": Flavour({"master_weights": True}, "float16"),
+}
+
+_EVERYTHING = {"amsgrad": True, "clipvalue": 1.0, "use_ema": True, "weight_decay": 0.01}
+_SKIPPING = {"global_clipnorm": 1.0, "loss_scale": {}, "master_weights": True, "slot_dtype": "bfloat16"}
+FIRST_STEPS = {
+    "plain float32": PLAIN,
+    "complex128, amsgrad ema adjust bounded": Flavour(_EVERYTHING, "complex128"),
+    "bfloat16, the same and master, slots, norm, loss scale": Flavour({**_EVERYTHING, **_SKIPPING}, "bfloat16"),
+}
+_PROGRAM = """
+import time, numpy, gpu_adam
+from gpu_adam.kernels import dtype_named
+if "{device}" != "host": import cupy
+start = time.perf_counter()
+variable = gpu_adam.Variable(numpy.ones(10, dtype_named("{flavour.dtype}")), device="{device}")
+adam = gpu_adam.Adam(**{flavour.keywords})
+adam.apply_gradients([(variable.value, variable)])
+adam.synchronize()
+print(time.perf_counter() - start)
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", help="a regular expression for the flavours' names")
+    parser.add_argument("--turns", type=int, default=25)
+    parser.add_argument("--size", type=int, default=SIZE, help="elements of the variable")
+    parser.add_argument("--first-step", nargs="+", metavar="DEVICE", help="time first steps on these devices instead")
+    options = parser.parse_args(arguments)
+    if options.first_step:
+        rows = first_steps(options.first_step, options.only)
+        print(markdown(("first step", "device", "cold", "warm"), rows))
+        return
+    header = ("flavour", "bytes per parameter", "predicted", "measured", "measured / predicted")
+    print(markdown(header, times(options.only, options.size, options.turns)))
+
+
+def times(only: str, size: int, turns: int) -> Iterator[tuple[str, str, str, str, str]]:
+    """A row for each flavour: bytes per parameter, predicted and measured time beside plain Adam's, and their ratio."""
+    device, effort = HostDevice(), Effort(turns, turns, 0.0, 0.0)
+    step, plain_bytes = step_of(PLAIN, size, device)
+    plain = Candidate("plain", [step], WallClock(device.synchronize))
+    for name, flavour in FLAVOURS.items():
+        if not re.search(only, name):
+            continue
+        step, moved = step_of(flavour, size, device)
+        other = Candidate(name, [step], plain.clock)
+        plain.samples.clear()
+        measure([plain, other], effort)
+        measured = statistics.median(b / a for a, b in zip(plain.samples, other.samples, strict=True))
+        predicted = moved / plain_bytes
+        yield name, f"{moved / size:g}", f"{predicted:.2f}", f"{measured:.2f}", f"{measured / predicted:.2f}"
+
+
+def step_of(flavour: Flavour, size: int, device: Device) -> tuple[Step, int]:
+    """A step of a new variable, and the bytes that it must read and write."""
+    inputs = Inputs(Workload("", many(1, size), flavour.dtype), 0)
+    variable = gpu_adam.Variable.over(device.array(inputs.theta(0)), device, "variable")
+    gradient = device.array(inputs.gradient(0).astype(dtype_named(flavour.gradient or flavour.dtype)))
+    pairs = [(gradient, variable)]
+    adam = gpu_adam.Adam(**flavour.keywords)
+    if flavour.accumulates:
+        return lambda: adam.accumulate(pairs), gradient.nbytes + 2 * 4 * size
+    adam.build([variable])
+    slots = sum(slot.size * slot.dtype.itemsize for slot in adam.weights[1:])
+    moved = flavour.reads * gradient.nbytes + 2 * (variable.value.nbytes + slots)
+    return lambda: adam.apply_gradients(pairs, grad_scale=flavour.scale), moved
+
+
+def first_steps(devices: Sequence[str], only: str) -> Iterator[tuple[str, str, str, str]]:
+    """A row for each flavour of FIRST_STEPS and device: seconds of the first step without and with compiled kernels."""
+    for name, flavour in FIRST_STEPS.items():
+        for device in devices:
+            if not re.search(only, name):
+                continue
+            with tempfile.TemporaryDirectory() as cache:
+                cold, warm = (seconds_of_first_step(flavour, device, Path(cache)) for _ in range(2))
+            yield name, device, f"{cold:.2f} s", f"{warm:.2f} s"
+
+
+def seconds_of_first_step(flavour: Flavour, device: str, cache: Path) -> float:
+    """Seconds of a process's first step, with what it needs besides, but for imports."""
+    caches = {"GPU_ADAM_CACHE": str(cache / "host"), "CUPY_CACHE_DIR": str(cache / "cupy")}
+    program = _PROGRAM.format(device=device, flavour=flavour)
+    call = [sys.executable, "-c", program]
+    return float(subprocess.run(call, check=True, env={**os.environ, **caches}, capture_output=True, text=True).stdout)
+
+
+if __name__ == "__main__":
+    main()
