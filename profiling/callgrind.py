@@ -33,7 +33,7 @@ template <typename T> static T* ones(long long n) {
     return p;
 }
 static StepScalars scalars = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
-static const StepScalars* staged = nullptr;
+static const StepScalars* staged = GPU_ADAM_STAGED ? &scalars : nullptr;
 static Slots slots(long long n) {
 #define ONES(slot, Memory, Register, present) ones<Memory>(n),
     return {GPU_ADAM_SLOTS(ONES)};
@@ -144,6 +144,9 @@ def _kernels() -> Iterator[tuple[str, kernels.Kernel]]:
         for make in (kernels.dense, kernels.sparse):
             for rule in kernels.update_rules(dtype):
                 yield _labelled(make(dtype, rule))
+        yield _labelled(kernels.dense(dtype, kernels.GUARDED))
+        if dtype not in kernels.HALVES:
+            yield _labelled(kernels.dense(dtype, kernels.ACCUMULATION))
         for bounded in (False, True):
             yield _labelled(kernels.norm(dtype, "square_sums", kernels.UpdateRule(bounded=bounded)))
     for dtype, rule, gradient in kernels.MIXED_UPDATES:
