@@ -6,7 +6,8 @@
 
 Every flavour takes turns with plain float32 Adam. The figure is the median over the turns of the quotient of the two
 times, divided by the quotient of the bytes that the two must move. First steps run in processes of their own: "cold"
-with empty caches of compiled kernels, "warm" once more with what the first has left there; imports do not count.
+with empty caches of compiled kernels, "warm" once more with what the first has left there; imports do not count. On a
+busy machine look at the processor time, which is that of the process and of the compilers that it runs.
 """
 
 from __future__ import annotations
@@ -89,15 +90,15 @@ FIRST_STEPS = {
     "bfloat16, the same and master, slots, norm, loss scale": Flavour({**_EVERYTHING, **_SKIPPING}, "bfloat16"),
 }
 _PROGRAM = """
-import time, numpy, gpu_adam
+import os, time, numpy, gpu_adam
 from gpu_adam.kernels import dtype_named
 if "{device}" != "host": import cupy
-start = time.perf_counter()
+worked, start = sum(os.times()[:4]), time.perf_counter()
 variable = gpu_adam.Variable(numpy.ones(10, dtype_named("{flavour.dtype}")), device="{device}")
 adam = gpu_adam.Adam(**{flavour.keywords})
 adam.apply_gradients([(variable.value, variable)])
 adam.synchronize()
-print(time.perf_counter() - start)
+print(time.perf_counter() - start, sum(os.times()[:4]) - worked)
 """
 
 
@@ -111,7 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.first_step:
         rows = first_steps(options.first_step, options.only)
-        print(markdown(("first step", "device", "cold", "warm"), rows))
+        print(markdown(("first step", "device", "cold", "cold, processor time", "warm", "warm, processor time"), rows))
         return
     header = ("flavour", "bytes per parameter", "predicted", "measured", "measured / predicted")
     print(markdown(header, times(options.only, options.size, options.turns)))
@@ -149,23 +150,24 @@ def step_of(flavour: Flavour, size: int, device: Device) -> tuple[Step, int]:
     return lambda: adam.apply_gradients(pairs, grad_scale=flavour.scale), moved
 
 
-def first_steps(devices: Sequence[str], only: str) -> Iterator[tuple[str, str, str, str]]:
+def first_steps(devices: Sequence[str], only: str) -> Iterator[tuple[str, ...]]:
     """A row for each flavour of FIRST_STEPS and device: seconds of the first step without and with compiled kernels."""
     for name, flavour in FIRST_STEPS.items():
         for device in devices:
             if not re.search(only, name):
                 continue
             with tempfile.TemporaryDirectory() as cache:
-                cold, warm = (seconds_of_first_step(flavour, device, Path(cache)) for _ in range(2))
-            yield name, device, f"{cold:.2f} s", f"{warm:.2f} s"
+                seconds = [each for _ in range(2) for each in seconds_of_first_step(flavour, device, Path(cache))]
+            yield name, device, *(f"{each:.2f} s" for each in seconds)
 
 
-def seconds_of_first_step(flavour: Flavour, device: str, cache: Path) -> float:
-    """Seconds of a process's first step, with what it needs besides, but for imports."""
+def seconds_of_first_step(flavour: Flavour, device: str, cache: Path) -> list[float]:
+    """Seconds of a process's first step, without its imports, and of the processors' work for it."""
     caches = {"GPU_ADAM_CACHE": str(cache / "host"), "CUPY_CACHE_DIR": str(cache / "cupy")}
     program = _PROGRAM.format(device=device, flavour=flavour)
     call = [sys.executable, "-c", program]
-    return float(subprocess.run(call, check=True, env={**os.environ, **caches}, capture_output=True, text=True).stdout)
+    done = subprocess.run(call, check=True, env={**os.environ, **caches}, stdout=subprocess.PIPE, text=True)
+    return [float(word) for word in done.stdout.split()]
 
 
 if __name__ == "__main__":
