@@ -120,10 +120,11 @@ def stored_per_element(name: str, source: Source) -> int:
     dtypes = [dtype for dtype, row in kernels.DTYPES.items() if row.stored == defined.get("STORED")]
     if name not in ("dense", "sparse") or not dtypes:
         return 0
-    amsgrad, ema, master = (defined[name] == "1" for name in ("AMSGRAD", "EMA", "MASTER"))
+    amsgrad, ema, master, accumulates = (defined[name] == "1" for name in ("AMSGRAD", "EMA", "MASTER", "ACCUMULATE"))
     slot_dtype = "bfloat16" if defined["SLOT"] != defined["WIDE"] else None
     variable = kernels.dtype_named(dtypes[0])
-    slots = kernels.slots_of(kernels.UpdateRule(amsgrad=amsgrad, ema=ema, master=master), dtypes[0])
+    rule = kernels.UpdateRule(amsgrad=amsgrad, ema=ema, master=master, accumulates=accumulates)
+    slots = kernels.slots_of(rule, dtypes[0])
     return variable.itemsize + sum(spec.dtype(variable, "abs2", slot_dtype).itemsize for spec in slots)
 
 

@@ -13,6 +13,10 @@ static = pytest.importorskip("profiling.static", reason="needs CuPy and NVRTC: t
 callgrind = pytest.importorskip("profiling.callgrind")
 
 BEFORE = {"a": {"registers": 40, "spilled": 0}, "gone": {}}
+KERNELS = [
+    (kernels.UpdateRule(), "", "4 LDG.16, 3 STG.16", 28),
+    (kernels.ACCUMULATION, " accumulate", "2 LDG.16, 1 STG.16", 12),
+]
 AFTER = {"a": {"registers": 41, "spilled": 0}, "b": {}}
 
 
@@ -46,15 +50,16 @@ def test_every_source_has_its_own_description() -> None:
     assert len(described) == len(sources)
 
 
-def test_a_kernel_is_compiled_and_read() -> None:
+@pytest.mark.parametrize(("rule", "words", "loop", "moved"), KERNELS)
+def test_a_kernel_is_compiled_and_read(rule: kernels.UpdateRule, words: str, loop: str, moved: int) -> None:
     if shutil.which("cuobjdump") is None:
         pytest.importorskip("nvidia.cu13", reason="the extra dev brings the disassemblers")
-    source = kernels.dense("float32", kernels.UpdateRule()).source
+    source = kernels.dense("float32", rule).source
     ((name, row),) = static.gpu_rows((source, 90))
-    assert name == "dense float32 sm_90"
+    assert name == f"dense float32{words} sm_90"
     assert row["spilled"] == 0
-    assert row["loop"] == "4 LDG.16, 3 STG.16"
-    assert row["bytes per element"] == 28
+    assert row["loop"] == loop
+    assert row["bytes per element"] == moved
 
 
 @pytest.mark.skipif(shutil.which("valgrind") is None, reason="needs valgrind")
