@@ -109,8 +109,7 @@ class Plan:
             for group in self.groups
         ]
         self._different = list(dict.fromkeys(itertools.chain(*self._kinds)))
-        settled = dict.fromkeys(settings for _, settings in self._different)
-        self.cohorts = [each for each in settled if isinstance(each, Cohort)]
+        self.cohorts = list(dict.fromkeys(each for _, each in self._different if isinstance(each, Cohort)))
         self.counts = [cohort.counting(1) for cohort in self.cohorts]
         self.index_errors: dict[Variable, IndexErrors] = {}
         self._launches: Launches | None = None

@@ -17,6 +17,9 @@ SLOTS = {"exp_avg": "m", "exp_avg_sq": "v", "max_exp_avg_sq": "vhat"}
 """The slots by torch's names of them, in the order of torch's dicts, in which "step" comes first."""
 
 
+_NOTHING: tuple[None, dict[str, Any], dict[str, Any]] = None, {}, {}
+
+
 def has_moments(entry: Mapping[str, Any]) -> bool:
     """Whether an entry of `optimizer.state` holds what slots hold."""
     return "exp_avg" in entry and "exp_avg_sq" in entry
@@ -31,7 +34,8 @@ class States:
 
     def __init__(self, state: AdamState) -> None:
         self._state = state
-        self._shown: dict[int, tuple[torch.Tensor, dict[str, torch.Tensor]]] = {}
+        # By the id of each parameter, with the arrays of its slots that the tensors show.
+        self._shown: dict[int, tuple[torch.Tensor, dict[str, torch.Tensor], dict[str, Any]]] = {}
         self._entries: Any = None
         self._seen = Contents({}, at_once=False)
 
@@ -45,12 +49,12 @@ class States:
 
     def is_foreign(self, param: Any, entry: Mapping[str, Any]) -> bool:
         """Whether an entry with moments holds other tensors than those that show its parameter's slots."""
-        _, shown = self._shown.get(id(param), (None, {}))
+        _, shown, _ = self._shown.get(id(param), _NOTHING)
         return any(entry[name] is not shown.get(name) for name in SLOTS if name in entry)
 
     def forgotten(self, entries: Mapping[Any, Any]) -> list[Any]:
         """Parameters of which slots were shown, and that have no moments any more; they are shown no more."""
-        gone = [param for param, _ in self._shown.values() if not has_moments(entries.get(param, {}))]
+        gone = [param for param, *_ in self._shown.values() if not has_moments(entries.get(param, {}))]
         for param in gone:
             del self._shown[id(param)]
         return gone
@@ -67,13 +71,12 @@ class States:
             slots = self._slots(param)
             if not slots:
                 continue
-            _, old = self._shown.get(id(param), (None, {}))
+            _, old, kept = self._shown.get(id(param), _NOTHING)
+            arrays = {name: slot._value for name, slot in slots.items()}
             shown = {"step": step}
-            for name, slot in slots.items():
-                tensor = view(slot)
-                is_same = name in old and old[name].data_ptr() == tensor.data_ptr()
-                shown[name] = old[name] if is_same else tensor
-            self._shown[id(param)] = param, shown
+            for name, array in arrays.items():
+                shown[name] = old[name] if kept.get(name) is array else view(slots[name])
+            self._shown[id(param)] = param, shown, arrays
             entries.setdefault(param, {}).update(shown)
 
     def _slots(self, param: Any) -> dict[str, Any]:
