@@ -72,7 +72,7 @@ def test_order_of_pairs_is_free(device: Device) -> None:
 @pytest.mark.parametrize(
     ("pairs", "message"),
     [
-        (None, r"grads_and_vars must be an iterable of \(gradient, variable\) pairs \(got NoneType\)"),
+        (None, r"grads_and_vars must be given where no gradients have been accumulated \(got None\); pass a list"),
         (3, r"must be an iterable of .* \(got int\)"),
         ("ab", r"grads_and_vars must be an iterable of .* \(got str\)"),
         (np.array(1.0), r"grads_and_vars must be an iterable of .* \(got ndarray\)"),

@@ -21,12 +21,13 @@ OTHERS = {
 }  # fmt: skip
 
 ADAM = {
-    "add_slot", "add_weight", "amsgrad", "apply_gradients", "beta_1", "beta_2", "build", "capture", "check_errors",
-    "clipnorm", "clipvalue", "complex_mode", "decay", "epsilon", "exclude_from_weight_decay", "export",
-    "finalize_variable_values", "flavour", "forget", "from_config", "get_config", "get_gradients", "get_group",
-    "get_slot", "get_slot_names", "get_updates", "get_weights", "global_clipnorm", "iterations", "l2", "learning_rate",
-    "load", "loss_scale", "lr", "minimize", "name", "overwrite_by_averages", "read_telemetry", "replace", "restore",
-    "save", "set_group", "set_weights", "skipped_steps", "stage", "synchronize", "variables", "weight_decay", "weights",
+    "accumulate", "add_slot", "add_weight", "amsgrad", "apply_gradients", "beta_1", "beta_2", "build", "capture",
+    "check_errors", "clipnorm", "clipvalue", "complex_mode", "decay", "epsilon", "exclude_from_weight_decay",
+    "export", "finalize_variable_values", "flavour", "forget", "from_config", "get_config", "get_gradients",
+    "get_group", "get_slot", "get_slot_names", "get_updates", "get_weights", "global_clipnorm", "iterations", "l2",
+    "learning_rate", "load", "loss_scale", "lr", "minimize", "name", "overwrite_by_averages", "read_telemetry",
+    "replace", "restore", "save", "set_group", "set_weights", "skipped_steps", "stage", "synchronize", "variables",
+    "weight_decay", "weights",
 }  # fmt: skip
 VARIABLE = {
     "assign", "assign_add", "assign_sub", "constrain", "constraint", "device", "dtype", "name", "ndim", "numpy", "over",
