@@ -66,6 +66,7 @@ __device__ inline Element adam(Element e, Value g, const StepScalars& step, unsi
         return e;
     }
     if constexpr (MASTER) e.theta = e.master;
+    const Value before = e.theta;
     if constexpr (ADJUSTS) {
         g = g * real(step.sign);
         if (step.l2 != 0) g = g + e.theta * real(step.l2);
@@ -79,8 +80,9 @@ __device__ inline Element adam(Element e, Value g, const StepScalars& step, unsi
     }
     if constexpr (ADJUSTS) e.theta = e.theta * real(step.decay);
     e.theta = e.theta - (e.m * real(step.alpha)) / (square_root(second_moment) + real(step.epsilon));
+    if constexpr (MEASURES) e.moved = e.theta - before;
     if constexpr (MASTER) e.master = e.theta;
-    if constexpr (!MASTER && (EMA || STOCHASTIC)) e.theta = as_stored(e.theta, noise);
+    if constexpr (!MASTER && (EMA || STOCHASTIC || MEASURES)) e.theta = as_stored(e.theta, noise);
     if constexpr (EMA) e.average = e.average * real(step.momentum) + e.theta * real(step.one_minus_momentum);
     return e;
 }

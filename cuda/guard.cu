@@ -4,6 +4,7 @@
 //     pass 1 of norm.cu      counts the elements of the gradients that are not finite
 //     guard_end              whether the step is applied; counts it, and lets the loss scale follow
 //     the updates            with GPU_ADAM_STAGED, which look at `apply`
+//     add_square_sum         of norm.cu, twice, where the updates measure
 //
 // The host computes the scalars, as powers computed here would have other bits than the reference. How many steps were
 // left out it learns late, so that it sends a row of scalars for every number of steps that may have been done.
@@ -20,6 +21,8 @@ struct Guard {
     double norm;               // of the last step's gradients, where it was asked for
     unsigned long long found;  // not_finite of the step at work
     double square_sum;         // norm^2 of the step at work
+    double update_squares;     // of the last step's updates, 0 if it was left out
+    double theta_squares;      // of the variables as the last step left them that was not left out; NaN before
 };
 
 // Where one of the structs StepScalars has its members, in bytes from the beginning of the row; `size` is that of a member.
@@ -102,5 +105,7 @@ guard_end(Guard* guard, const GuardRows rows, const long long skips, const float
     guard->norm = sqrt(guard->square_sum);
     guard->found = 0;
     guard->square_sum = 0;
+    guard->update_squares = 0;  // behind the updates their sums are added, zeros where they are left out
+    if (!is_bad) guard->theta_squares = 0;
     if (loss.scale) follow(loss, is_bad);
 }

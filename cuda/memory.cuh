@@ -105,6 +105,50 @@ struct SharedGradient {
     __device__ Value computed(Value x, const StepScalars&) const { return x; }
 };
 
+// Sums of squares that a thread takes of its elements, in float64: of theta_t - theta_{t-1}, before it is rounded to 16
+// bits, and of theta_t, from which the next step goes on. Of no use where the kernel does not measure. In the host's fast
+// mode there are as many sums as a strip has elements, so that its loop is vectorised.
+struct Measures {
+    static constexpr int LANES = MEASURES && GPU_ADAM_ONE_THREAD ? GPU_ADAM_STRIP : 1;
+    double update[LANES], theta[LANES];
+
+    __device__ void add(const Element& e, int lane) {
+        update[lane] += norm_term(e.moved);
+        theta[lane] += norm_term(e.theta);
+    }
+};
+
+// The sums of each thread of a block, in shared memory.
+struct BlockMeasures {
+    double update[MEASURES ? 256 : 1], theta[MEASURES ? 256 : 1];
+};
+
+// Where the sums of each chunk or tile go. Mirrored by gpu_adam.kernels.MEASURED_SUMS.
+struct MeasuredSums {
+    double* update;
+    double* theta;
+};
+
+// Write what all threads of the block have measured: each thread's lanes in order, then a binary tree over the threads,
+// thread k taking thread k + 128, k + 64, ... So the order depends on the launch shape. To be called by all threads.
+__device__ inline void write_measures(const MeasuredSums& sums, long long index, const Measures& own,
+                                      BlockMeasures& block) {
+    if constexpr (MEASURES) {
+        double* const update = block.update;
+        double* const theta = block.theta;
+        const int k = threadIdx.x, threads = blockDim.x;
+        __syncthreads();  // the previous sums have been read
+        update[k] = theta[k] = 0;
+        for (int lane = 0; lane < Measures::LANES; ++lane) update[k] += own.update[lane], theta[k] += own.theta[lane];
+        __syncthreads();
+        for (int half = 128; half > 0; half /= 2) {
+            if (k < half && k + half < threads) update[k] += update[k + half], theta[k] += theta[k + half];
+            __syncthreads();
+        }
+        if (k == 0) sums.update[index] = update[0], sums.theta[index] = theta[0];
+    }
+}
+
 template <typename Source>
 __device__ __forceinline__ void prefetch(const Range& range, const Source& gradient, int i) {
 #define FETCH(slot, Memory, Register, present) \
@@ -114,9 +158,10 @@ __device__ __forceinline__ void prefetch(const Range& range, const Source& gradi
     GPU_ADAM_PREFETCH(gradient.g + i);
 }
 
-// Load, compute and store what one thread updates in one go: a pack, or one element of head or tail.
+// Load, compute and store what one thread updates in one go: a pack, or one element of head or tail; and measure it.
 template <int N, typename Source>
-__device__ inline void update_pack(const Range& range, const Source& gradient, const StepScalars& step, int i) {
+__device__ inline void update_pack(const Range& range, const Source& gradient, const StepScalars& step, int i,
+                                   Measures& measures, int lane) {
     const Slots& slots = range.slots;
     const auto g = gradient.template pack<N>(i);
     SlotPacks<N> packs;
@@ -132,6 +177,7 @@ __device__ inline void update_pack(const Range& range, const Source& gradient, c
         GPU_ADAM_SLOTS(READ)
 #undef READ
         e = adam(e, gradient.computed(g.x[k], step), step, noise_at(range.noise, range.first, i + k));
+        if constexpr (MEASURES) measures.add(e, lane);
 #define WRITE(slot, Memory, Register, present) \
     if constexpr (present) store(packs.slot.x[k], e.slot);
         GPU_ADAM_SLOTS(WRITE)
@@ -145,9 +191,10 @@ __device__ inline void update_pack(const Range& range, const Source& gradient, c
 
 // Update every element of the range once. Threads of the block stride through it; any blockDim.x is right. An element is
 // read before it is written, by the thread that writes it, so the gradient may be one of the slots itself, but must
-// not overlap a slot otherwise. No barrier inside. size = 0: nothing happens.
+// not overlap a slot otherwise. No barrier inside. size = 0: nothing happens. Returns what the thread has measured.
 template <typename Source>
-__device__ inline void update_range(const Range range, const Source gradient, const StepScalars step) {
+__device__ inline Measures update_range(const Range range, const Source gradient, const StepScalars step) {
+    Measures measures = {};
     const int head = head_size(range.slots.theta, range.size);
     const int packs = (range.size - head) / PACK;
     const bool prefetches = GPU_ADAM_PREFETCHES;
@@ -156,12 +203,13 @@ __device__ inline void update_range(const Range range, const Source gradient, co
         if (prefetches) prefetch(range, gradient, head + strip * PACK);
         GPU_ADAM_INDEPENDENT
         for (int j = strip + threadIdx.x; j < end; j += blockDim.x) {
-            update_pack<PACK>(range, gradient, step, head + j * PACK);
+            update_pack<PACK>(range, gradient, step, head + j * PACK, measures, GPU_ADAM_ONE_THREAD ? j - strip : 0);
         }
     }
     // Head and tail together are fewer than 2 PACK elements.
     const int tail = head + packs * PACK;
     for (int j = threadIdx.x; j < head + range.size - tail; j += blockDim.x) {
-        update_pack<1>(range, gradient, step, j < head ? j : tail + j - head);
+        update_pack<1>(range, gradient, step, j < head ? j : tail + j - head, measures, 0);
     }
+    return measures;
 }

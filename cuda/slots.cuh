@@ -10,6 +10,7 @@ constexpr bool AMSGRAD = GPU_ADAM_AMSGRAD;
 constexpr bool ACCUMULATES = GPU_ADAM_ACCUMULATE;  // theta is a sum of gradients, and nothing else is kept
 constexpr bool EMA = GPU_ADAM_EMA;        // an exponential moving average of the variable
 constexpr bool MASTER = GPU_ADAM_MASTER;  // theta before it was rounded to 16 bits
+constexpr bool MEASURES = GPU_ADAM_MEASURE;  // squares of theta and of what is added to it (memory.cuh)
 
 using Slot = GPU_ADAM_SLOT;
 using SlotReal = GPU_ADAM_SLOT_REAL;
@@ -55,4 +56,5 @@ struct Element {
 #define NUMBER(slot, Memory, Register, present) Register slot;
     GPU_ADAM_SLOTS(NUMBER)
 #undef NUMBER
+    Value moved;  // theta_t - theta_{t-1}, where MEASURES
 };

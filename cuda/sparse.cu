@@ -11,6 +11,7 @@
 //          it is; rows out of range are noted nevertheless.
 // Order    rows that occur several times: 0 + first + second + ..., by position in the gradient. No atomics on numbers:
 //          the same bits for every launch shape.
+// Sums     with GPU_ADAM_MEASURE those of each tile, as in dense.cu.
 // count=0  every row moves by its momentum, as with a dense gradient of zeros. Rows out of range are not applied.
 // NaN      as in dense.cu.
 #include "memory.cuh"
@@ -86,11 +87,17 @@ __device__ inline void sum_rows(const Tile& tile, const Keys keys, long long beg
 
 extern "C" __global__ void __launch_bounds__(256)
 sparse(const EmbeddingTable table, const Indices indices, const Keys keys, const Gradient* values, const double* factors,
-       const StepScalars scalars, const StepScalars* staged, IndexErrors* errors) {
+       const StepScalars scalars, const StepScalars* staged, IndexErrors* errors, const MeasuredSums sums) {
     const StepScalars step = scalars_of(0, scalars, staged, nullptr);
     alignas(16) __shared__ Value gradient[GPU_ADAM_TILE];
+    __shared__ BlockMeasures block;
     if (blockIdx.x == 0 && threadIdx.x == 0) record_first(errors, indices);
-    if (STAGED && step.apply == 0) return;
+    if (STAGED && step.apply == 0) {
+        for (long long index = blockIdx.x; MEASURES && index < table.tiles; index += gridDim.x) {
+            write_measures(sums, index, {}, block);
+        }
+        return;
+    }
     const double factor = factors ? *factors : 1.0;
 
     for (long long index = blockIdx.x; index < table.tiles; index += gridDim.x) {
@@ -104,11 +111,10 @@ sparse(const EmbeddingTable table, const Indices indices, const Keys keys, const
         __syncthreads();
         const long long offset = tile.first_row * table.row_size + tile.first_column;
         const Range range = {table.slots.at(offset), size, offset, noise_of(step.noise, table.place)};
-        if (aligned(gradient + head_size(range.slots.theta, size))) {  // two loops, as in dense.cu
-            update_range(range, SharedGradient<true>{gradient}, step);
-        } else {
-            update_range(range, SharedGradient<false>{gradient}, step);
-        }
+        const Measures own = aligned(gradient + head_size(range.slots.theta, size))  // two loops, as in dense.cu
+                                 ? update_range(range, SharedGradient<true>{gradient}, step)
+                                 : update_range(range, SharedGradient<false>{gradient}, step);
+        write_measures(sums, index, own, block);
         __syncthreads();  // before the next tile's zeros
     }
 }

@@ -295,7 +295,7 @@ class Adam:
         scaled = scale is not None or flavour.loss_scale is not None
         guarded = searched or is_guarded or not (scale is None or type(scale) is float)
         key = (mode, self._amsgrad, bounded, clip.norm, ema, bool(adjusts), *flavour.halves)
-        return _update_rule(*key, scaled, guarded, searched)
+        return _update_rule(*key, scaled, guarded, searched, measured=flavour.telemetry)
 
     def minimize(
         self,

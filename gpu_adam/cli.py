@@ -208,7 +208,10 @@ def _watched(training: Demo) -> str:
     """What the optimizer's telemetry says of the last step that is done; nothing where it is off."""
     optimizer = training.optimizer
     found = optimizer.read_telemetry() if optimizer.flavour.telemetry else None
-    return "" if found is None else f"gradient {found.grad_norm:.3g}, {found.nonfinite} not finite"
+    if found is None:
+        return ""
+    norms = f"update {found.update_norm:.3g} of {found.param_norm:.3g}"
+    return f"gradient {found.grad_norm:.3g}, {norms}, {found.nonfinite} not finite"
 
 
 def _keep(training: Demo, last: int, save: Path | None) -> str:

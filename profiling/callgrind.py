@@ -34,6 +34,7 @@ template <typename T> static T* ones(long long n) {
 }
 static StepScalars scalars = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
 static const StepScalars* staged = GPU_ADAM_STAGED ? &scalars : nullptr;
+static MeasuredSums measured = {ones<double>(1024), ones<double>(1024)};
 static Slots slots(long long n) {
 #define ONES(slot, Memory, Register, present) ones<Memory>(n),
     return {GPU_ADAM_SLOTS(ONES)};
@@ -57,7 +58,7 @@ _MAIN = {
     + """
 int main() {
     TensorTable table = dense_table();
-    void* arguments[] = {&table, &factors, &stride, &scalars, &staged};
+    void* arguments[] = {&table, &factors, &stride, &scalars, &staged, &measured};
     volatile Entry entry = dense_entry;  // a call that is not inlined, for callgrind to see
     entry(arguments, 0, CHUNKS, CHUNKS, 1);
 }
@@ -84,7 +85,7 @@ int main() {
     Gradient* values = ones<Gradient>(COUNT * WIDTH);
     static IndexErrors error = {};
     IndexErrors* errors = &error;
-    void* arguments[] = {&table, &indices, &keys, &values, &factors, &scalars, &staged, &errors};
+    void* arguments[] = {&table, &indices, &keys, &values, &factors, &scalars, &staged, &errors, &measured};
     volatile Entry entry = sparse_entry;  // a call that is not inlined, for callgrind to see
     entry(arguments, 0, tiles, tiles, 1);
 }
@@ -116,7 +117,10 @@ def rows(only: str = "") -> dict[str, Any]:
 
 
 SWITCHES = {
-    **{word: (word.upper(), 1) for word in ("amsgrad", "ema", "adjust", "clip", "master", "stochastic", "accumulate")},
+    **{
+        word: (word.upper(), 1)
+        for word in ("amsgrad", "ema", "adjust", "clip", "master", "stochastic", "accumulate", "measure")
+    },
     "staged": ("STAGED", 1),
     "captured": ("STAGED", 2),
     "scaled": ("ADJUST", 2),

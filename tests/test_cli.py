@@ -54,7 +54,7 @@ def test_watching_shows_the_gradients_and_changes_nothing(
         capsys, "demo", demo, "--steps", "3", "--watch", "--resume", str(watched), "--save", str(watched)
     )
     assert status == 0
-    assert re.search(r"^last step +gradient [\d.e-]+, 0 not finite", out, re.M)
+    assert re.search(r"^last step +gradient [\d.e-]+, update [\d.e-]+ of [\d.e-]+, 0 not finite", out, re.M)
     assert plain.read_bytes() == watched.read_bytes()
 
 

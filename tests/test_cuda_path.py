@@ -256,6 +256,7 @@ def test_a_guarded_step_waits_for_nothing(gpu: Device, emulation: Any, kind: str
             found = optimizer.read_telemetry()
             assert found is not None
             assert found.step == 7
+            assert 0 < found.update_norm < found.param_norm
         assert counters.syncs == []
     assert int(optimizer.iterations) == 7
 

@@ -42,6 +42,7 @@ def mirrors(dtype: str) -> dict[str, np.dtype[Any]]:
         "Indices": kernels.INDICES,
         "Keys": kernels.KEYS,
         "IndexErrors": kernels.INDEX_ERRORS,
+        "MeasuredSums": kernels.MEASURED_SUMS,
         "Guard": kernels.GUARD,
         "GuardPlace": kernels.GUARD_PLACE,
         "GuardRows": kernels.GUARD_ROWS,
@@ -286,7 +287,11 @@ def test_variants_are_distinct_and_complete() -> None:
         for dtype, name, rule in itertools.product(DTYPES, kernels.kernel_names("norm.cu"), rules)
     }
     guards = {kernels.guard(name).source for name in kernels.kernel_names("guard.cu")}
-    guarded = {update(dtype, kernels.GUARDED).source for dtype in DTYPES for update in (kernels.dense, kernels.sparse)}
+    guarded = {
+        update(dtype, rule).source
+        for dtype, update in itertools.product(DTYPES, (kernels.dense, kernels.sparse))
+        for rule in (kernels.GUARDED, kernels.MEASURED)
+    }
     sorts = {kernels.sort(name).source for name in kernels.kernel_names("sort.cu")}
     wide = [dtype for dtype in DTYPES if dtype not in kernels.HALVES]
     sums = {update(dtype, kernels.ACCUMULATION).source for dtype in wide for update in (kernels.dense, kernels.sparse)}
@@ -578,7 +583,7 @@ def test_staged_scalars_give_the_same_bits() -> None:
         table = kernels.struct(kernels.TENSOR_TABLE, *places, 1, 0 if frozen is None else frozen.ctypes.data)
         given = [argument, null if in_memory is None else kernels.pointer(in_memory.ctypes.data)]
         kernel = kernels.dense("float32", kernels.UpdateRule(bounded=True), staged=staged)
-        FAST.prepare(kernel, [table, null, kernels.scalar(0), *given])(1)
+        FAST.prepare(kernel, [table, null, kernels.scalar(0), *given, kernels.struct(kernels.MEASURED_SUMS, 0, 0)])(1)
         results.append({"theta": theta, "m": m, "v": v})
     assert np.isfinite(results[0]["theta"]).all()
     for result in results[1:]:

@@ -29,6 +29,7 @@ RULES = kernels.update_rules("float64")[::-1]
 RULE_OF = {dtype: RULES[number % len(RULES)] for number, dtype in enumerate(kernels.DTYPES)}
 RULE_OF |= {dtype: kernels.update_rules(dtype)[-1] for dtype in kernels.HALVES}
 STAGED = list(kernels.DTYPES)[1::2]
+RULE_OF |= {dtype: RULE_OF[dtype]._replace(measured=True) for dtype in ("float32", *STAGED)}
 
 
 class Mutant(NamedTuple):
@@ -96,6 +97,19 @@ MUTANTS = {
     ),
     "a last chunk as long as the others": Mutant(
         "tensor_table.cuh", "left < GPU_ADAM_CHUNK ?", "left < GPU_ADAM_CHUNK && !MUTANT ?", "dense", OVERRUN
+    ),
+    "a barrier before measures are added": without_barrier(
+        "memory.cuh", "dense", "theta[k] += own.theta[lane];\n        ", "\n        for (int half"
+    ),
+    "a barrier while measures are added": without_barrier(
+        "memory.cuh", "sparse", "theta[k] += theta[k + half];\n            ", ""
+    ),
+    "measures of no thread": Mutant(
+        "memory.cuh",
+        "if (k < half && k + half < threads)",
+        "if (k < half && k + half < threads + MUTANT)",
+        "dense",
+        WRONG,
     ),
     "a wrong shuffle": Mutant("sort.cuh", "inclusive, d);", "inclusive, d + MUTANT);", "sort", MISPLACED),
     "a lane too few": Mutant("sort.cuh", "if (lane >= d)", "if (lane >= d + MUTANT)", "sort", MISPLACED),

@@ -65,11 +65,15 @@ GUARD = np.dtype(
     [
         *((name, _INTEGER) for name in ("count", "skipped", "not_finite")),
         *((name, np.float64) for name in ("scale", "norm")),
-        *(("found", np.uint64), ("square_sum", np.float64)),
+        ("found", np.uint64),
+        *((name, np.float64) for name in ("square_sum", "update_squares", "theta_squares")),
     ],
     align=True,
 )
 """``Guard`` of guard.cu."""
+
+MEASURED_SUMS = np.dtype([("update", _POINTER), ("theta", _POINTER)], align=True)
+"""``MeasuredSums`` of memory.cuh."""
 
 GUARD_ROWS = np.dtype(
     [(name, _POINTER) for name in ("candidates", "row", "places")] + [(name, _INTEGER) for name in ("words", "count")],

@@ -60,6 +60,7 @@ class UpdateRule(NamedTuple):
         guarded: whether the step's scalars are chosen on the device, which may also decide that nothing changes.
         searched: whether the gradients of a guarded step are searched for elements that are not finite.
         accumulates: whether the variable is a sum to which the gradient is added, and nothing else happens.
+        measured: whether a guarded update adds up the squares of the variables and of what is added to them.
     """
 
     complex_mode: str = "abs2"
@@ -75,6 +76,7 @@ class UpdateRule(NamedTuple):
     guarded: bool = False
     searched: bool = False
     accumulates: bool = False
+    measured: bool = False
 
     @property
     def clip(self) -> int:
@@ -106,6 +108,7 @@ class UpdateRule(NamedTuple):
         return (
             *(("AMSGRAD", self.amsgrad), ("EMA", self.ema), ("ADJUST", adjusts), ("CLIP", self.clip)),
             *(("MASTER", self.master), ("STOCHASTIC", self.stochastic), ("ACCUMULATE", self.accumulates)),
+            ("MEASURE", self.measured),
         )
 
 
@@ -200,6 +203,9 @@ MIXED_UPDATES = (
 GUARDED = UpdateRule(scaled=True, guarded=True, searched=True)
 """The update of a step with a loss scale."""
 
+MEASURED = GUARDED._replace(measured=True)
+"""The same with telemetry."""
+
 ACCUMULATION = UpdateRule(accumulates=True)
 """The update of sums of gradients."""
 
@@ -226,7 +232,8 @@ def update_rules(dtype_name: str = "float32") -> list[UpdateRule]:
 def variants() -> list[Source]:
     """Sources that a step can ask for, each once, by these rules: tests compile them, and profiling lists them."""
     updates = [update(dtype, rule) for dtype in DTYPES for update in (dense, sparse) for rule in update_rules(dtype)]
-    updates += [update(dtype, GUARDED) for dtype in DTYPES for update in (dense, sparse)]
+    guarded = (GUARDED, MEASURED)
+    updates += [update(dtype, rule) for dtype in DTYPES for update in (dense, sparse) for rule in guarded]
     updates += [update(dtype, ACCUMULATION) for dtype in DTYPES if dtype not in HALVES for update in (dense, sparse)]
     mixed = [dense(dtype, rule, gradient=gradient) for dtype, rule, gradient in MIXED_UPDATES]
     rules = (UpdateRule(), UpdateRule(bounded=True), GUARDED)

@@ -74,6 +74,7 @@ class UpdateArguments:
         factor_stride: 1 where each tensor has a factor of its own, 0 where one factor serves all.
         sums: address of the partial sums of squares.
         found: address of the number of elements that are not finite, null where nobody asks.
+        measured: addresses of what a measured update adds up, MEASURED_SUMS; else null.
     """
 
     def __init__(
@@ -112,6 +113,7 @@ class UpdateArguments:
             self.live.write(self._bytes)
         _noise, *numbers = self.scalars_dtype.names or ("",)
         self.sums, self.found = kernels.pointer(0), kernels.pointer(0)
+        self.measured = kernels.struct(kernels.MEASURED_SUMS, 0, 0)
         # A third of the time of an assignment to NumPy's struct.
         form = struct.Struct(f"=Q{len(numbers)}{np.dtype(real_dtype).char}")
         self._write = functools.partial(form.pack_into, self.scalars.view(np.uint8).data, 0)

@@ -69,7 +69,10 @@ class DenseLaunch:
         tensor_table["frozen"] = arguments.frozen
         self._launch = self.device.prepare(
             kernels.dense(group.layout.dtype, group.rule, gradient=self.gradient, staged=arguments.kind),
-            [tensor_table, arguments.factors, arguments.factor_stride, arguments.scalars, arguments.staged],
+            [
+                *(tensor_table, arguments.factors, arguments.factor_stride),
+                *(arguments.scalars, arguments.staged, arguments.measured),
+            ],
         )
         self._square_sums = None
         if group.rule.sums_squares:
@@ -120,6 +123,11 @@ class DenseLaunch:
         self.arguments.sums[0] = address
         assert self._square_sums is not None
         return [self._square_sums.call(self.table.chunks)] if self.table.chunks else []
+
+    @property
+    def measured_count(self) -> int:
+        """How many sums of each kind a measured update writes: one for each chunk."""
+        return self.table.chunks
 
     @property
     def sum_count(self) -> int:

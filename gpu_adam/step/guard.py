@@ -9,6 +9,7 @@ The further the host runs ahead, the more rows of scalars it computes for a step
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -78,6 +79,14 @@ class Telemetry(NamedTuple):
         nonfinite: how many elements of its gradients were not finite.
         skipped: how many steps were left out so far, this one included if it was.
         loss_scale: what its gradients were divided by.
+        update_norm: the L2 norm over all its variables of theta_t - theta_{t-1}, as computed, before a variable of 16
+            bits is rounded; 0 for a step that was left out.
+        param_norm: the L2 norm over all its variables after the update, of the masters where variables have them; for a
+            step that was left out that of the step before, NaN where there was none.
+
+    Update and variables are measured by the update's own pass, before constraints and averages overwrite a variable. A
+    variable that comes several times in a step counts as often. These two norms, unlike all else, may differ in their
+    last bits between devices.
     """
 
     step: int
@@ -85,6 +94,8 @@ class Telemetry(NamedTuple):
     nonfinite: int
     skipped: int
     loss_scale: float
+    update_norm: float
+    param_norm: float
 
 
 class Guard:
@@ -106,7 +117,9 @@ class Guard:
 
     def __init__(self, device: Device) -> None:
         self.device = device
-        self._memory = device.array(np.zeros(1, kernels.GUARD).view(np.uint8))
+        initial = np.zeros(1, kernels.GUARD)
+        initial["theta_squares"] = np.nan
+        self._memory = device.array(initial.view(np.uint8))
         self._reports = device.read_back(self._memory)
         self.report: Any = np.zeros(1, kernels.GUARD)[0]
         # The count was `_count` after guarded step number `_since`; `_read` reports were read of `_enqueued` steps, of
@@ -129,12 +142,19 @@ class Guard:
         return int(self.state[0]) + fields[field][1]
 
     @property
+    def update_totals(self) -> list[int]:
+        """Where the sums of squares of updates and of variables lie on the device."""
+        return [self.address("update_squares"), self.address("theta_squares")]
+
+    @property
     def telemetry(self) -> Telemetry | None:
         """The last report's numbers; None before the first one."""
         if not self._read:
             return None
-        step, skipped, nonfinite, scale, norm, *_ = self.report.item()
-        return Telemetry(step, norm, nonfinite, skipped, scale)
+        report = self.report
+        step, skipped, nonfinite = (int(report[name]) for name in ("count", "skipped", "not_finite"))
+        update, theta = (math.sqrt(report[name]) for name in ("update_squares", "theta_squares"))
+        return Telemetry(step, float(report["norm"]), nonfinite, skipped, float(report["scale"]), update, theta)
 
     @property
     def is_unsure(self) -> bool:

@@ -18,7 +18,7 @@ from gpu_adam.step.dense import DenseLaunch, DenseTable
 from gpu_adam.step.groups import DenseGroup, SparseGroup
 from gpu_adam.step.guard import Guard, GuardedScalars
 from gpu_adam.step.index_errors import IndexErrors
-from gpu_adam.step.norms import norm_passes
+from gpu_adam.step.norms import UpdateNorms, norm_passes
 from gpu_adam.step.overlap import Intervals, memory_of
 from gpu_adam.step.scalars import reciprocal
 from gpu_adam.step.sparse import EmbeddingTable, SparseLaunch
@@ -59,9 +59,12 @@ class Launches:
         self._captures = captures
         self._graph_launches: Launches | None = None
         self._guarded: GuardedScalars | None = None
+        self._update_norms: UpdateNorms | None = None
         if guard is not None:
             arguments = [update.arguments for update in self._updates]
             self._guarded = GuardedScalars(guard, arguments, searched=rule.searched)
+            if rule.measured:
+                self._update_norms = UpdateNorms(self._updates, rule, guard.update_totals)
 
     @classmethod
     def of(
@@ -222,4 +225,6 @@ class Launches:
             calls += self._guarded.end(self._norms)
         for update in self._updates:
             calls += update.calls()
+        if self._update_norms is not None:
+            calls += self._update_norms.calls()
         return calls

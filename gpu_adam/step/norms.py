@@ -1,4 +1,4 @@
-"""Clipping by norm: the norms and the factors that they give never leave the device (norm.cu)."""
+"""Norms of gradients, for clipping, whose factors never leave the device (norm.cu); norms of updates, for reports."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from gpu_adam.uninterrupted import Call
 
 
 class Normed(Protocol):
-    """A launch whose gradients have a norm."""
+    """A launch whose gradients have a norm, and what it adds to its variables."""
 
     device: Device
     gradient: str
@@ -30,6 +30,37 @@ class Normed(Protocol):
 
     def square_sum_calls(self, address: int) -> list[Call]:
         """The calls that enqueue the partial sums of squares, to the float64 array at `address`."""
+
+    @property
+    def measured_count(self) -> int:
+        """How many sums of each kind a measured update writes."""
+
+
+class UpdateNorms:
+    """The sums of squares over all variables of a step, which its updates measure.
+
+    Args:
+        launches: of the updates; of one device. They write their sums to where this object has memory.
+        rule: of the update.
+        totals: addresses of the float64 numbers to which the sums are added: of the updates, and of the variables.
+    """
+
+    def __init__(self, launches: Sequence[Normed], rule: UpdateRule, totals: Sequence[int]) -> None:
+        device, count = launches[0].device, sum(launch.measured_count for launch in launches)
+        self._sums = device.empty(2 * count, np.dtype(np.float64))
+        places = [device.address(self._sums) + 8 * count * number for number in range(2)]
+        kernel, size = kernels.norm(launches[0].gradient, "add_square_sum", rule), kernels.scalar(count)
+        self._adds = [
+            device.prepare(kernel, [kernels.pointer(place), size, kernels.pointer(total)])
+            for place, total in zip(places, totals, strict=True)
+        ]
+        for launch in launches:
+            launch.arguments.measured[0] = tuple(places)
+            places = [place + 8 * launch.measured_count for place in places]
+
+    def calls(self) -> list[Call]:
+        """The calls that enqueue the additions, behind the updates."""
+        return [add.call(1) for add in self._adds]
 
 
 class NormPass:

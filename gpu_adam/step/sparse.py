@@ -82,7 +82,7 @@ class SparseLaunch:
             kernels.sparse(group.layout.dtype, group.rule, gradient=self.gradient, staged=arguments.kind),
             [
                 *(table.struct, sorter.indices, sorter.keys, self._values),
-                *(arguments.factors, arguments.scalars, arguments.staged, sorter.errors),
+                *(arguments.factors, arguments.scalars, arguments.staged, sorter.errors, arguments.measured),
             ],
         )
         self._square_sums = None
@@ -120,6 +120,11 @@ class SparseLaunch:
         self.arguments.sums[0] = address
         assert self._square_sums is not None
         return [self._square_sums.call(self.sum_count)] if self._size[0] else []
+
+    @property
+    def measured_count(self) -> int:
+        """How many sums of each kind a measured update writes: one for each tile."""
+        return self.table.tiles
 
     @property
     def sum_count(self) -> int:

@@ -159,16 +159,22 @@ template <typename T> static Complex<T> smoothed(Complex<T> old, Complex<T> thet
     return {smoothed(old.re, theta.re), smoothed(old.im, theta.im)};
 }
 
+static double term(float x) { return static_cast<double>(x) * static_cast<double>(x); }
+static double term(double x) { return x * x; }
+template <typename T> static double term(Complex<T> x) { return term(x.re) + term(x.im); }
+
 // A variable with its slots, updated by the kernel, and the same one updated here.
 struct Pair {
     Buffer<Stored> theta, expected_theta;
     Buffer<Slot> m, expected_m;
     Buffer<SlotReal> v, vhat, expected_v, expected_vhat;
     Buffer<Wide> averaged, master, expected_averaged, expected_master;
+    Buffer<double> update_squares, theta_squares;
 
     Pair(long long n, int offset)
         : theta(n, offset), expected_theta(n), m(n, offset), expected_m(n), v(n, offset), vhat(n, offset), expected_v(n),
-          expected_vhat(n), averaged(n, offset), master(n, offset), expected_averaged(n), expected_master(n) {
+          expected_vhat(n), averaged(n, offset), master(n, offset), expected_averaged(n), expected_master(n),
+          update_squares(n), theta_squares(n) {
         randomize(theta), randomize(m), randomize(v), randomize(vhat), randomize(averaged), randomize(master);
         for (long long i = 0; i < n; ++i) {
             keep(v[i], fabs_of(wide(v[i])));
@@ -182,6 +188,7 @@ struct Pair {
 
     void update(long long i, Wide g) {
         Wide updated = MASTER ? expected_master[i] : wide(expected_theta[i]), mean = wide(expected_m[i]);
+        const Wide before = updated;
         StoredReal second_moment = wide(expected_v[i]);
         if (ADJUSTS) g = penalized(g, updated);
         average(mean, g, STEP.one_minus_beta_1);
@@ -193,9 +200,11 @@ struct Pair {
         }
         // The root of a float in float64 and rounded is the float nearest to the root.
         descend(updated, mean, static_cast<StoredReal>(sqrt(second_moment)) + STEP.epsilon);
+        update_squares[i] = term(updated - before);
         if (MASTER) expected_master[i] = updated;
         keep_by_chance(expected_theta[i], updated, noise_at(noise_of(STEP.noise, PLACE), i, 0));
         if (!MASTER) updated = wide(expected_theta[i]);
+        theta_squares[i] = term(updated);
         if (EMA) expected_averaged[i] = smoothed(expected_averaged[i], updated);
     }
 
@@ -213,6 +222,27 @@ struct Pair {
             compare(averaged[i], expected_averaged[i], what, theta.size, i);
             compare(master[i], expected_master[i], what, theta.size, i);
         }
+    }
+};
+
+// Room for the sums of `count` chunks or tiles, none where the kernel must not write any.
+struct Sums {
+    Buffer<double> update, theta;
+
+    explicit Sums(long long count) : update(MEASURES ? count : 0), theta(MEASURES ? count : 0) {
+        for (long long i = 0; i < update.size; ++i) update[i] = theta[i] = NAN;
+    }
+    MeasuredSums places() { return {update.data, theta.data}; }
+
+    // Sum number `index` is that of elements [begin, begin + size) of a pair, in some order.
+    void check(long long index, Pair& pair, long long begin, long long size, const char* what) {
+        if (!MEASURES) return;
+        double squares[2] = {};
+        for (long long i = begin; i < begin + size; ++i) {
+            squares[0] += pair.update_squares[i], squares[1] += pair.theta_squares[i];
+        }
+        compare(fabs(update[index] - squares[0]) <= 1e-12 * squares[0], true, what, size, index);
+        compare(fabs(theta[index] - squares[1]) <= 1e-12 * squares[1], true, what, size, index);
     }
 };
 
@@ -264,10 +294,19 @@ static void test_dense() {
             const double factor = shift == 0 ? 1.0 : factors[shift % 2 ? t : 0];
             for (long long i = 0; i < SIZES[t]; ++i) pair.update(i, clipped_reference((*all.gradients[t])[i], factor));
         }
-        launch(all.table.chunks, dense, all.table, shift == 0 ? nullptr : factors.data, shift % 2, SCALARS, STAGED_GROUPS);
+        Sums sums(all.table.chunks);
+        launch(all.table.chunks, dense, all.table, shift == 0 ? nullptr : factors.data, shift % 2, SCALARS, STAGED_GROUPS,
+               sums.places());
+        for (int t = 0; t < TENSORS; ++t) {
+            for (long long c = all.tensors[t].first_chunk, begin = 0; c < all.ends[t]; ++c, begin += GPU_ADAM_CHUNK) {
+                const long long left = SIZES[t] - begin;
+                sums.check(c, *pairs[t], begin, left < GPU_ADAM_CHUNK ? left : GPU_ADAM_CHUNK, "sums of dense");
+            }
+        }
         for (Pair* pair : pairs) pair->check("dense"), delete pair;
     }
-    launch(2, dense, TensorTable{nullptr, nullptr, nullptr, 0, nullptr}, nullptr, 0, SCALARS, STAGED_GROUPS);
+    launch(2, dense, TensorTable{nullptr, nullptr, nullptr, 0, nullptr}, nullptr, 0, SCALARS, STAGED_GROUPS,
+           MeasuredSums{nullptr, nullptr});
 }
 
 static const IndexErrors NO_ERRORS = {0, ~0ULL, 0, 0};
@@ -316,8 +355,17 @@ static void test_table(long long rows, long long row_size, long long count, int 
     const long long rows_per_tile = pieces > 1 ? 1 : GPU_ADAM_TILE / row_size;
     const long long tiles = pieces * ((rows + rows_per_tile - 1) / rows_per_tile);
     const EmbeddingTable table = {pair.slots(), rows, row_size, rows_per_tile, pieces, tiles, PLACE};
+    Sums sums(tiles);
     launch(tiles + 1, sparse, table, Indices{indices.data, 0, count, rows}, Keys{sorted_rows.data, positions.data},
-           values.data, factor, SCALARS, STAGED_STEP, errors.data);
+           values.data, factor, SCALARS, STAGED_STEP, errors.data, sums.places());
+    for (long long tile = 0, begin = 0; tile < tiles; ++tile) {
+        const long long end = pieces > 1 ? tile / pieces * row_size + (tile % pieces + 1) * GPU_ADAM_TILE
+                                         : (tile + 1) * rows_per_tile * row_size;
+        const long long most = pieces > 1 ? (tile / pieces + 1) * row_size : rows * row_size;
+        const long long size = (end < most ? end : most) - begin;
+        sums.check(tile, pair, begin, size, "sums of sparse");
+        begin += size;
+    }
     pair.check("sparse");
     compare(errors[0], expected, "errors of sparse", count, 0);
 }
@@ -388,9 +436,6 @@ static void test_sort() {
     for (const long long rows : {16, 300, 70000, 300}) test_sort_of<long long>(2 * GPU_ADAM_SORT_RUN + 3, rows, false);
 }
 
-static double term(float x) { return static_cast<double>(x) * static_cast<double>(x); }
-static double term(double x) { return x * x; }
-template <typename T> static double term(Complex<T> x) { return term(x.re) + term(x.im); }
 static double plain(double x) { return x; }
 
 // The sum in the order that norm.cu states.
