@@ -29,13 +29,16 @@ RULES = kernels.update_rules("float64")[::-1]
 RULE_OF = {dtype: RULES[number % len(RULES)] for number, dtype in enumerate(kernels.DTYPES)}
 RULE_OF |= {dtype: kernels.update_rules(dtype)[-1] for dtype in kernels.HALVES}
 STAGED = list(kernels.DTYPES)[1::2]
-RULE_OF |= {dtype: RULE_OF[dtype]._replace(measured=True) for dtype in ("float32", *STAGED)}
+RULE_OF |= {dtype: RULE_OF[dtype]._replace(measured=True) for dtype in STAGED}
+
+
+MUTATED = ("float32", "float64")  # only the latter measures, by which its blocks have barriers more
 
 
 class Mutant(NamedTuple):
     """A mistake: `old` stands once in `file`, and becomes `new`, in which MUTANT is true if this mistake is to be made.
 
-    `test` runs into it, and says so in words that match `noticed`.
+    `test` runs into it, and says so in words that match `noticed`; in the kernels of `dtype`, one of MUTATED.
     """
 
     file: str
@@ -43,6 +46,7 @@ class Mutant(NamedTuple):
     new: str
     test: str
     noticed: str
+    dtype: str = "float32"
 
 
 WRONG = r"wrong result: .* expected"
@@ -84,7 +88,7 @@ MUTANTS = {
         WRONG,
     ),
     "a pack too early": Mutant("memory.cuh", "PACK - past;", "PACK - past - MUTANT;", "dense", MISALIGNED),
-    "a tail too late": Mutant("memory.cuh", "tail + j - head)", "tail + j - head + MUTANT)", "dense", OVERRUN),
+    "a tail too late": Mutant("memory.cuh", "tail + j - head, ", "tail + j - head + MUTANT, ", "dense", OVERRUN),
     "an element twice": Mutant(
         "memory.cuh",
         "j < head + range.size - tail; j += blockDim.x)",
@@ -100,16 +104,17 @@ MUTANTS = {
     ),
     "a barrier before measures are added": without_barrier(
         "memory.cuh", "dense", "theta[k] += own.theta[lane];\n        ", "\n        for (int half"
-    ),
+    )._replace(dtype="float64"),
     "a barrier while measures are added": without_barrier(
         "memory.cuh", "sparse", "theta[k] += theta[k + half];\n            ", ""
-    ),
+    )._replace(dtype="float64"),
     "measures of no thread": Mutant(
         "memory.cuh",
         "if (k < half && k + half < threads)",
         "if (k < half && k + half < threads + MUTANT)",
         "dense",
-        WRONG,
+        MISPLACED,
+        "float64",
     ),
     "a wrong shuffle": Mutant("sort.cuh", "inclusive, d);", "inclusive, d + MUTANT);", "sort", MISPLACED),
     "a lane too few": Mutant("sort.cuh", "if (lane >= d)", "if (lane >= d + MUTANT)", "sort", MISPLACED),
@@ -184,10 +189,10 @@ def built(cuda: Path, defines: list[str]) -> Path:
 
 
 class Programs(NamedTuple):
-    """The harness with the kernels as they are, by dtype, and with all mistakes, none of them made unless asked for."""
+    """The harness by dtype with the kernels as they are, and with all mistakes, none of them made unless asked for."""
 
     clean: dict[str, Path]
-    mutated: Path
+    mutated: dict[str, Path]
 
 
 @pytest.fixture(scope="module")
@@ -201,10 +206,11 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Programs:
         new = mutant.new.replace("MUTANT", f"(mutant == {number})")
         (copies / mutant.file).write_text(text.replace(mutant.old, new))
     switches = {dtype: definitions(dtype) for dtype in kernels.DTYPES}
-    jobs = [(copies, switches["float32"]), *((kernels.directory(), defines) for defines in switches.values())]
+    jobs = [(copies, switches[dtype]) for dtype in MUTATED]
+    jobs += [(kernels.directory(), defines) for defines in switches.values()]
     with ThreadPoolExecutor(2) as pool:
-        mutated, *clean = pool.map(built, *zip(*jobs, strict=True))
-    return Programs(dict(zip(switches, clean, strict=True)), mutated)
+        paths = list(pool.map(built, *zip(*jobs, strict=True)))
+    return Programs(dict(zip(switches, paths[len(MUTATED) :], strict=True)), dict(zip(MUTATED, paths, strict=False)))
 
 
 Run = Future["subprocess.CompletedProcess[str]"]
@@ -221,7 +227,7 @@ class Runs(NamedTuple):
 
     clean: dict[str, Run]
     mistaken: dict[str, Run]
-    without_mistake: Run
+    without_mistake: dict[str, Run]
 
 
 @pytest.fixture(scope="module")
@@ -233,10 +239,10 @@ def runs(programs: Programs) -> Iterator[Runs]:
         tests = {dtype: everything[: 4 if dtype == "float32" else 3] for dtype in programs.clean}
         clean = {dtype: pool.submit(run, program, 0, *tests[dtype]) for dtype, program in programs.clean.items()}
         mistaken = {
-            name: pool.submit(run, programs.mutated, number, mutant.test)
+            name: pool.submit(run, programs.mutated[mutant.dtype], number, mutant.test)
             for number, (name, mutant) in enumerate(MUTANTS.items(), 1)
         }
-        yield Runs(clean, mistaken, pool.submit(run, programs.mutated, 0, *everything))
+        yield Runs(clean, mistaken, {d: pool.submit(run, path, 0, *everything) for d, path in programs.mutated.items()})
         pool.shutdown(cancel_futures=True)
 
 
@@ -254,7 +260,8 @@ def test_a_mistake_is_noticed(runs: Runs, name: str) -> None:
     assert re.search(MUTANTS[name].noticed, result.stderr), result.stderr[:2000]
 
 
-def test_the_copies_are_right_until_a_mistake_is_made(runs: Runs) -> None:
+@pytest.mark.parametrize("dtype", MUTATED)
+def test_the_copies_are_right_until_a_mistake_is_made(runs: Runs, dtype: str) -> None:
     """So that a mistake is what a failure above comes from."""
-    result = runs.without_mistake.result()
+    result = runs.without_mistake[dtype].result()
     assert result.returncode == 0, result.stderr
