@@ -1,10 +1,11 @@
-"""What do the result files say? Writes their tables between the marks of README.md and profiling/README.md.
+"""What do the result files say? Writes their tables between the marks of the documents.
 
-    python profiling/report.py             check that both are in step with results/*.json; exit 1 if not
+    python profiling/report.py             check that they are in step with results/*.json; exit 1 if not
     python profiling/report.py --update    rewrite them
 
 README.md has how fast steps are beside other libraries; profiling/README.md has all figures of the goals, and the goals
-that wait for one. A result that differs from the reference is not a row of a table: either command exits with 1.
+that wait for one; cuda/README.md has what the variants of the dense kernel move and take. A result that differs from
+the reference is not a row of a table: either command exits with 1.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ from typing import Any
 from gpu_adam.bench import own_step
 from gpu_adam.bench.runner import Report, Row
 from gpu_adam.bench.tables import HEADER, cells, markdown, summary
+from gpu_adam.kernels import DTYPES
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
-README, PROFILING = HERE.parent / "README.md", HERE / "README.md"
+README, PROFILING, KERNELS = HERE.parent / "README.md", HERE / "README.md", HERE.parent / "cuda" / "README.md"
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if fresh != text and options.update:
             path.write_text(fresh)
         elif fresh != text:
-            stale.append(path.name if path.parent != HERE else f"profiling/{path.name}")
+            stale.append(path.relative_to(HERE.parent).as_posix() if path.is_relative_to(HERE.parent) else path.name)
     if stale:
         print(f"not in step with profiling/results: {', '.join(stale)}; python profiling/report.py --update")
     return int(bool(stale))
@@ -122,6 +124,7 @@ def documents() -> dict[Path, dict[str, str]]:
             "results": full(reports),
             "static": static(),
         },
+        KERNELS: {"variants": variants()},
     }
 
 
@@ -234,6 +237,35 @@ def static() -> str:
     gpu = markdown(("Kernel", *keys), ([name, *(named[name].get(key, "") for key in keys)] for name in order))
     host = markdown(("Host kernel", "instructions per element"), ((k, *v.values()) for k, v in found["host"].items()))
     return f"By {found['nvrtc']} and {found['compiler']}.\n\n{gpu}\n\n{host}"
+
+
+SHOWN = "sm_90"
+"""The architecture of the table of variants."""
+
+_COLUMNS = {"bytes per element": "bytes", "registers": "registers", "spilled": "spilled", "loop": "loop"}
+
+
+def variants() -> str:
+    """The dense kernels' variants on one architecture, each switch alone, and all of them together."""
+    path = RESULTS / "static.json"
+    if not path.exists():
+        return "Not measured yet."
+    rows = []
+    for name, row in json.loads(path.read_text())["gpu"].items():
+        kernel, *words, architecture = name.split()
+        if kernel != "dense" or architecture != SHOWN:
+            continue
+        dtype, *switches = words
+        given = dict(word.split("=") for word in switches if "=" in word)
+        alone = [word for word in switches if "=" not in word]
+        if "clip" in alone or alone == ["amsgrad", "bounded"]:  # less than "bounded" takes; what both take
+            continue
+        types = (dtype, given.get("gradient", dtype), given.get("slots", ""))
+        figures = (f"{row[key]:g}" if isinstance(row.get(key), float) else row.get(key, "") for key in _COLUMNS)
+        rows.append((*types, " ".join(alone) or "plain", *figures))
+    order = {dtype: number for number, dtype in enumerate(DTYPES)}
+    rows.sort(key=lambda row: (order[row[0]], row[1] != row[0], row[2], row[3] != "plain", row[3].count(" "), row[3]))
+    return markdown(("variable", "gradient", "slots", "switches", *_COLUMNS.values()), rows)
 
 
 if __name__ == "__main__":

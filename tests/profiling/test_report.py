@@ -1,5 +1,6 @@
 """The documents' tables are those of the result files."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -74,6 +75,30 @@ def test_what_was_measured_and_what_waits_are_two_tables() -> None:
     assert before == report.waiting({}).splitlines()[2:]
     assert len(before) == sum(bool(goal.bound()) for goals in report.GOALS.values() for goal in goals)
     assert len([row for row in after if row.endswith("| a GPU |")]) == len(report.GOALS["cuda"])
+
+
+def test_variants_of_the_dense_kernel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """In order of their dtypes, then of their switches; other kernels, architectures and combinations are left out."""
+    names = (
+        *("dense bfloat16 gradient=float32 slots=bfloat16 master", "dense bfloat16 master", "dense bfloat16"),
+        *("dense float32 amsgrad ema bounded", "dense float32 bounded", "dense float32", "dense float32 clip"),
+        *("dense float32 amsgrad bounded", "dense float32 amsgrad", "sparse float32"),
+    )
+    row = {"bytes per element": 28.0, "registers": 40, "spilled": 0, "loop": "4 LDG.16, 3 STG.16", "shared": 0}
+    gpu = {f"{name} {report.SHOWN}": row for name in names} | {"dense float64 sm_75": row, "dense float16 sm_90": {}}
+    (tmp_path / "static.json").write_text(json.dumps({"gpu": gpu}))
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    figures = "28 | 40 | 0 | 4 LDG.16, 3 STG.16 |"
+    assert report.variants().splitlines()[2:] == [
+        f"| float32 | float32 |  | plain | {figures}",
+        f"| float32 | float32 |  | amsgrad | {figures}",
+        f"| float32 | float32 |  | bounded | {figures}",
+        f"| float32 | float32 |  | amsgrad ema bounded | {figures}",
+        "| float16 | float16 |  | plain |  |  |  |  |",
+        f"| bfloat16 | bfloat16 |  | plain | {figures}",
+        f"| bfloat16 | bfloat16 |  | master | {figures}",
+        f"| bfloat16 | float32 | bfloat16 | master | {figures}",
+    ]
 
 
 def test_goals_name_real_workloads_and_peers() -> None:
