@@ -146,7 +146,8 @@ def step_of(flavour: Flavour, size: int, device: Device) -> tuple[Step, int]:
         return lambda: adam.accumulate(pairs), gradient.nbytes + 2 * 4 * size
     adam.build([variable])
     slots = sum(slot.size * slot.dtype.itemsize for slot in adam.weights[1:])
-    moved = flavour.reads * gradient.nbytes + 2 * (variable.value.nbytes + slots)
+    is_read = not flavour.keywords.get("master_weights")  # else the master is, in the variable's place
+    moved = flavour.reads * gradient.nbytes + (1 + is_read) * variable.value.nbytes + 2 * slots
     return lambda: adam.apply_gradients(pairs, grad_scale=flavour.scale), moved
 
 
