@@ -82,7 +82,7 @@ __device__ inline Element adam(Element e, Value g, const StepScalars& step, unsi
     e.theta = e.theta - (e.m * real(step.alpha)) / (square_root(second_moment) + real(step.epsilon));
     if constexpr (MEASURES) e.moved = e.theta - before;
     if constexpr (MASTER) e.master = e.theta;
-    if constexpr (!MASTER && (EMA || STOCHASTIC || MEASURES)) e.theta = as_stored(e.theta, noise);
+    if constexpr (ROUNDS && !MASTER && (EMA || STOCHASTIC || MEASURES)) e.theta = as_stored(e.theta, noise);
     if constexpr (EMA) e.average = e.average * real(step.momentum) + e.theta * real(step.one_minus_momentum);
     return e;
 }

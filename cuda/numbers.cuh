@@ -198,6 +198,8 @@ using Value = GPU_ADAM_VALUE;
 using Real = GPU_ADAM_REAL;
 using Gradient = GPU_ADAM_GRADIENT;
 
+constexpr bool ROUNDS = sizeof(Stored) < sizeof(Wide);  // theta, when it is stored
+
 template <typename Memory>
 __device__ inline Value value(Memory x) { return Converted<Value>::from(x); }
 __device__ inline Real real(StoredReal x) { return Converted<Real>::from(x); }
