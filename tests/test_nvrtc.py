@@ -164,14 +164,14 @@ def test_dense_float32_kernels_take_at_most_64_registers(architecture: str, tmp_
 
 
 def test_nothing_spills(architecture: str, tmp_path: Path) -> None:
-    """The dense float32 updates have no stack at all; elsewhere a register or two is the compiler's choice."""
+    """The dense float32 updates have no stack at all; elsewhere a float64 number or three are the compiler's choice."""
     for source in kernels.variants():
         if not examined(source, architecture):
             continue
         used = resources(source, architecture, tmp_path)
         assert set(used) == set(kernels.kernel_names(source.file))
         for name, figures in used.items():
-            assert figures["STACK"] <= (0 if source in DENSE_FLOAT32 else 16), (source, name, figures)
+            assert figures["STACK"] <= (0 if source in DENSE_FLOAT32 else 24), (source, name, figures)
             assert figures["LOCAL"] == 0, (source, name, figures)
 
 
