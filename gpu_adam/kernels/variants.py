@@ -1,7 +1,8 @@
 """Variants: one compilation of one file of ``cuda/`` for one row of the dtype table and one choice of switches.
 
 The rule for switches: compile time for memory traffic, run time for arithmetic that has an exact neutral element. A
-kernel with ``vhat`` moves one array more than a kernel without, so AMSGrad is a variant. A scalar of which one value
+kernel with ``vhat`` moves one array more than a kernel without, so AMSGrad is a variant. A kernel that measures writes
+sums besides, for which its threads share memory and wait for each other. A scalar of which one value
 changes no bit of the result (a factor of 1.0: ``x * 1.0`` is ``x``) is an argument of a kernel that is there anyway.
 (0.0 is no neutral element of the sum: ``x + 0.0`` turns -0.0 into 0.0.) Variants multiply, arguments do not.
 
