@@ -160,8 +160,12 @@ class Adam:
             setattr(self, keyword, kwargs.get(keyword))
         self._complex_mode = one_of("complex_mode", kwargs.get("complex_mode", COMPLEX_MODES[0]), COMPLEX_MODES)
         self._state = AdamState(name or type(self).__name__, self._complex_mode, self._flavour.slot_dtype)
-        self._controller = self._new_controller()
-        self._accumulator = Accumulator(self._state)
+        self._begin()
+
+    def _begin(self) -> None:
+        """Have what belongs to this process."""
+        self._rules: dict[Any, UpdateRule] = {}
+        self._controller, self._accumulator = self._new_controller(), Accumulator(self._state)
 
     def _new_controller(self) -> Controller:
         # A weak reference: an optimizer that its owner lets go is given back at once.
@@ -288,14 +292,18 @@ class Adam:
         """
         clip, flavour, hyper = self._clip, self._flavour, self._hyper
         adjusts = flavour.maximize or hyper["weight_decay"] or hyper["l2"] or self._state.settings_decay
-        bounded, ema, mode = clip.clipvalue is not None, flavour.use_ema, self._complex_mode
         searched = self._is_guarded
-        if not searched and scale is None and not is_guarded:  # a key of fewer numbers takes less time
-            return _update_rule(mode, self._amsgrad, bounded, clip.norm, ema, bool(adjusts), *flavour.halves)
         scaled = scale is not None or flavour.loss_scale is not None
         guarded = searched or is_guarded or not (scale is None or type(scale) is float)
-        key = (mode, self._amsgrad, bounded, clip.norm, ema, bool(adjusts), *flavour.halves)
-        return _update_rule(*key, scaled, guarded, searched, measured=flavour.telemetry)
+        key = self._amsgrad, clip.clipvalue is None, clip.norm, bool(adjusts), scaled, guarded
+        rule = self._rules.get(key)
+        if rule is None:
+            rule = self._rules[key] = _update_rule(
+                *(self._complex_mode, self._amsgrad, clip.clipvalue is not None, clip.norm, flavour.use_ema),
+                *(bool(adjusts), *flavour.halves, scaled, guarded, searched),
+                measured=flavour.telemetry,
+            )
+        return rule
 
     def minimize(
         self,
@@ -899,13 +907,12 @@ class Adam:
         self._controller.follow_memory()
         self._controller.settle()
         state = dict(self.__dict__)
-        del state["_controller"], state["_accumulator"]
+        del state["_controller"], state["_accumulator"], state["_rules"]
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._controller = self._new_controller()
-        self._accumulator = Accumulator(self._state)
+        self._begin()
 
 
 _update_rule = functools.cache(UpdateRule)

@@ -189,6 +189,7 @@ class Flavour(NamedTuple):
 
 
 PLAIN = Flavour()
+"""Nothing: the one object of all optimizers that ask for nothing."""
 SLOT_DTYPES = ("bfloat16",)
 ACCUMULATIONS = ("mean", "sum")
 """What becomes of the gradients that were accumulated: their mean over the calls, or their sum."""
@@ -235,7 +236,7 @@ def checked_flavour(arguments: Mapping[str, Any]) -> Flavour:
             remedy = "call overwrite_by_averages() where it is wanted"
             raise ArgumentValueError("ema_overwrite_frequency", rule, frequency, remedy)
         flavour = flavour._replace(ema_overwrite_frequency=int(frequency))
-    return flavour
+    return PLAIN if flavour == PLAIN else flavour
 
 
 def checked_patterns(patterns: Any) -> list[str]:

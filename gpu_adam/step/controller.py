@@ -44,7 +44,7 @@ from gpu_adam.step.replays import (
 )
 from gpu_adam.step.request import Memo, Request
 from gpu_adam.step.scalars import Scalars
-from gpu_adam.uninterrupted import make_all
+from gpu_adam.uninterrupted import Call, make_all
 from gpu_adam.variables import Variable
 
 _enqueue = stage("update")(make_all)
@@ -120,24 +120,33 @@ class Controller:
         """
         # A list of the step's own: the caller's may be emptied meanwhile, and nothing else keeps the gradients alive.
         pairs = grads_and_vars[:] if type(grads_and_vars) is list else requests.listed(grads_and_vars)
-        state = self._state
+        state, request = self._state, None
         with state.alone():
             memo = self._memo if self._layout is state.layout else None
             addresses = None if memo is None or memo.rule is not rule else memo.read(pairs)
             if memo is None or addresses is None:
-                found = self._resolved(pairs, rule)
-            else:
-                found = Found(pairs, memo, addresses, None)
-            recording = current_recording.get()
-            if recording is not None:
-                return self._record(recording, found, clip, incoming)
-            with self._graphs.step(found.memo.plan.devices) as graph:
-                found, gradients = self._checked(found, graph)
-                pairs, memo, _, request = found
-                plan, guard = memo.plan, None
-                if rule.guarded or self._guard is not None:
-                    guard = self._guard_of(plan, graph)
-                done, scalars = self._scalars(found, hyper, clip, incoming, guard)
+                pairs, memo, addresses, request = self._resolved(pairs, rule)
+            if (recording := current_recording.get()) is not None:
+                return self._record(recording, Found(pairs, memo, addresses, request), clip, incoming)
+            with self._graphs.step(memo.plan.devices) as graph:
+                if graph is not None:
+                    check_capturable(pairs, is_first=memo.plan.own_launches is None)
+                try:
+                    gradients = memo.plan.check(pairs, addresses)
+                except OtherDtypeError:
+                    pairs, memo, addresses, request = self._resolved(pairs, rule)
+                    gradients = _checked_anew(pairs, memo, addresses, graph)
+                plan = memo.plan
+                guard = self._guard_of(plan, graph) if rule.guarded or self._guard is not None else None
+                done = check_countable(state.counter)
+                now = Scalars(hyper, done, self._flavour) if guard is None else self._evaluated(hyper, done)
+                if now.are_called:
+                    done = self._checked_after_calls(pairs, memo, addresses)
+                if guard is None:
+                    now.iterations = done
+                    scalars: Sequence[Any] = plan.scalars(now, clip, incoming.divisor)
+                else:
+                    done, scalars = self._candidates(plan, now, hyper["learning_rate"], clip, incoming, guard)
                 if request is not None and request.without:
                     _warn(request.without)
                 with Transaction(state) as change:
@@ -149,49 +158,31 @@ class Controller:
                     launches.set_scalars(scalars)
                     count = functools.partial(state.counter._value.fill, done + 1)
                     report = [] if guard is None else guard.report_calls(state.own, plan.cohorts)
-                    calls = launches.calls(clip)
-                    if self._flavour.use_ema and self._flavour.overwrites_at(done + 1):
-                        if graph is not None:
-                            raise _overwriting_in_graph()
-                        calls += state.overwriting_calls(plan.variables)
+                    calls = [*launches.calls(clip), *self._overwriting(plan, done + 1, graph)]
                     counts = [count, *plan.counts, *incoming.taken]
                     _enqueue([*calls, *report, *memo.written_calls, *counts, *change.commit])
                 if graph is None:
                     launches.release()
                 else:
                     self._note_captured(memo, clip, incoming, done)
-                for variable in plan.constrained:
-                    variable.constrain()
+                plan.constrain()
             if request is not None:
                 self._remember(memo, request)
             return done + 1 if guard is None or not guard.is_unsure else None
 
-    def _checked(self, found: Found, graph: Graph | None) -> tuple[Found, list[Any]]:
-        """What was found for a step, and its gradients, ready to bind; found anew where their dtypes are other ones."""
+    def _overwriting(self, plan: Plan, step: int, graph: Graph | None) -> Sequence[Call]:
+        """The calls that overwrite variables by their averages at the end of step t, where that is asked for."""
+        if not self._flavour.overwrites_at(step):
+            return ()
         if graph is not None:
-            check_capturable(found.pairs, is_first=found.memo.plan.own_launches is None)
-        try:
-            return found, found.memo.plan.check(found.pairs, found.addresses)
-        except OtherDtypeError:
-            found = self._resolved(found.pairs, found.memo.rule)
-        if graph is not None:
-            check_capturable(found.pairs, is_first=found.memo.plan.own_launches is None)
-        return found, found.memo.plan.check(found.pairs, found.addresses)
+            raise _overwriting_in_graph()
+        return self._state.overwriting_calls(plan.variables)
 
-    def _scalars(
-        self, found: Found, hyper: dict[str, Any], clip: Clip, incoming: Incoming, guard: Guard | None
+    def _candidates(
+        self, plan: Plan, now: Scalars, rate: Any, clip: Clip, incoming: Incoming, guard: Guard
     ) -> tuple[int, Sequence[Any]]:
-        """How many steps are done, at most, and the scalars of the next one: see `Launches.set_scalars`."""
-        plan = found.memo.plan
-        done = check_countable(self._state.counter)
-        now = Scalars(hyper, done, self._flavour) if guard is None else self._evaluated(hyper, done)
-        if now.are_called:
-            done = self._checked_after_calls(found)
-        if guard is None:
-            now.iterations = done
-            return done, plan.scalars(now, clip, incoming.divisor)
+        """How many steps are done, at most, and for each number that may be done the scalars of the next step."""
         target = guard.aim(self._state.counter, incoming, self._flavour)
-        rate = hyper["learning_rate"]
         return target.most, [
             plan.scalars(now.at(count, rate), clip, target.number, target.most - count) for count in target.counts
         ]
@@ -336,8 +327,12 @@ class Controller:
         if found.memo.rule.guarded:
             raise _guarded_in_graph()
         check_capturable(found.pairs, is_first=False)
-        found, gradients = self._checked(found, None)
-        pairs, memo, _, request = found
+        pairs, memo, addresses, request = found
+        try:
+            gradients = memo.plan.check(pairs, addresses)
+        except OtherDtypeError:
+            pairs, memo, addresses, request = self._resolved(pairs, memo.rule)
+            gradients = _checked_anew(pairs, memo, addresses, None)
         plan = memo.plan
         check_countable(state.counter)
         if request is not None and request.without:
@@ -354,19 +349,18 @@ class Controller:
             make_all([*launches.calls(clip), *change.commit])
         step = CapturedStep(plan, launches, memo.written_calls, clip, incoming.divisor, state.layout)
         number = recording.add(stepper, step)
-        for variable in plan.constrained:
-            variable.constrain()
+        plan.constrain()
         if request is not None:
             self._remember(memo, request)
         return number
 
-    def _checked_after_calls(self, found: Found) -> int:
+    def _checked_after_calls(self, pairs: Sequence[Any], memo: Memo, addresses: np.ndarray) -> int:
         """The number of steps done, once callables have been called, which may have changed it.
 
         Raises:
             ArgumentValueError: the memory of a variable or gradient does not lie where it was checked.
         """
-        again, addresses = found.memo.read(found.pairs), found.addresses
+        again = memo.read(pairs)
         if again is not addresses and (addresses.any() if again is None else not np.array_equal(again, addresses)):
             rule = "must not move or resize a variable or gradient of the step that calls it"
             raise ArgumentValueError("a callable hyperparameter", rule, "other memory", "do so between steps")
@@ -553,6 +547,13 @@ def _in_order(objects: Iterable[Any], argument: str) -> Iterable[Any]:
     if isinstance(objects, Set):
         raise ArgumentTypeError(argument, rule, f"a {type(objects).__name__}", "pass a list")
     return items_of(argument, objects, rule)
+
+
+def _checked_anew(pairs: Sequence[Any], memo: Memo, addresses: np.ndarray, graph: Graph | None) -> list[Any]:
+    """The gradients of a step that was found anew, because their dtypes are other ones than in the step before."""
+    if graph is not None:
+        check_capturable(pairs, is_first=memo.plan.own_launches is None)
+    return memo.plan.check(pairs, addresses)
 
 
 def _guarded_in_graph() -> ArgumentValueError:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -16,26 +16,26 @@ from gpu_adam.uninterrupted import Call
 from gpu_adam.variables import IndexedSlices, Variable
 
 
-class Incoming(NamedTuple):
+class Incoming:
     """What the gradients of a step are multiples of.
 
-    Attributes:
+    Args:
         scale: by which they are to be divided: a number; for a rule that is guarded also a 0-d array on the device.
             None: the optimizer's loss scale, if it has one.
         found_inf: for a guarded rule, a 0-d float32 array on the device: where it is not 0, the step changes nothing.
         calls: over how many calls they were summed.
         taken: calls to be made with the step's launches, once nothing can fail any more.
+
+    Attributes:
+        scale, found_inf, calls, taken: as above.
+        divisor: by which number the gradients are to be divided, besides a scale that the device knows.
     """
 
-    scale: Any = None
-    found_inf: Any = None
-    calls: int = 1
-    taken: tuple[Call, ...] = ()
+    __slots__ = ("calls", "divisor", "found_inf", "scale", "taken")
 
-    @property
-    def divisor(self) -> float:
-        """By which number the gradients are to be divided, besides a scale that the device knows."""
-        return self.calls * (self.scale if type(self.scale) is float else 1.0)
+    def __init__(self, scale: Any = None, found_inf: Any = None, calls: int = 1, taken: tuple[Call, ...] = ()) -> None:
+        self.scale, self.found_inf, self.calls, self.taken = scale, found_inf, calls, taken
+        self.divisor: float = calls * (scale if type(scale) is float else 1.0)
 
 
 AS_THEY_ARE = Incoming()

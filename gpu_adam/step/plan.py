@@ -166,6 +166,11 @@ class Plan:
         }
         return [[by_kind[kind] for kind in kinds] for kinds in self._kinds]
 
+    def constrain(self) -> None:
+        """Apply the variables' constraints, one after the other."""
+        for variable in self.constrained:
+            variable.constrain()
+
     @property
     def own_launches(self) -> Launches | None:
         """The launches of steps that are no part of a graph, if they exist."""

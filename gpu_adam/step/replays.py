@@ -270,8 +270,7 @@ class CapturedFunction:
                 make_all([self._capture.launch_call(), *ending, counting.done])
             for stepper, step in self._steps:
                 if stepper.overwrites:
-                    for variable in step.plan.constrained:
-                        variable.constrain()
+                    step.plan.constrain()
             return self._stepper.state.steps_done
 
 

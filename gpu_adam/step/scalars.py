@@ -107,8 +107,8 @@ class Scalars:
             ArgumentValueError: rounding a value to `dtype` breaks its rule.
         """
         adam = self._float64() if dtype == "float64" else self._float32()
-        is_plain = self.flavour == PLAIN and not self.weight_decay and not self.l2
-        if is_plain:
+        flavour = self.flavour
+        if (flavour is PLAIN or flavour == PLAIN) and not self.weight_decay and not self.l2:
             return (0, *adam, *_NEUTRAL)
         return (self._noise() if self.flavour.stochastic_rounding else 0, *adam, *self._others(dtype))
 
