@@ -21,12 +21,12 @@
 //                                                 Decay Regularization", ICLR 2019 (arXiv:1711.05101), Algorithm 2
 //     average_t = momentum average_{t-1} + (1 - momentum) theta_t              of the updated theta
 //
+// In a kernel with the first four of them, unscale, sign and decay are 1.0 where they are not asked for, which changes
+// no bit. 0.0 is not neutral for l2 (0 times infinity is NaN): that term is left out by a condition, the same for all
+// elements.
+//
 // A variable of 16 bits is updated in float. Its master is theta_t before it is rounded, from which the next step goes
 // on; without one the next step goes on from the rounded theta_t, of which the average then is.
-//
-// In a kernel with the first four of them, unscale, sign and decay are 1.0 where they are not asked for, which changes
-// no bit.
-// 0.0 is not neutral for l2 (0 times infinity is NaN): that term is left out by a condition, the same for all elements.
 //
 // Kernels that accumulate gradients over several calls have another line in place of all of these:
 //
