@@ -4,7 +4,8 @@ A test that takes `device` runs on the host, and on a CUDA device where one answ
 runs on CUDA alone and fails without it; `--device host` leaves CUDA out. Such a test has the mark `device`. Any other
 one has the mark `no_device`: it runs on the host alone, also where a GPU answers; so do the processes that it starts.
 
-A test with the mark `long` does not run where a GPU's kernels are interpreted.
+A test with the mark `long` does not run where a GPU's kernels are interpreted. One with the mark `thorough` runs where
+marks are asked for on the command line: `pytest -m ""` runs every test.
 """
 
 import importlib

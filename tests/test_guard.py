@@ -276,6 +276,7 @@ def test_a_bad_step_beside_the_state_before_it(device: Device, config: str) -> N
     assert int(job.optimizer.iterations) == 2
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("launch", [HostDevice(threads=2), HostDevice(block_size=96, max_blocks=2)])
 def test_with_real_barriers(launch: HostDevice) -> None:
     job = Job(launch, {"skip_nonfinite": True, "clipvalue": 0.5, "telemetry": True})
@@ -661,6 +662,7 @@ def test_norms_of_updates_and_variables(device: Device, kind: str) -> None:
     assert_norms_of_steps(Job(device, {**config, "telemetry": True, "skip_nonfinite": True}, dtypes), (2, 1, 3, 4, 6))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "launch",
     [HostDevice(threads=1, max_blocks=1), HostDevice(block_size=1), HostDevice(block_size=96, max_blocks=2)],
@@ -689,6 +691,7 @@ def test_norms_of_variables_that_are_rounded(device: Device, config: dict[str, A
             np.testing.assert_allclose(found.update_norm, 0.01 * np.sqrt(elements), rtol=1e-4)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("dtypes", "config"),
     [

@@ -236,6 +236,7 @@ def test_stochastic_rounding_does_not_depend_on_the_launch() -> None:
             same(one, other)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("gradient", ["bfloat16", "float32"])
 @pytest.mark.parametrize("dtype", HALVES)
 def test_any_launch_gives_the_same_bits(dtype: str, gradient: str) -> None:

@@ -478,6 +478,7 @@ def assert_same(actual: dict[str, Array], expected: dict[str, Array], what: str)
         assert_same_bits(actual[name], array, f"{what}: {name}")
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("launch", LAUNCHES)
 @pytest.mark.parametrize("mode", MODES)
 def test_any_launch_gives_the_same_bits(dtype: str, mode: str, launch: str) -> None:
@@ -638,6 +639,7 @@ INDICES: dict[str, Callable[[np.random.Generator, int, int], Array]] = {
 }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("launch", SORTERS)
 @pytest.mark.parametrize(
     ("kind", "index_dtype"), [*((kind, "int64") for kind in INDICES), ("random", "int32"), ("out of range", "int32")]

@@ -18,6 +18,8 @@ from gpu_adam.devices import compiler, libraries
 
 HARNESS = Path(__file__).parent / "sanitized" / "harness.cpp"
 
+pytestmark = pytest.mark.thorough
+
 # Without optimisation, every access is made and checked; the arithmetic is the same.
 FLAGS = (
     *("-std=c++17", "-O0", "-g0", "-ffp-contract=off", "-fno-strict-aliasing"),
