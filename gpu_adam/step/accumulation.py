@@ -68,19 +68,21 @@ class Accumulator:
         _refuse_in_graph(variables)
         given = {variable: target for variable, (_, target) in zip(variables, request.pairs, strict=True)}
         self._have_sums(list(given))
-        begins = self.calls == 0 and len(given) == len(variables)
-        targets = {**({} if self.calls == 0 else self._targets), **given}
+        is_first = self.calls == 0
+        begins = is_first and len(given) == len(variables)
+        before = {} if is_first else self._targets
+        targets = {**before, **given}
         if not begins:
-            for variable in given.keys() - (set() if self.calls == 0 else self._targets.keys()):
+            for variable in given.keys() - before.keys():
                 with variable.device.activate():
                     self._sums[variable].value.fill(0)
-        rule, before = _rule(self._own.complex_mode, scale is not None), self._own.steps_done
+        rule, steps_done = _rule(self._own.complex_mode, scale is not None), self._own.steps_done
         given_pairs = [(g, self._sums[v]) for (g, _), v in zip(request.pairs, variables, strict=True)]
         try:
             incoming = AS_THEY_ARE if scale is None else Incoming(scale)
             self._controller.step(given_pairs, rule, _BEGINS if begins else _ADDS, NO_CLIPPING, incoming)
         finally:
-            if self._own.steps_done != before:
+            if self._own.steps_done != steps_done:
                 self._targets = targets
         return self.calls
 
