@@ -106,6 +106,16 @@ def emulation(gpu: devices.Device) -> Any:
     return importlib.import_module("cupy._emulation")
 
 
+@pytest.fixture
+def one_torch_thread() -> Iterator[None]:
+    """Threads of torch would wait for a processor where tests run beside each other."""
+    torch = importlib.import_module("torch")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(autouse=True)
 def _host_by_default(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The host as the default device of a test that does not say where it runs."""

@@ -12,7 +12,7 @@ import pickle
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,19 +26,12 @@ from gpu_adam.errors import ArgumentTypeError, ArgumentValueError
 torch: Any = pytest.importorskip("torch", reason="torch is not installed (extra: torch)")
 ours: Any = pytest.importorskip("gpu_adam.torch")
 
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
+
 STEPS = 100
 LR = 0.01
 KINDS = ["Adam", "AdamW"]
 SHAPES: list[tuple[int, ...]] = [(), (1,), (7,), (3, 5), (2, 3, 4), (4100,), (0, 3)]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Threads of torch would wait for a processor where tests run beside each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def allowed(steps: int, dtype: Any, params: list[Any], lr: float = LR) -> float:

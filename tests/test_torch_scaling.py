@@ -7,7 +7,7 @@ implementations may be apart is said in test_torch_optimizer.py.
 import copy
 import functools
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,8 @@ torch: Any = pytest.importorskip("torch", reason="torch is not installed (extra:
 ours: Any = pytest.importorskip("gpu_adam.torch")
 
 from test_torch_optimizer import KINDS, LR, allowed, assert_near, give, made, plan_of, steps_of  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 STEPS = 200
 LAGS = [0, 3, 10**9]
@@ -57,14 +59,6 @@ class Late:
     def forget(self, number: int) -> list[Any]:
         """As `ReadBack`."""
         return [functools.partial(self._made.__delitem__, slice(number))]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
