@@ -146,7 +146,9 @@ def say(sentence: str, style: str) -> None:
 def _check_target(option: str, save: Path) -> None:
     """Refuse before the training what could not be written after it."""
     parent = save.absolute().parent
-    if save.is_dir() or not parent.is_dir() or not os.access(parent, os.W_OK):
+    is_special = save.exists() and not save.is_file()  # a FIFO is written into, a file is replaced in its directory
+    places = [*([save] if save.exists() else []), *([] if is_special else [parent])]
+    if save.is_dir() or not parent.is_dir() or not all(os.access(place, os.W_OK) for place in places):
         raise ArgumentValueError(option, "must be a file in a writable directory", save, "choose another path")
 
 

@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,16 @@ def test_mistakes_are_sentences(
     found, out, err = run(capsys, "demo", *(argument.replace("SAVED", str(saved)) for argument in arguments))
     assert (found, out) == (status, "")
     assert message.replace("SAVED", str(saved)) in one_line(err)
+
+
+def test_a_fifo_gets_the_state(capsys: pytest.CaptureFixture[str], saved: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    got: list[bytes] = []
+    reader = threading.Thread(target=lambda: got.append((tmp_path / "pipe").read_bytes()))
+    reader.start()
+    assert run(capsys, "demo", "--steps", "3", "--seed", "7", "--save", str(tmp_path / "pipe"))[0] == 0
+    reader.join()
+    assert got == [saved.read_bytes()]
 
 
 def test_an_unreadable_file_is_a_sentence(
