@@ -10,6 +10,7 @@ from gpu_adam.errors import (
     ArgumentTypeError,
     ArgumentValueError,
     CheckpointError,
+    CheckpointWarning,
     ConcurrentStepError,
     DeviceError,
     GpuAdamError,
@@ -28,6 +29,7 @@ from gpu_adam.schedules import (
     PiecewiseConstantDecay,
     PolynomialDecay,
 )
+from gpu_adam.state.manager import CheckpointManager
 from gpu_adam.step.guard import Telemetry
 from gpu_adam.variables import IndexedSlices, Variable
 
@@ -41,6 +43,8 @@ __all__ = [
     "ArgumentTypeError",
     "ArgumentValueError",
     "CheckpointError",
+    "CheckpointManager",
+    "CheckpointWarning",
     "ConcurrentStepError",
     "CosineDecay",
     "CosineDecayRestarts",

@@ -4,8 +4,7 @@ import os
 import platform
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,6 +24,7 @@ from gpu_adam.demos.digits import Digits
 from gpu_adam.demos.ptychography import Ptychography, require
 from gpu_adam.demos.words import Words
 from gpu_adam.errors import ArgumentValueError, GpuAdamError
+from gpu_adam.held_signals import HeldSignals
 from gpu_adam.kernels import HALVES
 
 app = typer.Typer(
@@ -188,13 +188,13 @@ def _train(training: Demo, last: int, save: Path | None) -> list[tuple[str, str]
         training.train()
         bar.show(now=True)
         first, start = training.step, time.perf_counter()
-        with _between_steps() as interrupted:
-            while training.step < last and not interrupted():
+        with HeldSignals(signal.SIGINT) as held:
+            while training.step < last and held.received is None:
                 training.train()
                 bar.show()
         bar.show(now=True)
         seconds = time.perf_counter() - start
-    if interrupted():
+    if held.received is not None:
         raise KeyboardInterrupt(_keep(training, last, save))
     speed = f"{(last - first) / seconds:.0f} in {seconds:.1f} s" if last > first else "only one step"
     return [
@@ -251,20 +251,3 @@ class _Bar:
         state = "  ".join([self._training.shown.format(measure), f"{pace:.2f} ms/step", _watched(self._training)])
         self._progress.update(self._task, completed=self._training.step, state=state)
         self._step, self._time = self._training.step, time.perf_counter()
-
-
-@contextmanager
-def _between_steps() -> Iterator[Callable[[], bool]]:
-    """Yield whether Ctrl-C was pressed: the step is finished first, so that what is saved is whole."""
-    pressed = False
-
-    def press(*signal_and_frame: object) -> None:
-        nonlocal pressed
-        pressed = True
-        signal.signal(signal.SIGINT, before)  # a second one does not wait
-
-    before = signal.signal(signal.SIGINT, press)
-    try:
-        yield lambda: pressed
-    finally:
-        signal.signal(signal.SIGINT, before)

@@ -10,7 +10,9 @@
     └── DeviceError         (RuntimeError)  a device, driver or compiler that is not there
         └── KernelCompileError              a kernel that does not compile
 
-A message has four parts: which argument, the rule, the value, what to do.
+A message has four parts: which argument, the rule, the value, what to do. What goes on in spite of a mishap warns:
+
+    CheckpointWarning (UserWarning)             a checkpoint that is skipped, or cannot be removed
 """
 
 
@@ -62,3 +64,7 @@ class DeviceError(GpuAdamError, RuntimeError):
 
 class KernelCompileError(DeviceError):
     """A kernel does not compile; the message carries the compiler's log."""
+
+
+class CheckpointWarning(UserWarning):
+    """A checkpoint is skipped because it is damaged, or cannot be removed."""

@@ -17,7 +17,7 @@ ROOT = "gpu_adam"
 # A module imports only from lower floors, or from an earlier one of its own floor. A folder is one place, whose modules
 # may import each other: a file that moves within its folder edits nothing here.
 FLOORS = [
-    ["errors", "arrays", "nvtx", "autodiff_seam", "rules", "uninterrupted"],
+    ["errors", "arrays", "nvtx", "autodiff_seam", "rules", "uninterrupted", "held_signals"],
     ["kernels"],
     ["schedules", "devices"],
     ["conversion", "variables", "loss_scale", "hyperparameters"],

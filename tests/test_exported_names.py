@@ -7,8 +7,8 @@ import gpu_adam
 from gpu_adam import errors, schedules
 
 ERRORS = {
-    "ArgumentTypeError", "ArgumentValueError", "CheckpointError", "ConcurrentStepError", "DeviceError", "GpuAdamError",
-    "KernelCompileError", "SlotNotFoundError", "SparseIndexError",
+    "ArgumentTypeError", "ArgumentValueError", "CheckpointError", "CheckpointWarning", "ConcurrentStepError",
+    "DeviceError", "GpuAdamError", "KernelCompileError", "SlotNotFoundError", "SparseIndexError",
 }  # fmt: skip
 SCHEDULES = {
     "CosineDecay", "CosineDecayRestarts", "ExponentialDecay", "InverseTimeDecay", "LearningRateSchedule",
@@ -16,8 +16,8 @@ SCHEDULES = {
     "PiecewiseConstantDecay", "PolynomialDecay",
 }  # fmt: skip
 OTHERS = {
-    "Adam", "IndexedSlices", "LossScale", "Telemetry", "Variable", "get_device", "register_vjp", "schedules",
-    "set_device", "value_and_grad",
+    "Adam", "CheckpointManager", "IndexedSlices", "LossScale", "Telemetry", "Variable", "get_device", "register_vjp",
+    "schedules", "set_device", "value_and_grad",
 }  # fmt: skip
 
 ADAM = {

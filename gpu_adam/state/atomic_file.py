@@ -88,6 +88,16 @@ def opened(source: PathOrFile) -> AbstractContextManager[BinaryIO]:
     return contextlib.nullcontext(source)
 
 
+def make_directory(path: str | os.PathLike[str]) -> None:
+    """Make a directory, and those above it, unless they are there. Their names are durable when the call returns."""
+    if os.path.isdir(path):
+        return
+    parent = os.path.dirname(os.path.abspath(path))
+    make_directory(parent)
+    os.makedirs(path, exist_ok=True)
+    _sync_directory(parent)
+
+
 def name_of(file: PathOrFile) -> str:
     """What messages call a file."""
     return os.fsdecode(file) if isinstance(file, (str, os.PathLike)) else f"the file object {file!r}"
