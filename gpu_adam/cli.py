@@ -1,4 +1,4 @@
-"""`gpu-adam demo`, `info`, `bench` and `profile`: display only; what is shown is computed elsewhere."""
+"""The commands of `gpu-adam`: display only; what is shown is computed elsewhere."""
 
 import os
 import platform
@@ -18,12 +18,13 @@ from rich.text import Text
 
 import gpu_adam
 from gpu_adam import devices
-from gpu_adam.bench import commands
+from gpu_adam.bench import commands as bench_commands
 from gpu_adam.demos import Demo
 from gpu_adam.demos.digits import Digits
 from gpu_adam.demos.ptychography import Ptychography, require
 from gpu_adam.demos.words import Words
 from gpu_adam.errors import ArgumentValueError, GpuAdamError
+from gpu_adam.files import commands as file_commands
 from gpu_adam.held_signals import HeldSignals
 from gpu_adam.kernels import HALVES
 
@@ -134,8 +135,10 @@ def info() -> None:
         console.print("Nothing is missing.")
 
 
-app.command()(commands.bench)
-app.command()(commands.profile)
+app.command()(bench_commands.bench)
+app.command()(bench_commands.profile)
+app.command()(file_commands.inspect)
+app.command()(file_commands.convert)
 
 
 def say(sentence: str, style: str) -> None:

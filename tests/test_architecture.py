@@ -28,7 +28,7 @@ FLOORS = [
     ["adam", "np", "torch"],
     [""],
     ["demos"],
-    ["bench"],
+    ["bench", "files"],
     ["cli"],
     ["__main__"],
 ]

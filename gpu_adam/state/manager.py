@@ -67,8 +67,7 @@ class CheckpointManager:
             number of steps than the one just written, and files that were skipped as damaged, neither count nor go.
             None: all are kept.
 
-    Files are written while the next steps run. A save that becomes due before the last one is written waits for a
-    `step` after it is, so that a disk that is too slow makes for fewer files rather than for a loop that stands still.
+    Files are written while the next steps run. A save that becomes due before the last file is written waits for that.
 
     Steps that may be left out (`skip_nonfinite`, `loss_scale`) are counted on the device: `step` asks for the count,
     which waits for the device, only where a save would be due if no step had been left out.
@@ -109,15 +108,18 @@ class CheckpointManager:
             The file that is being written from now on, or None.
 
         Raises:
-            OSError: the file before could not be written, or the system refuses this one.
-            SparseIndexError: as `Adam.save`.
+            OSError: the file before could not be written.
+            ArgumentValueError: gradients were accumulated that wait for their step.
         """
         if self._held.received is not None:
             self.save()
             self._held.raise_again()
         if self._pending is not None and self._pending.save.done:
             self.wait()
-        return self._begin() if self._pending is None and self._is_due() else None
+        if not self._is_due():
+            return None
+        self.wait()
+        return self._begin()
 
     def save(self) -> Path:
         """Save now, whether it is time or not, and wait for the file.
