@@ -338,7 +338,7 @@ def test_missing_files_and_directories(tmp_path: Path) -> None:
         checkpoint.read(tmp_path / "none")
     with pytest.raises(FileNotFoundError):
         checkpoint.write(tmp_path / "none" / "state", {}, {})
-    with pytest.raises(IsADirectoryError):
+    with pytest.raises(CheckpointError, match="must be a regular file"):
         checkpoint.read(tmp_path)
 
 

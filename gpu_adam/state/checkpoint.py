@@ -8,12 +8,9 @@ The file is an uncompressed zip in NumPy's `.npz` layout (`numpy.load` opens it)
 The same arrays and meta give the same bytes, in every year and under every user.
 """
 
-import contextlib
 import io
 import math
-import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 
 import numpy as np
@@ -21,16 +18,17 @@ import numpy.typing as npt
 
 from gpu_adam.errors import ArgumentTypeError, ArgumentValueError, CheckpointError
 from gpu_adam.state import stored_zip
+from gpu_adam.state.atomic_file import PathOrFile, name_of, opened, written
 
 FORMAT, VERSION = "gpu_adam", 1
 _META = "meta.json"
 _WHOLE = "must be a whole gpu_adam checkpoint"
 _ANOTHER = "pass a file that gpu_adam wrote, or an older copy of this one"
 _MAX_NAME = stored_zip.MAX_NAME - len(".npy")
-_BUFFER = _SMALL = 1 << 20  # bytes
+_SMALL = 1 << 20  # bytes
 
 
-def write(path: str | os.PathLike[str], arrays: Mapping[str, npt.NDArray[Any]], meta: Mapping[str, Any]) -> None:
+def write(path: PathOrFile, arrays: Mapping[str, npt.NDArray[Any]], meta: Mapping[str, Any]) -> None:
     """Write a checkpoint; a reader sees the old file or the new one, never a part, also after a power failure.
 
     Args:
@@ -43,25 +41,16 @@ def write(path: str | os.PathLike[str], arrays: Mapping[str, npt.NDArray[Any]], 
         ArgumentValueError: a name that a zip archive cannot hold.
         OSError: the file system refuses; the old file is unchanged.
     """
-    target = Path(path).resolve()  # a symbolic link stays one
     host = {name: np.asarray(array) for name, array in arrays.items()}
     header = _header(host, meta)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}-{os.urandom(4).hex()}.tmp")
-    try:
-        with open(temporary, "xb", _BUFFER) as file:
-            archive = stored_zip.Writer(file)
-            archive.add(_META, header.encode(), zip64=False)
-            _write_arrays(archive, host)
-            archive.close()
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
-    _sync_directory(target.parent)
+    with written(path) as file:
+        archive = stored_zip.Writer(file)
+        archive.add(_META, header.encode(), zip64=False)
+        _write_arrays(archive, host)
+        archive.close()
 
 
-def read(path: str | os.PathLike[str]) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
+def read(path: PathOrFile) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
     """Read what `write` wrote: the arrays in their order, with their dtypes, and the meta.
 
     Nothing in the file is executed: pickled objects are refused. No size in the file is believed before it is compared
@@ -71,13 +60,13 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, npt.NDArray[Any]], dic
         FileNotFoundError: there is no such file.
         CheckpointError: the file is not a checkpoint, is damaged or cut short, or comes from a newer version.
     """
-    with open(path, "rb", _BUFFER) as file:  # outside of `try`: a missing file stays FileNotFoundError
+    with opened(path) as file:  # outside of `try`: a missing file stays FileNotFoundError
         try:
-            return _read(file)
+            return _read(file, name_of(path))
         except CheckpointError:
             raise
         except Exception as error:  # struct, json, ast and numpy raise a dozen kinds on damaged bytes
-            raise CheckpointError(str(path), _WHOLE, _short(error), _ANOTHER) from error
+            raise CheckpointError(name_of(path), _WHOLE, _short(error), _ANOTHER) from error
 
 
 def _header(arrays: Mapping[str, npt.NDArray[Any]], meta: Mapping[str, Any]) -> str:
@@ -136,18 +125,18 @@ def _write_arrays(archive: stored_zip.Writer, arrays: Mapping[str, npt.NDArray[A
         archive.add(member, headers[key] + array.tobytes(order))
 
 
-def _read(file: BinaryIO) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
+def _read(file: BinaryIO, path: str) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
     import json  # noqa: PLC0415
 
     archive = stored_zip.Reader(file)
     if _META not in archive.entries:
-        raise CheckpointError(file.name, "must be a gpu_adam checkpoint", f"no {_META} in it", _ANOTHER)
+        raise CheckpointError(path, "must be a gpu_adam checkpoint", f"no {_META} in it", _ANOTHER)
     header = json.loads(archive.read(_META).decode())
-    _check_header(file.name, header)
+    _check_header(path, header)
     dtypes = header["arrays"]
     if len(archive.entries) != len(dtypes) + 1:
         got = f"{len(dtypes)} arrays in its table and {len(archive.entries) - 1} in the file"
-        raise CheckpointError(file.name, _WHOLE, got, _ANOTHER)
+        raise CheckpointError(path, _WHOLE, got, _ANOTHER)
     layouts: dict[tuple[bytes, str], _Layout] = {}
     arrays: dict[str, npt.NDArray[Any]] = {}
     contents = archive.contents([f"{name}.npy" for name in dtypes], _SMALL)
@@ -254,13 +243,3 @@ def _named(name: str, stored: np.dtype[Any]) -> np.dtype[Any]:
 def _short(value: object) -> str:
     text = str(value)
     return text if len(text) <= 200 else f"{text[:197]}..."
-
-
-def _sync_directory(directory: Path) -> None:
-    """Make the new name itself durable; file systems that cannot sync a directory refuse, and nothing is lost."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(directory, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
