@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-import itertools
-import os
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,7 +16,8 @@ import numpy as np
 from gpu_adam import schedules
 from gpu_adam.autodiff_seam import current_tracer, refuse_in_loss
 from gpu_adam.devices import find_device
-from gpu_adam.errors import ArgumentTypeError, ArgumentValueError, CheckpointError, ConcurrentStepError
+from gpu_adam.devices.torch_tensors import written_calls
+from gpu_adam.errors import ArgumentTypeError, ArgumentValueError, ConcurrentStepError
 from gpu_adam.hyperparameters import (
     DEFAULT_EPSILON,
     NO_CLIPPING,
@@ -36,9 +35,11 @@ from gpu_adam.kernels import COMPLEX_MODES, UpdateRule
 from gpu_adam.loss_scale import CurrentLossScale
 from gpu_adam.rules import is_whole, one_of, shown, truth_value
 from gpu_adam.schedules import LearningRateSchedule
-from gpu_adam.state import checkpoint
+from gpu_adam.state import checkpoint, saving
 from gpu_adam.state.adam_state import AdamState
+from gpu_adam.state.atomic_file import PathOrFile, name_of
 from gpu_adam.state.counter import checked_count
+from gpu_adam.state.pending_save import PendingSave
 from gpu_adam.state.registry import News
 from gpu_adam.state.slots import initialized
 from gpu_adam.state.transaction import Transaction
@@ -46,7 +47,7 @@ from gpu_adam.step.accumulation import Accumulator
 from gpu_adam.step.controller import Controller
 from gpu_adam.step.gradients import AS_THEY_ARE, Incoming
 from gpu_adam.step.guard import Telemetry, checked_scale
-from gpu_adam.step.replays import Configuration, Replayable, captured
+from gpu_adam.step.replays import Configuration, Replayable, captured, refuse_in_capture
 from gpu_adam.uninterrupted import make_all
 from gpu_adam.variables import Variable, as_dtype, as_shape
 
@@ -228,6 +229,8 @@ class Adam:
         """
         if current_tracer.get() is not None:
             refuse_in_loss("apply_gradients")
+        if self._state.pending is not None:
+            self._state.raise_error_of_save()
         if grads_and_vars is None:
             return self._apply_accumulated(grad_scale)
         scale = None if grad_scale is None else checked_scale(grad_scale)
@@ -245,8 +248,9 @@ class Adam:
 
         Sums are kept beside the optimizer's slots, in float32 for gradients of 16 bits, and begin anew after each such
         step; a variable that a call has no gradient for has a gradient of 0 there. The step uses their mean over the
-        calls, or with ``accumulation="sum"`` the sums. They are no part of `weights`, files and copies. Everything is
-        enqueued on the current stream, in one launch for each dtype and device and one for each IndexedSlices.
+        calls, or with ``accumulation="sum"`` the sums. They are no part of `weights` and copies, and `save`
+        refuses to leave them out. Everything is enqueued on the current stream, in one launch for each dtype and device
+        and one for each IndexedSlices.
 
         Args:
             grads_and_vars: as for `apply_gradients`; new variables are registered as by `build`.
@@ -806,63 +810,90 @@ class Adam:
             self._controller.settle_inside()
             self._state.restore(arrays, lambda number: f"arrays[{self._state.weight_names()[number]!r}]")
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write iterations, slots and configuration to one `.npz` file, replaced atomically.
+    def save(
+        self, path: PathOrFile, *, variables: bool = False, asynchronous: bool = False, on_busy: str = "wait"
+    ) -> PendingSave | None:
+        """Write iterations, slots and configuration to one file, replaced atomically; its format: state/README.md.
+
+        Args:
+            path: a file: `.safetensors` for that container (extra ``safetensors``), any other suffix for NumPy's
+                `.npz`. Or a binary file object.
+            variables: whether to write the variables too, those that were stepped or built.
+            asynchronous: whether to return at once. The state is copied in the order of the current stream, where it
+                comes before the next step, and a thread writes the file. The host waits for the device with
+                ``skip_nonfinite`` and ``loss_scale`` alone, and `check_errors` is left to the caller.
+            on_busy: what to do while an earlier asynchronous save of this optimizer is at work: "wait" or "error".
+
+        Returns:
+            With `asynchronous` a `PendingSave`, whose `wait()` returns when the file is there and raises what has
+            prevented it; so does, where nobody waits, the next save or step. The interpreter's exit waits, too.
 
         Raises:
-            OSError: the file system refuses.
+            ArgumentTypeError, ArgumentValueError: a name or a dtype (complex128 in `.safetensors`) that the container
+                cannot hold, a missing library; accumulated gradients that wait for their step, of which no file tells;
+                a call while a graph is captured.
+            ConcurrentStepError: another save is at work, with ``on_busy="error"``; another call is.
+            OSError: the file system refuses; the old file is as it was.
             SparseIndexError: as `check_errors`.
         """
-        arrays = {f"weights/{number}": array for number, array in enumerate(self.export().values())}
-        names = [weight.name for weight in self.weights]
-        checkpoint.write(path, arrays, {"kind": "Adam", "names": names, "config": self.get_config()})
+        state = self._state
+        self._end_pending_save(one_of("on_busy", on_busy, ("wait", "error")))
+        for device in {weight.device for weight in state.weights}:
+            refuse_in_capture(device, "save")
+        if self._accumulator.calls:
+            rule, got = "must come before gradients are accumulated", f"{self._accumulator.calls} calls of accumulate"
+            raise ArgumentValueError("save", rule, got, "call apply_gradients() first")
+        if variables:
+            self._controller.follow_memory()
+        with state.alone():
+            if not asynchronous:
+                self._controller.check_errors()
+            self._controller.settle_inside()
+            note = saving.note_of(state, self._flavour, self.get_config())
+            write = saving.writing(path, state, note, variables=variables, lasting=asynchronous)
+            if not asynchronous:
+                write()
+                return None
+            state.pending = pending = PendingSave(write)
+            return pending
 
-    def load(self, path: str | os.PathLike[str]) -> None:
-        """Read iterations and slots that `save` wrote; the slots must exist: see `build`.
+    def _end_pending_save(self, on_busy: str) -> None:
+        """Wait for an asynchronous save that is at work, or raise ConcurrentStepError; raise its error."""
+        pending = self._state.pending
+        if pending is not None:
+            if on_busy == "error" and not pending.done:
+                rule, remedy = "must not be called while a save is at work", "wait for that one, or pass on_busy='wait'"
+                raise ConcurrentStepError("save", rule, "a second one", remedy)
+            pending.join()
+            self._state.raise_error_of_save()
 
-        Hyperparameters stay as they are. ``gpu_adam.state.checkpoint.read(path)[1]["config"]`` is the saved
-        configuration.
+    def load(self, path: PathOrFile, *, variables: bool = False) -> None:
+        """Read by name what `save` wrote, in this or an earlier version; the slots must exist: see `build`.
+
+        Hyperparameters and groups stay as they are: ``gpu_adam.state.checkpoint.read(path)[1]`` has those of the file.
+        Gradients that were accumulated are dropped. A save that is at work is waited for.
+
+        Args:
+            path: the file, or a binary file object.
+            variables: whether to read the variables too, which the file must have then. Otherwise they stay.
 
         Raises:
             FileNotFoundError: there is no such file.
-            CheckpointError: no checkpoint of Adam, or of other variables, dtypes or another `complex_mode`; nothing has
-                changed then.
+            CheckpointError: no whole checkpoint of Adam, or one of other variables, shapes, dtypes or another
+                `complex_mode`; nothing has changed then.
         """
         refuse_in_loss("load")
-        arrays, meta = checkpoint.read(path)
-        self._check_fits(str(path), meta)
-        with self._state.alone():
+        state = self._state
+        if state.pending is not None:
+            state.pending.join()
+        contents = checkpoint.read(path)
+        if variables:
+            self._controller.follow_memory()
+        with state.alone():
             self._controller.settle_inside()
-            names = [f"weights/{number}" for number in range(len(self.weights))]
-            if len(arrays) != len(names) or not all(map(arrays.__contains__, names)):
-                got = next((f"no {name}" for name in names if name not in arrays), f"{len(arrays)} arrays")
-                raise CheckpointError(str(path), f"must hold {len(names)} weights", got, "pass its own checkpoint")
-            by_name = dict(zip(self._state.weight_names(), map(arrays.__getitem__, names), strict=True))
-            try:
-                self._state.restore(by_name, names.__getitem__, from_file=True)
-            except (ArgumentTypeError, ArgumentValueError) as error:
-                raise CheckpointError(str(path), "must fit this optimizer", error, "pass its own checkpoint") from error
-
-    def _check_fits(self, path: str, meta: Mapping[str, Any]) -> None:
-        """Raise CheckpointError unless a file's note is that of an optimizer with these weights."""
-        if meta.get("kind") != "Adam":
-            raise CheckpointError(path, "must be written by Adam.save", meta.get("kind"), "pass another file")
-        names, config = meta.get("names"), meta.get("config")
-        if not isinstance(names, list) or not isinstance(config, Mapping):
-            got = f"names: {type(names).__name__}, config: {type(config).__name__}"
-            raise CheckpointError(path, "must hold a list of names and a configuration", got, "pass an older copy")
-        own = [weight.name for weight in self.weights]
-        if names != own:
-            raise CheckpointError(
-                path,
-                "must hold this optimizer's weights",
-                _first_difference(names, own),
-                "call build(variables) with the same variables, in order",
-            )
-        mode = config.get("complex_mode", COMPLEX_MODES[0])
-        if mode != self.complex_mode:
-            rule = f"must come from an optimizer with complex_mode={self.complex_mode!r}"
-            raise CheckpointError(path, rule, repr(mode), "construct the optimizer with the file's complex_mode")
+            written = written_calls(state.registry.arrays(state.variables)) if variables else []
+            also = [self._accumulator.clear_call(), *written]
+            saving.restore(name_of(path), state, contents, variables=variables, also=also)
 
     # Configuration.
 
@@ -959,16 +990,6 @@ def _all_gradients(loss: Callable[[], Any], params: Any, grad_loss: Any = None) 
         rule = "must be differentiable with respect to every variable"
         raise ArgumentValueError("loss", rule, f"no gradient for {without}", "leave those variables out of params")
     return list(pairs)
-
-
-def _first_difference(names: Sequence[Any], own: Sequence[str]) -> str:
-    """Where a file's list of names leaves an optimizer's, in words."""
-    if not own:
-        return f"{len(names)} weights, this optimizer none: no variable is known yet"
-    for number, (name, expected) in enumerate(itertools.zip_longest(names, own)):
-        if name != expected:
-            return f"{name!r} as weight {number}, not {expected!r}; {len(names)} weights, not {len(own)}"
-    return "the same names"
 
 
 def _is_zero(value: Any) -> bool:

@@ -1,4 +1,7 @@
-"""checkpoint.write and checkpoint.read: what goes in comes out, or an error that says why; never half a file."""
+"""checkpoint.write and checkpoint.read of .npz files: what goes in comes out, or an error that says why.
+
+Both containers are tested in test_containers.py; files of version 1, made by hand, here.
+"""
 
 import hashlib
 import io
@@ -27,7 +30,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from gpu_adam.errors import ArgumentTypeError, ArgumentValueError, CheckpointError
-from gpu_adam.state import checkpoint, stored_zip
+from gpu_adam.state import checkpoint, npz_container, stored_zip
 
 DTYPES = [np.float16, np.float32, np.float64, np.complex64, np.complex128, np.int32, np.int64, np.uint8, np.bool_]
 ML_DTYPES = [ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.int4]
@@ -61,11 +64,21 @@ def by_zipfile(arrays: Mapping[str, npt.NDArray[Any]], meta: Mapping[str, Any], 
     return file.getvalue()
 
 
+def members_by_zipfile(members: Mapping[str, bytes]) -> bytes:
+    """A zip of these members as `zipfile` writes it where it does not know their sizes beforehand."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        for name, content in members.items():
+            with archive.open(zipfile.ZipInfo(name), "w", force_zip64=True) as member:
+                member.write(content)
+    return file.getvalue()
+
+
 def archive_of(header: object, **members: bytes) -> bytes:
     """A zip with this meta.json and these `.npy` members, whatever is in them; sums and sizes are right."""
     file = io.BytesIO()
     archive = stored_zip.Writer(file)
-    archive.add("meta.json", header if isinstance(header, bytes) else json.dumps(header).encode(), zip64=False)
+    archive.add("meta.json", header if isinstance(header, bytes) else json.dumps(header).encode())
     for name, content in members.items():
         archive.add(f"{name}.npy", content)
     archive.close()
@@ -107,6 +120,13 @@ MANY_KINDS: dict[str, npt.NDArray[Any]] = {
     "large, strided": np.arange(600_000, dtype=np.float32).reshape(-1, 2)[::-1, 0],
 }
 
+NUMBERS = {
+    name: np.ascontiguousarray(array).reshape(array.shape)
+    for name, array in MANY_KINDS.items()
+    if name not in ("big endian", "record", "λ", "date", "text", "void", "nothing")
+}
+"""What is written today."""
+
 
 @given(
     arrays=st.dictionaries(
@@ -126,53 +146,59 @@ def test_what_is_written_is_read(tmp_path: Path, arrays: dict[str, npt.NDArray[A
     assert os.listdir(tmp_path) == ["state"]
 
 
-@pytest.mark.filterwarnings("ignore:Stored array in format 3.0:UserWarning")
-def test_every_kind_of_array(tmp_path: Path) -> None:
-    checkpoint.write(tmp_path / "state", MANY_KINDS, {"n": 1})
-    arrays, _ = checkpoint.read(tmp_path / "state")
-    assert list(arrays) == list(MANY_KINDS)
-    for name, array in MANY_KINDS.items():
-        read = arrays[name]
-        assert same(read, array), name
-        assert read.flags.writeable, name
-        assert read.flags.aligned, name
-        assert read.flags.f_contiguous == array.flags.f_contiguous or not array.flags.forc, name
+def test_the_order_of_bytes_and_elements_is_not_kept(tmp_path: Path) -> None:
+    arrays = {"big endian": np.arange(3, dtype=">i2"), "Fortran": np.asfortranarray(np.arange(6.0).reshape(2, 3))}
+    checkpoint.write(tmp_path / "state", arrays, {})
+    read = checkpoint.read(tmp_path / "state")[0]
+    assert read["big endian"].dtype == np.int16
+    assert read["Fortran"].flags.c_contiguous
+    assert all(np.array_equal(read[name], array) for name, array in arrays.items())
 
 
-@pytest.mark.filterwarnings("ignore:Stored array in format 3.0:UserWarning")
+@pytest.mark.parametrize("name", ["record", "date", "text", "void", "nothing"])
+def test_what_are_no_numbers(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ArgumentTypeError, match=rf'arrays\["{name}"\] must hold numbers'):
+        checkpoint.write(tmp_path / "state", {name: MANY_KINDS[name]}, {})
+    assert os.listdir(tmp_path) == []
+
+
 def test_other_readers_open_the_file(tmp_path: Path) -> None:
     path = tmp_path / "state.npz"
-    checkpoint.write(path, MANY_KINDS, {"n": 1})
+    checkpoint.write(path, NUMBERS, {"n": 1})
     with zipfile.ZipFile(path) as archive:
         assert archive.testzip() is None
-        assert archive.namelist() == ["meta.json", *(f"{name}.npy" for name in MANY_KINDS)]
+        assert archive.namelist() == ["meta.json", *(f"{name}.npy" for name in NUMBERS)]
     with np.load(path) as archive:
-        for name, array in MANY_KINDS.items():
+        for name, array in NUMBERS.items():
             assert archive[name].tobytes() == array.tobytes()
             assert archive[name].shape == array.shape
     if unzip := shutil.which("unzip"):
         subprocess.run([unzip, "-tqq", path], check=True)
 
 
-@pytest.mark.filterwarnings("ignore:Stored array in format 3.0:UserWarning")
 @pytest.mark.parametrize("limit", [1000, 2**31 - 1])
 def test_the_bytes_are_those_of_zipfile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
     """Also with sizes and offsets in zip64 fields, from a limit on that a test reaches."""
     monkeypatch.setattr(zipfile, "ZIP64_LIMIT", limit)
     monkeypatch.setattr(stored_zip, "LIMIT", limit)
-    checkpoint.write(tmp_path / "state", MANY_KINDS, {"n": 1})
+    checkpoint.write(tmp_path / "state", NUMBERS, {"n": 1})
     content = (tmp_path / "state").read_bytes()
+    with zipfile.ZipFile(tmp_path / "state") as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
     # Python 3.11.4 corrected what zipfile writes in headers with 64-bit sizes.
     if sys.version_info >= (3, 11, 4):
-        assert content == by_zipfile(MANY_KINDS, {"n": 1}, io.BytesIO())
-    assert all(same(array, MANY_KINDS[name]) for name, array in checkpoint.read(tmp_path / "state")[0].items())
+        assert content == members_by_zipfile(members)
+    for name, array in NUMBERS.items():
+        if array.dtype.kind != "V":
+            assert members[f"{name}.npy"] == npy(array), name
+    assert all(same(array, NUMBERS[name]) for name, array in checkpoint.read(tmp_path / "state")[0].items())
 
 
 def test_the_format_stays(tmp_path: Path) -> None:
     arrays = {"iterations": np.array(3, "<i8"), "w/m": np.arange(6, dtype="<f4").reshape(2, 3), "ä": np.ones(2, "<f8")}
     checkpoint.write(tmp_path / "state", arrays, {"kind": "x", "rate": 0.1})
     digest = hashlib.sha256((tmp_path / "state").read_bytes()).hexdigest()
-    assert digest == "8c78bac62c7925e6b8b03eabf6329876d9235eb502567b839ebebabd9ae6f741"
+    assert digest == "b61623e0bd589d2925ff2c32288cf8deab1e4d6c07fc9f94f1b02c327e59bc1f"
 
 
 @pytest.mark.filterwarnings("ignore:Stored array in format 3.0:UserWarning")
@@ -224,12 +250,12 @@ def test_what_arrays_have_in_common_is_done_once(tmp_path: Path, monkeypatch: py
 
         monkeypatch.setattr(np.lib.format, name, noted)
 
-    note("write_array")
+    note("write_array_header_1_0")
     note("read_array_header_1_0")
     arrays = {str(i): np.full(1 + i % 2, i) for i in range(50)}
     checkpoint.write(tmp_path / "state", arrays, {})
     assert all(same(arrays[name], array) for name, array in checkpoint.read(tmp_path / "state")[0].items())
-    assert sorted(calls) == ["read_array_header_1_0"] * 2 + ["write_array"] * 2
+    assert sorted(calls) == ["read_array_header_1_0"] * 2 + ["write_array_header_1_0"] * 2
 
 
 def test_memory_holds_no_second_copy(tmp_path: Path) -> None:
@@ -272,9 +298,10 @@ def test_numpy_opens_the_file(tmp_path: Path) -> None:
     checkpoint.write(tmp_path / "state.npz", {"a/m": np.arange(3.0)}, {"step": 7})
     with np.load(tmp_path / "state.npz") as archive:
         assert archive["a/m"].tolist() == [0.0, 1.0, 2.0]
-        assert json.loads(archive["meta.json"]) == {
-            "format": "gpu_adam", "version": 1, "arrays": {"a/m": "float64"}, "meta": {"step": 7},
-        }  # fmt: skip
+        note = json.loads(archive["meta.json"])
+        assert len(note.pop("sha256")) == 64
+        entry = f"float64 [3] {zlib.crc32(np.arange(3.0)):08x}"
+        assert note == {"format": "gpu_adam", "version": 2, "arrays": {"a/m": entry}, "meta": {"step": 7}}
 
 
 def test_a_symbolic_link_stays_one(tmp_path: Path) -> None:
@@ -285,7 +312,7 @@ def test_a_symbolic_link_stays_one(tmp_path: Path) -> None:
     assert checkpoint.read(tmp_path / "first")[1] == {"n": 2}
 
 
-@pytest.mark.parametrize("stage", ["write_array", "fsync", "replace"])
+@pytest.mark.parametrize("stage", ["write", "fsync", "replace"])
 def test_a_failing_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
     checkpoint.write(tmp_path / "state", {"w": np.zeros(3)}, {"n": 1})
     before = (tmp_path / "state").read_bytes()
@@ -293,7 +320,7 @@ def test_a_failing_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest
     def fail(*args: object, **kwargs: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(np.lib.format if stage == "write_array" else os, stage, fail)
+    monkeypatch.setattr(npz_container if stage == "write" else os, stage, fail)
     with pytest.raises(OSError, match="No space"):
         checkpoint.write(tmp_path / "state", {"w": np.ones(3)}, {"n": 2})
     assert (tmp_path / "state").read_bytes() == before
@@ -357,10 +384,12 @@ def test_other_files_are_no_checkpoints(tmp_path: Path) -> None:
         ({"format": "other", "version": 1, "arrays": {}, "meta": {}}, 'must have the format "gpu_adam"'),
         ([], 'must have the format "gpu_adam"'),
         (
-            {"format": "gpu_adam", "version": 2, "arrays": {}, "meta": {}},
-            r"must have version 1 \(got 2\); read it with",
+            {"format": "gpu_adam", "version": 3, "arrays": {}, "meta": {}},
+            r"must have version 1 or 2 \(got 3\); read it with",
         ),
         ({"format": "gpu_adam", "version": 1}, "must be a whole gpu_adam checkpoint"),
+        ({"format": "gpu_adam", "version": 2, "arrays": {}, "meta": {}}, "must have its digest"),
+        ({"format": "gpu_adam", "version": True, "arrays": {}, "meta": {}}, "must have version 1 or 2"),
         ({"format": "gpu_adam", "version": 1, "arrays": {"w": "bfloat16"}, "meta": {}}, "must be a whole"),
         ({"format": "gpu_adam", "version": 1, "arrays": [], "meta": {}}, "must be a whole"),
     ],
@@ -388,33 +417,7 @@ def test_pickles_inside_are_not_run(tmp_path: Path) -> None:
     assert not marker.exists()
 
 
-def test_damage_is_noticed(tmp_path: Path) -> None:
-    """Cut at every length, and with every byte flipped: an error, or the same content where zip ignores the byte."""
-    arrays = {"w": np.arange(5.0), "b": np.array([0.5, 3], ml_dtypes.bfloat16)}
-    checkpoint.write(tmp_path / "good", arrays, {"step": 3})
-    good, file = (tmp_path / "good").read_bytes(), tmp_path / "bad"
-    for length in range(len(good)):
-        file.write_bytes(good[:length])
-        with pytest.raises(CheckpointError):
-            checkpoint.read(file)
-    payload = [good.index(array.tobytes()) for array in arrays.values()]
-    must_notice = {
-        start + i for start, array in zip(payload, arrays.values(), strict=True) for i in range(array.nbytes)
-    }
-    unnoticed = set()
-    for position in range(len(good)):
-        file.write_bytes(good[:position] + bytes([good[position] ^ 0xFF]) + good[position + 1 :])
-        try:
-            read_arrays, meta = checkpoint.read(file)
-        except CheckpointError:
-            continue
-        unnoticed.add(position)
-        assert meta == {"step": 3}
-        assert all(same(read_arrays[name], array) for name, array in arrays.items())
-    assert not unnoticed & must_notice
-
-
-SMALL_KINDS = {name: array for name, array in MANY_KINDS.items() if array.nbytes < 1000 and name not in ("é", "λ")}
+SMALL_KINDS = {name: array for name, array in NUMBERS.items() if array.nbytes < 1000}
 
 
 def outcome(path: Path, content: bytes) -> dict[str, npt.NDArray[Any]] | None:
@@ -654,7 +657,7 @@ def test_malformed_metadata(tmp_path: Path, header: object) -> None:
         ("V2", name) for name in ("float16", "int16", "float8_e4m3fn", "V2", "finfo", "Bfloat16", "generic")
     ]
     + [("V1", name) for name in ("bfloat16", "int8", "bool")]
-    + [("f2", "bfloat16"), ("i2", "bfloat16"), ("u1", "float8_e4m3fn"), ("i1", "int4")],
+    + [("f2", "bfloat16"), ("i2", "bfloat16"), ("u2", "float8_e4m3fn"), ("i1", "int4")],
 )  # fmt: skip
 def test_dtypes_that_the_table_must_not_name(tmp_path: Path, stored: Any, name: str) -> None:
     content = npy(np.zeros(4, stored))

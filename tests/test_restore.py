@@ -1,7 +1,5 @@
 """set_weights, load and the counter: convert and check everything, then write. What is refused has changed nothing."""
 
-import json
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -302,7 +300,7 @@ def test_a_file_with_another_dtype(device: Device, tmp_path: Path, number: int, 
     """Each array must have its weight's dtype: nothing is rounded on the way in."""
     arrays, meta = saved(device, tmp_path / "state")
     optimizer, x = started(device)
-    name = f"weights/{number}"
+    name = list(arrays)[number]
     if arrays[name].dtype == dtype:
         optimizer.load(tmp_path / "state")
         assert_same_bits(optimizer.weights[number].numpy(), np.asarray(arrays[name]))
@@ -329,7 +327,7 @@ def test_a_file_of_another_complex_mode(
     arrays, meta = saved(device, path, "complex64", complex_mode=written)
     optimizer, x = started(device, dtype="complex64", complex_mode=read)
     if same_dtypes:
-        arrays["weights/2"] = arrays["weights/2"].real.astype(optimizer.weights[2].dtype)
+        arrays["x/v"] = arrays["x/v"].real.astype(optimizer.weights[2].dtype)
         checkpoint.write(path, arrays, meta)
     with unchanged(optimizer, x), pytest.raises(CheckpointError):
         optimizer.load(path)
@@ -342,46 +340,33 @@ def test_a_file_of_another_complex_mode(
 @pytest.mark.parametrize("count", [-1, -(2**63), LAST])
 def test_a_file_with_a_bad_count(device: Device, tmp_path: Path, count: int) -> None:
     arrays, meta = saved(device, tmp_path / "state")
-    checkpoint.write(tmp_path / "state", arrays | {"weights/0": np.array(count, np.int64)}, meta)
+    checkpoint.write(tmp_path / "state", arrays | {"iterations": np.array(count, np.int64)}, meta)
     optimizer, x = started(device)
     with unchanged(optimizer, x), pytest.raises(CheckpointError):
         optimizer.load(tmp_path / "state")
 
 
-MALFORMED: dict[str, Callable[[dict[str, Any]], Any]] = {
-    "no names": lambda meta: {key: meta[key] for key in meta if key != "names"},
-    "no config": lambda meta: {key: meta[key] for key in meta if key != "config"},
-    "the kind alone": lambda meta: {"kind": "Adam"},
-    "names is None": lambda meta: meta | {"names": None},
-    "names is a word": lambda meta: meta | {"names": "Adam/iter"},
-    "names is a number": lambda meta: meta | {"names": 3},
-    "names is a dict": lambda meta: meta | {"names": dict.fromkeys(meta["names"], 1)},
-    "names of numbers": lambda meta: meta | {"names": [1, 2, 3]},
-    "names of lists": lambda meta: meta | {"names": [[], [], []]},
-    "config is None": lambda meta: meta | {"config": None},
-    "config is a list": lambda meta: meta | {"config": ["complex_mode"]},
-    "config is a word": lambda meta: meta | {"config": "complex_mode"},
-    "another kind": lambda meta: meta | {"kind": ["Adam"]},
-    "meta is a list": lambda meta: ["kind", "names", "config"],
-    "meta is None": lambda meta: None,
-    "meta is a word": lambda meta: "Adam",
-    "meta is a number": lambda meta: 3,
-    "meta is empty": lambda meta: {},
+MALFORMED: dict[str, Any] = {
+    "no config": {"kind": "Adam"},
+    "config is None": {"kind": "Adam", "config": None},
+    "config is a list": {"kind": "Adam", "config": ["complex_mode"]},
+    "config is a word": {"kind": "Adam", "config": "complex_mode"},
+    "another kind": {"kind": ["Adam"], "config": {}},
+    "names is None": {"kind": "Adam", "config": {}, "names": None},
+    "names is a word": {"kind": "Adam", "config": {}, "names": "Adam/iter"},
+    "names is a dict": {"kind": "Adam", "config": {}, "names": {"Adam/iter": 1}},
+    "names of numbers": {"kind": "Adam", "config": {}, "names": [1, 2, 3]},
+    "names of lists": {"kind": "Adam", "config": {}, "names": [[], [], []]},
+    "names of others": {"kind": "Adam", "config": {}, "names": ["Adam/iter", "Adam/x/m", "Adam/x/v"]},
+    "meta is empty": {},
 }
 
 
 @pytest.mark.parametrize("kind", MALFORMED)
 def test_malformed_metadata(device: Device, tmp_path: Path, kind: str) -> None:
     path = tmp_path / "state"
-    _, meta = saved(device, path)
-    with zipfile.ZipFile(path) as archive:
-        members = {name: archive.read(name) for name in archive.namelist()}
-    header = json.loads(members["meta.json"])
-    assert header["meta"] == meta
-    members["meta.json"] = json.dumps(header | {"meta": MALFORMED[kind](meta)}).encode()
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, content in members.items():
-            archive.writestr(name, content)
+    arrays, _ = saved(device, path)
+    checkpoint.write(path, arrays, MALFORMED[kind])
     optimizer, x = started(device)
     with unchanged(optimizer, x), pytest.raises(CheckpointError):
         optimizer.load(path)
@@ -390,59 +375,43 @@ def test_malformed_metadata(device: Device, tmp_path: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("change", "message"),
     [
-        lambda names: [*names[:1], "Adam/other/m", *names[2:]],
-        lambda names: [*names, "Adam/other/m"],
-        lambda names: names[:2],
+        ({"x/m": "other/m"}, "nothing for 'x/m' and also 'other/m'"),
+        ({"x/m": None, "x/v": None}, "nothing for 'x/m', 'x/v'"),
+        ({"x/v": "x/vhat"}, "nothing for 'x/v' and also 'x/vhat'"),
+        ({"iterations": None}, "nothing for 'iterations'"),
     ],
 )
-def test_a_message_names_the_first_difference(
-    device: Device, tmp_path: Path, change: Callable[[list[str]], list[str]]
+def test_a_message_names_what_is_missing_or_left_over(
+    device: Device, tmp_path: Path, change: dict[str, str | None], message: str
 ) -> None:
     path = tmp_path / "state"
     arrays, meta = saved(device, path)
-    changed = change(meta["names"])
-    checkpoint.write(path, arrays, meta | {"names": changed})
+    names = {name: change.get(name, name) for name in arrays}
+    checkpoint.write(path, {new: arrays[name] for name, new in names.items() if new}, meta)
     optimizer, x = started(device)
     with unchanged(optimizer, x), pytest.raises(CheckpointError) as caught:
         optimizer.load(path)
-    named = "Adam/other/m" if "Adam/other/m" in changed else "Adam/x/v"
-    assert named in str(caught.value)
+    assert message in str(caught.value)
     assert "build" in str(caught.value)
 
 
 def test_messages_about_many_variables_are_short(device: Device, tmp_path: Path) -> None:
-    path = tmp_path / "state"
-    arrays, meta = saved(device, path)
+    small, large = tmp_path / "small", tmp_path / "large"
+    optimizer, x = started(device)
+    optimizer.save(small)
     many = gpu_adam.Adam()
     many.build([Variable(np.zeros((), np.float32), name=f"layer_{number}/kernel") for number in range(20_000)])
-    names = [weight.name for weight in many.weights]
-    optimizer, x = started(device)
-    wrong = [
-        (many, meta["names"], arrays),  # a small file, many variables
-        (optimizer, names, arrays),  # many names in the file
-        (gpu_adam.Adam(), names, arrays),
-        (many, [*names[:-1], "another"], arrays),  # nearly all the same
-        (many, names, arrays),  # arrays that are missing
-    ]
-    for target, listed, members in wrong:
-        checkpoint.write(path, members, meta | {"names": listed})
+    many.save(large)
+    for target, path in ((many, small), (optimizer, large), (gpu_adam.Adam(), large)):
         with pytest.raises(CheckpointError) as caught:
             target.load(path)
         assert len(str(caught.value)) < 1000
-    assert "another" in str(_load_error(many, path, arrays, meta | {"names": [*names[:-1], "another"]}))
     with pytest.raises(ArgumentValueError) as refused:
         many.set_weights([np.zeros(())] * 7)
     assert len(str(refused.value)) < 1000
     assert contents(x)[1] == (3,)
-
-
-def _load_error(optimizer: gpu_adam.Adam, path: Path, arrays: dict[str, Any], meta: dict[str, Any]) -> CheckpointError:
-    checkpoint.write(path, arrays, meta)
-    with pytest.raises(CheckpointError) as caught:
-        optimizer.load(path)
-    return caught.value
 
 
 def test_a_file_still_goes_on_to_the_same_bits(device: Device, tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ class Words(Demo):
 
     def data(self) -> Mapping[str, np.ndarray]:
         """Return the vocabulary: other Python versions have other texts."""
-        return {"words": np.array(self.words)}
+        return {"words": np.frombuffer("\n".join(self.words).encode(), np.uint8)}
 
     def batch(self, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Draw words [n], and for each its neighbour and the random words [n, 1 + negatives]."""

@@ -70,6 +70,13 @@ class ReadBack(Protocol):
         """Calls that forget so many copies, the oldest ones, which are there."""
 
 
+class Snapshot(Protocol):
+    """The contents of arrays in host memory, as they were at one point of the stream."""
+
+    def read(self) -> list[np.ndarray]:
+        """The contents. Waits for them, in whichever thread."""
+
+
 class Capture(Protocol):
     """One capture: what a function enqueues becomes a graph."""
 
@@ -154,6 +161,17 @@ class Device(ABC):
     @abstractmethod
     def read_back(self, array: Array) -> ReadBack:
         """Copies of the contents of one of the device's arrays, one-dimensional, as they come about."""
+
+    @abstractmethod
+    def snapshot(self, arrays: Sequence[Array], *, lasting: bool) -> Snapshot:
+        """The contents that arrays of this device have once everything enqueued so far is done. Nobody waits.
+
+        What is enqueued afterwards, on the same stream, does not change them.
+
+        Args:
+            arrays: C-contiguous.
+            lasting: whether also calls of this thread must not change the contents, as they may on the host.
+        """
 
     @abstractmethod
     def copy_call(self, targets: Sequence[Array], sources: Sequence[Array]) -> Call:

@@ -16,7 +16,7 @@ import numpy as np
 
 from gpu_adam import kernels
 from gpu_adam.devices import compiler, libraries
-from gpu_adam.devices.base import Array, Device, Launch, ReadBack, StagedArray
+from gpu_adam.devices.base import Array, Device, Launch, ReadBack, Snapshot, StagedArray
 from gpu_adam.devices.native_pairs import (
     NUMPY,
     NativeAddressReader,
@@ -143,6 +143,10 @@ class HostDevice(Device):
         """Copies of the contents of an array, as they come about."""
         return _HostCopies(array)
 
+    def snapshot(self, arrays: Sequence[Array], *, lasting: bool) -> Snapshot:
+        """Copies of the arrays; the arrays themselves where the contents need not last."""
+        return _HostSnapshot([array.copy() for array in arrays] if lasting else list(arrays))
+
     def copy_call(self, targets: Sequence[Array], sources: Sequence[Array]) -> Call:
         """A call, to be made once, that copies into arrays, and casts where dtypes differ."""
         return all_of(operator.setitem, targets, itertools.repeat(...), sources)
@@ -228,6 +232,14 @@ class _HostCopies:
 
     def forget(self, number: int) -> list[Call]:
         return [functools.partial(self._made.__delitem__, slice(number))]
+
+
+class _HostSnapshot:
+    def __init__(self, arrays: list[np.ndarray]) -> None:
+        self._arrays = arrays
+
+    def read(self) -> list[np.ndarray]:
+        return self._arrays
 
 
 class _HostLaunch:

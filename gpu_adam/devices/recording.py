@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gpu_adam.devices.base import Array, Capture, Device, Launch, ReadBack, StagedArray
+from gpu_adam.devices.base import Array, Capture, Device, Launch, ReadBack, Snapshot, StagedArray
 from gpu_adam.devices.pair_reader import AddressReader, ExpectedPairs, PairReader
 from gpu_adam.kernels import Kernel
 from gpu_adam.uninterrupted import Call
@@ -107,6 +107,11 @@ class RecordingDevice(Device):
     def read_back(self, array: Array) -> ReadBack:
         """As the device, unrecorded: what a copy costs a step is in no measurement."""
         return self._device.read_back(array)
+
+    def snapshot(self, arrays: Sequence[Array], *, lasting: bool) -> Snapshot:
+        """As the device; a copy of all."""
+        self.record(Event("copy", "", sum(int(array.nbytes) for array in arrays)))
+        return self._device.snapshot(arrays, lasting=lasting)
 
     def copy_call(self, targets: Sequence[Array], sources: Sequence[Array]) -> Call:
         """As the device; a copy of all when it is called."""

@@ -19,6 +19,7 @@ from gpu_adam.kernels import UpdateRule, slots_of
 from gpu_adam.loss_scale import check_scale
 from gpu_adam.state.counter import checked_count
 from gpu_adam.state.door import Door
+from gpu_adam.state.pending_save import PendingSave
 from gpu_adam.state.registry import Registry
 from gpu_adam.state.slots import as_slot, beside, is_beside
 from gpu_adam.uninterrupted import Call, make_all
@@ -29,6 +30,9 @@ COUNTER = "iterations"
 
 SCALE, GOOD_STEPS = "loss_scale", "good_steps"
 """The names of a loss scale's numbers: a float32, and an int64."""
+
+VALUE = "value"
+"""What stands for a slot's name in the name of a variable itself."""
 
 
 class AdamState:
@@ -56,6 +60,7 @@ class AdamState:
             compares.
         alone: ``with state.alone():`` is the context of one call at a time. It raises ConcurrentStepError where another
             call of the optimizer is at work, in another thread or around this one.
+        pending: the last asynchronous save, until it has ended and its error, if it has one, was raised.
     """
 
     def __init__(self, name: str, complex_mode: str, slot_dtype: str | None = None) -> None:
@@ -74,6 +79,7 @@ class AdamState:
         self.layout = object()
         self._weight_names: list[str] | None = None
         self.alone = Door(name)
+        self.pending: PendingSave | None = None
 
     # Reading.
 
@@ -154,7 +160,26 @@ class AdamState:
             calls.append(device.copy_call([target.value for target in targets], sources))
         return calls
 
+    def raise_error_of_save(self) -> None:
+        """Raise the error of the last asynchronous save, if it has ended with one that nobody was told."""
+        pending = self.pending
+        if pending is not None and pending.done:
+            self.pending = None
+            pending.raise_untold()
+
     # As a whole, by name.
+
+    def variable_names(self) -> dict[Variable, str]:
+        """A name of its own for each variable that has slots."""
+        variables = self.variables
+        return dict(zip(variables, unique_names([variable.name for variable in variables]), strict=True))
+
+    def named(self, *, variables: bool = False) -> dict[str, Variable]:
+        """The weights by name, and with `variables` the variables that have slots, as "<variable>/value"."""
+        named = dict(zip(self.weight_names(), self.weights, strict=True))
+        if variables:
+            named |= {f"{name}/{VALUE}": variable for variable, name in self.variable_names().items()}
+        return named
 
     def weight_names(self) -> list[str]:
         """A name of its own for each of `weights`: "iterations", "<variable>/<slot>" for each slot, those of `own`.
@@ -162,7 +187,7 @@ class AdamState:
         Of several variables with one name the second is called "<variable>_1", and so on, in order of their first slot.
         """
         if self._weight_names is None:
-            unique = _unique_names(self.variables)
+            unique = self.variable_names()
             names = {id(self.counter): COUNTER, **{id(array): name for name, array in self.own.items()}}
             for slot_name, owned in self.slots.items():
                 names.update({id(slot): f"{unique[variable]}/{slot_name}" for variable, slot in owned.items()})
@@ -175,10 +200,16 @@ class AdamState:
 
     def export(self) -> dict[str, np.ndarray]:
         """Copies in host memory by name, in the order of `weights`. Waits for the device."""
-        return {name: weight.numpy() for name, weight in zip(self.weight_names(), self.weights, strict=True)}
+        return {name: weight.numpy() for name, weight in self.named().items()}
 
     def restore(
-        self, arrays: Mapping[str, Any], label: Callable[[int], str] | None = None, *, from_file: bool = False
+        self,
+        arrays: Mapping[str, Any],
+        label: Callable[[int], str] | None = None,
+        *,
+        from_file: bool = False,
+        variables: bool = False,
+        also: Sequence[Call] = (),
     ) -> None:
         """Overwrite the state: all arrays or, where one does not fit, none.
 
@@ -188,13 +219,16 @@ class AdamState:
             label: what messages call the array of a weight, by the weight's number; by default its name.
             from_file: whether the arrays come from a file. Then each must have its slot's dtype, and as nobody else has
                 the arrays they are not copied before they are written.
+            variables: whether the arrays are those of `named(variables=True)`.
+            also: calls to be made with the copies; they may be made twice.
 
         Raises:
             ArgumentTypeError, ArgumentValueError: an array is missing, left over, of another shape or dtype, or holds
                 no numbers; a counter that is no number of steps, a loss scale outside its range. Nothing has changed
                 then.
         """
-        names = self.weight_names()
+        named = self.named(variables=variables)
+        names = list(named)
         if len(arrays) != len(names) or not all(map(arrays.__contains__, names)):
             missing = next((f"nothing for {name!r}" for name in names if name not in arrays), None)
             raise ArgumentValueError(
@@ -205,7 +239,7 @@ class AdamState:
             )
         label = label or names.__getitem__
         copies: dict[Device, tuple[list[Array], list[Array]]] = {}
-        for number, (name, weight) in enumerate(zip(names, self.weights, strict=True)):
+        for number, (name, weight) in enumerate(named.items()):
             value, target = arrays[name], weight.value
             if weight is self.counter:
                 count = checked_count(value, label(number))
@@ -221,7 +255,8 @@ class AdamState:
             sources.append(source)
 
         def write() -> None:
-            make_all([device.copy_call(targets, sources) for device, (targets, sources) in copies.items()])
+            copying = [device.copy_call(targets, sources) for device, (targets, sources) in copies.items()]
+            make_all([*copying, *also])
 
         try:
             write()
@@ -233,7 +268,7 @@ class AdamState:
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
-        for name in ("alone", "index_errors", "layout"):  # of this process
+        for name in ("alone", "index_errors", "layout", "pending"):  # of this process
             del state[name]
         # As lists: a copied dict of variables would be filled before the variables are.
         state["slots"] = {name: list(owned.items()) for name, owned in self.slots.items()}
@@ -244,7 +279,7 @@ class AdamState:
     def __setstate__(self, state: dict[str, Any]) -> None:
         has_masters = state.pop("masters")
         self.__dict__.update(state)
-        self.alone = Door(self.name)
+        self.alone, self.pending = Door(self.name), None
         self.index_errors, self.layout = {}, object()
         self.slots = {name: dict(owned) for name, owned in state["slots"].items()}
         self.settings = dict(state["settings"])
@@ -256,21 +291,21 @@ class AdamState:
             self.link_masters()
 
 
-def _unique_names(variables: Sequence[Variable]) -> dict[Variable, str]:
-    """A name for each variable that no other one has."""
-    taken = {variable.name for variable in variables}
-    if len(taken) == len(variables):
-        return {variable: variable.name for variable in variables}
+def unique_names(names: Sequence[str]) -> list[str]:
+    """The names, those that came before with a number: of "w", "w" the second becomes "w_1", if nobody is called so."""
+    taken = set(names)
+    if len(taken) == len(names):
+        return list(names)
     used: set[str] = set()
     numbers: dict[str, int] = {}
-    unique: dict[Variable, str] = {}
-    for variable in variables:
-        name = variable.name
-        while name in used:
-            numbers[variable.name] = numbers.get(variable.name, 0) + 1
-            name = f"{variable.name}_{numbers[variable.name]}"
-            if name in taken:  # another variable is called so
-                name = variable.name
-        used.add(name)
-        unique[variable] = name
+    unique = []
+    for name in names:
+        own = name
+        while own in used:
+            numbers[name] = numbers.get(name, 0) + 1
+            own = f"{name}_{numbers[name]}"
+            if own in taken:  # another variable is called so
+                own = name
+        used.add(own)
+        unique.append(own)
     return unique

@@ -1,245 +1,118 @@
-"""Named arrays and a JSON note in one file, replaced atomically.
+"""Named arrays and a JSON note in one file, replaced atomically: the format of checkpoints, described in README.md.
 
-The file is an uncompressed zip in NumPy's `.npz` layout (`numpy.load` opens it) with one more member, `meta.json`:
-
-    {"format": "gpu_adam", "version": 1, "arrays": {"w/m": "float32", "w/v": "bfloat16"}, "meta": {...}}
-
-`arrays` is the table of contents. Its dtype names count where the `.npy` format has none: bfloat16 is raw bytes there.
-The same arrays and meta give the same bytes, in every year and under every user.
+A file is a container with the arrays and a manifest (manifest.py), which says what there must be. The container goes by
+the suffix: `.safetensors`, and `.npz` for all others. The same arrays and note give the same bytes, in every year and
+under every user.
 """
 
-import io
-import math
-from collections.abc import Mapping
-from typing import Any, BinaryIO, Literal, NamedTuple
+from __future__ import annotations
 
+import os
+from collections.abc import Mapping
+from pathlib import PurePath
+from types import ModuleType
+from typing import Any
+
+import ml_dtypes
 import numpy as np
-import numpy.typing as npt
 
 from gpu_adam.errors import ArgumentTypeError, ArgumentValueError, CheckpointError
-from gpu_adam.state import stored_zip
-from gpu_adam.state.atomic_file import PathOrFile, name_of, opened, written
+from gpu_adam.state import atomic_file, manifest, npz_container
+from gpu_adam.state.atomic_file import PathOrFile
+from gpu_adam.state.manifest import Manifest
 
-FORMAT, VERSION = "gpu_adam", 1
-_META = "meta.json"
-_WHOLE = "must be a whole gpu_adam checkpoint"
-_ANOTHER = "pass a file that gpu_adam wrote, or an older copy of this one"
-_MAX_NAME = stored_zip.MAX_NAME - len(".npy")
-_SMALL = 1 << 20  # bytes
+_NUMBERS = frozenset("biufc")  # kinds of NumPy's own dtypes
 
 
-def write(path: PathOrFile, arrays: Mapping[str, npt.NDArray[Any]], meta: Mapping[str, Any]) -> None:
+def write(path: PathOrFile, arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> None:
     """Write a checkpoint; a reader sees the old file or the new one, never a part, also after a power failure.
 
     Args:
-        path: the file, with any suffix; its directory must exist and be writable.
-        arrays: host arrays of any shape and any dtype but object. Arrays above 1 MiB are written by pieces.
-        meta: what `json` can write.
+        path: the file, whose directory must exist and be writable; or a binary file object.
+        arrays: host arrays of numbers of any shape. They come back C-contiguous, in the machine's byte order.
+        meta: what `json` can write, at most 4 MiB of it.
 
     Raises:
-        ArgumentTypeError: an array of Python objects, a name that is no string, or a meta that JSON cannot hold.
-        ArgumentValueError: a name that a zip archive cannot hold.
+        ArgumentTypeError: an array of something else than numbers, or of a dtype that the container does not know; a
+            name that is no string; a `meta` that JSON cannot hold.
+        ArgumentValueError: a name that the container cannot hold, too large a `meta`, a missing library.
         OSError: the file system refuses; the old file is unchanged.
     """
-    host = {name: np.asarray(array) for name, array in arrays.items()}
-    header = _header(host, meta)
-    with written(path) as file:
-        archive = stored_zip.Writer(file)
-        archive.add(_META, header.encode(), zip64=False)
-        _write_arrays(archive, host)
-        archive.close()
+    check(path, arrays)
+    container = _container(path)
+    plain = {name: _plain(array) for name, array in arrays.items()}
+    entries = manifest.entries_of(plain)
+    text = manifest.text_of(entries, meta)
+    with atomic_file.written(path) as file:
+        container.write(file, plain, entries, text)
 
 
-def read(path: PathOrFile) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
+def check(path: PathOrFile, arrays: Mapping[str, Any]) -> None:
+    """Raise what `write` would raise for these names and dtypes.
+
+    Args:
+        path: as for `write`.
+        arrays: anything with dtypes, by name.
+    """
+    container = _container(path)
+    manifest.check_names(arrays, container.RESERVED, container.MAX_NAME)
+    known: set[np.dtype] = set()
+    for name, array in arrays.items():
+        dtype = array.dtype
+        if dtype not in known:
+            _check_numbers(name, dtype)
+            container.check_dtype(name, dtype)
+            known.add(dtype)
+
+
+def read(path: PathOrFile) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Read what `write` wrote: the arrays in their order, with their dtypes, and the meta.
 
     Nothing in the file is executed: pickled objects are refused. No size in the file is believed before it is compared
-    with the size of the file.
+    with the size of the file, and memory for no more than twice that is taken.
+
+    Args:
+        path: the file, or a binary file object.
 
     Raises:
         FileNotFoundError: there is no such file.
+        ArgumentValueError: the library of the container is missing.
         CheckpointError: the file is not a checkpoint, is damaged or cut short, or comes from a newer version.
     """
-    with opened(path) as file:  # outside of `try`: a missing file stays FileNotFoundError
+    said, arrays = read_all(path)
+    return arrays, said.meta
+
+
+def read_all(path: PathOrFile) -> tuple[Manifest, dict[str, np.ndarray]]:
+    """The same with the whole manifest, of which the meta is a part."""
+    container, title = _container(path), atomic_file.name_of(path)
+    with atomic_file.opened(path) as file:  # outside of `try`: a missing file stays FileNotFoundError
         try:
-            return _read(file, name_of(path))
-        except CheckpointError:
+            said, arrays = container.read(file, title)
+            said.check(title, arrays)
+        except (CheckpointError, ArgumentTypeError, ArgumentValueError):
             raise
-        except Exception as error:  # struct, json, ast and numpy raise a dozen kinds on damaged bytes
-            raise CheckpointError(name_of(path), _WHOLE, _short(error), _ANOTHER) from error
+        except Exception as error:  # struct, json, ast, numpy and safetensors raise a dozen kinds on damaged bytes
+            raise CheckpointError(title, manifest.WHOLE, manifest.short(error), manifest.ANOTHER) from error
+    return said, arrays
 
 
-def _header(arrays: Mapping[str, npt.NDArray[Any]], meta: Mapping[str, Any]) -> str:
-    import json  # noqa: PLC0415  (not for `import gpu_adam`: many programs write no file)
+def _container(path: Any) -> ModuleType:
+    """The module that writes and reads the file."""
+    name = path if isinstance(path, (str, bytes, os.PathLike)) else getattr(path, "name", "")
+    if isinstance(name, (str, bytes, os.PathLike)) and PurePath(os.fsdecode(name)).suffix == ".safetensors":
+        from gpu_adam.state import safetensors_container  # noqa: PLC0415  (a library of its own)
 
-    names: dict[np.dtype[Any], str] = {}  # numpy computes a dtype's name anew each time
-    contents = {}
-    for name, array in arrays.items():
-        dtype = array.dtype
-        if dtype not in names:
-            if dtype.hasobject:
-                raise ArgumentTypeError(
-                    f'arrays["{name}"]', "must hold numbers", dtype, "convert it to a numeric dtype"
-                )
-            names[dtype] = dtype.name
-        contents[name] = names[dtype]
-    _check_names(arrays)
-    try:
-        return json.dumps({"format": FORMAT, "version": VERSION, "arrays": contents, "meta": dict(meta)})
-    except (TypeError, ValueError, RecursionError) as error:
-        raise ArgumentTypeError(
-            "meta", "must be JSON-serialisable", error, "pass numbers, strings and lists"
-        ) from error
+        return safetensors_container
+    return npz_container
 
 
-def _check_names(arrays: Mapping[str, npt.NDArray[Any]]) -> None:
-    for name in arrays:
-        if not isinstance(name, str):  # JSON would make a string of 1, and read() another key than was written
-            raise ArgumentTypeError("a name in arrays", "must be a string", repr(name), "pass str(name)")
-        if name.isascii() and "\0" not in name and len(name) <= _MAX_NAME:  # the common case, without a copy
-            continue
-        try:
-            holds = len(name.encode()) <= _MAX_NAME and "\0" not in name
-        except UnicodeEncodeError:  # half of a surrogate pair
-            holds = False
-        if not holds:
-            rule = f"must be at most {_MAX_NAME} bytes of UTF-8 without NUL"
-            raise ArgumentValueError("a name in arrays", rule, _short(ascii(name)), "rename the array")
+def _plain(array: np.ndarray) -> np.ndarray:
+    """The array, C-contiguous and in the machine's byte order: itself, where it is so."""
+    return np.asarray(array, None if array.dtype.isnative else array.dtype.newbyteorder("="), order="C")
 
 
-def _write_arrays(archive: stored_zip.Writer, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
-    headers: dict[tuple[object, ...], bytes] = {}
-    for name, array in arrays.items():
-        member = f"{name}.npy"
-        if array.nbytes > _SMALL:
-            with archive.open(member) as sink:
-                np.lib.format.write_array(sink, array, allow_pickle=False)
-            continue
-        # The order is numpy's choice: Fortran's where nothing else keeps the elements as they lie.
-        order: Literal["C", "F"] = "F" if array.flags.f_contiguous and not array.flags.c_contiguous else "C"
-        key = (array.dtype, array.shape, order)
-        if key not in headers:
-            whole = io.BytesIO()
-            np.lib.format.write_array(whole, array, allow_pickle=False)
-            headers[key] = whole.getvalue()[: len(whole.getvalue()) - array.nbytes]
-        archive.add(member, headers[key] + array.tobytes(order))
-
-
-def _read(file: BinaryIO, path: str) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
-    import json  # noqa: PLC0415
-
-    archive = stored_zip.Reader(file)
-    if _META not in archive.entries:
-        raise CheckpointError(path, "must be a gpu_adam checkpoint", f"no {_META} in it", _ANOTHER)
-    header = json.loads(archive.read(_META).decode())
-    _check_header(path, header)
-    dtypes = header["arrays"]
-    if len(archive.entries) != len(dtypes) + 1:
-        got = f"{len(dtypes)} arrays in its table and {len(archive.entries) - 1} in the file"
-        raise CheckpointError(path, _WHOLE, got, _ANOTHER)
-    layouts: dict[tuple[bytes, str], _Layout] = {}
-    arrays: dict[str, npt.NDArray[Any]] = {}
-    contents = archive.contents([f"{name}.npy" for name in dtypes], _SMALL)
-    for (name, dtype), content in zip(dtypes.items(), contents, strict=True):
-        if content is None:
-            arrays[name] = _large_array(archive, f"{name}.npy", dtype, layouts)
-        else:
-            arrays[name] = _small_array(content, dtype, layouts)
-    return arrays, header["meta"]
-
-
-def _check_header(path: str, header: Any) -> None:
-    found = header.get("format") if isinstance(header, dict) else None
-    if found != FORMAT:
-        raise CheckpointError(path, f'must have the format "{FORMAT}"', _short(found), _ANOTHER)
-    if header.get("version") != VERSION:
-        remedy = "read it with the gpu_adam that wrote it, or a newer one"
-        raise CheckpointError(path, f"must have version {VERSION}", _short(header.get("version")), remedy)
-    for key in ("arrays", "meta"):
-        if not isinstance(header.get(key), dict):
-            raise CheckpointError(path, _WHOLE, f'no table "{key}" in its {_META}', _ANOTHER)
-    for name, dtype in header["arrays"].items():
-        if not isinstance(dtype, str):
-            got = _short(f"{dtype} as the dtype of {name!a}")
-            raise CheckpointError(path, _WHOLE, got, _ANOTHER)
-
-
-class _Layout(NamedTuple):
-    """What the header of a `.npy` member says, with the dtype that the table of contents names."""
-
-    dtype: np.dtype[Any]
-    shape: tuple[int, ...]
-    order: Literal["C", "F"]
-    nbytes: int
-
-
-def _small_array(content: bytes, dtype_name: str, layouts: dict[tuple[bytes, str], _Layout]) -> npt.NDArray[Any]:
-    begin, (dtype, shape, order, nbytes) = _begin(content, len(content), dtype_name, layouts)
-    if not nbytes:  # a copy would visit each of 2**60 elements of no size, and give those of "S0" a byte
-        return np.ndarray(shape, dtype, order=order)
-    # A copy: arrays over the bytes that were read cannot be written.
-    return np.ndarray(shape, dtype, content, begin, None, order).copy(order)
-
-
-def _large_array(
-    archive: stored_zip.Reader, member: str, dtype_name: str, layouts: dict[tuple[bytes, str], _Layout]
-) -> npt.NDArray[Any]:
-    stream = archive.open(member)
-    head, size = stream.read(_SMALL), archive.entries[member][2]
-    begin, (dtype, shape, order, _) = _begin(head, size, dtype_name, layouts)
-    array: npt.NDArray[Any] = np.ndarray(shape, dtype, order=order)
-    rest = memoryview(array.reshape(-1, order=order).view(np.uint8))  # type: ignore[arg-type]
-    rest[: len(head) - begin] = head[begin:]
-    stream.readinto(rest[len(head) - begin :])
-    stream.close()
-    return array
-
-
-def _begin(head: bytes, size: int, dtype_name: str, layouts: dict[tuple[bytes, str], _Layout]) -> tuple[int, _Layout]:
-    """Return where the elements begin in a member of `size` bytes that begins with `head`, and their layout."""
-    # The length of the header has 16 bits in version 1 of the format, and 32 since.
-    begin = 10 + (head[8] | head[9] << 8) if head[6] == 1 else 12 + int.from_bytes(head[8:12], "little")
-    key = head[:begin], dtype_name
-    layout = layouts.get(key)
-    if layout is None:
-        layout = layouts[key] = _layout(*key)
-    if begin + layout.nbytes != size:
-        raise ValueError(f"{size - begin} bytes for an array of shape {layout.shape} and dtype {dtype_name}")
-    return begin, layout
-
-
-def _layout(header: bytes, name: str) -> _Layout:
-    """Parse the header of a `.npy` member; `name` is the dtype's, from the table of contents."""
-    stream = io.BytesIO(header)
-    version = np.lib.format.read_magic(stream)
-    if version == (1, 0):
-        shape, fortran, stored = np.lib.format.read_array_header_1_0(stream)
-    else:
-        # Version 3 differs from 2 in the encoding of field names only: as escapes, Latin-1 holds all of Unicode.
-        if version == (3, 0):
-            text = header[12:].decode().encode("latin-1", "backslashreplace")
-            stream = io.BytesIO(len(text).to_bytes(4, "little") + text)
-        shape, fortran, stored = np.lib.format.read_array_header_2_0(stream)
-    if stored.hasobject:
-        raise ValueError("Object arrays cannot be loaded: unpickling runs code")
-    if stored.subdtype is not None:  # numpy itself refuses negative numbers
-        raise ValueError(f"no array has shape {shape} and dtype {stored}")
-    dtype = stored if stored.name == name else _named(name, stored)
-    return _Layout(dtype, shape, "F" if fortran else "C", math.prod(shape) * dtype.itemsize)
-
-
-def _named(name: str, stored: np.dtype[Any]) -> np.dtype[Any]:
-    """Return the dtype of `ml_dtypes` that the `.npy` format knows as `stored`: so many raw bytes."""
-    import ml_dtypes  # noqa: PLC0415
-
-    kind = getattr(ml_dtypes, name, None)
-    if isinstance(kind, type) and issubclass(kind, np.generic):
-        dtype = np.dtype(kind)
-        if dtype.name == name and stored == np.dtype((np.void, dtype.itemsize)):
-            return dtype
-    raise ValueError(f"an array of dtype {stored}, not of {_short(name)}")
-
-
-def _short(value: object) -> str:
-    text = str(value)
-    return text if len(text) <= 200 else f"{text[:197]}..."
+def _check_numbers(name: str, dtype: np.dtype) -> None:
+    is_known = dtype.kind in _NUMBERS and dtype.name not in ("longdouble", "clongdouble", "float128", "complex256")
+    if not is_known and dtype != getattr(ml_dtypes, dtype.name, None):
+        raise ArgumentTypeError(f'arrays["{name}"]', "must hold numbers", dtype, "convert it to a numeric dtype")

@@ -15,7 +15,6 @@ Reference: PKWARE, APPNOTE.TXT 6.3.10, sections 4.3.7 (local header), 4.3.12 (di
 records), 4.4.4 (flags), 4.5.3 (zip64 extra field).
 """
 
-import contextlib
 import math
 from collections.abc import Iterable, Iterator
 from struct import Struct
@@ -27,7 +26,7 @@ MAX_NAME = 0xFFFF  # bytes: the length is a 16-bit field
 LIMIT, COUNT_LIMIT = 0x7FFFFFFF, 0xFFFF
 
 _BITS16, _BITS32 = 0xFFFF, 0xFFFFFFFF
-_VERSION, _VERSION64 = 20, 45
+_VERSION64 = 45
 _UNIX, _MODE = 3, 0o600 << 16
 _MIDNIGHT, _NEW_YEAR_1980 = 0, 1 << 5 | 1
 _DESCRIPTOR, _UTF8 = 0x8, 0x800
@@ -50,6 +49,7 @@ _LOCATOR = Struct("<4sLQL")  # signature, disk, offset of the record above, numb
 _END = Struct("<4sHHHHLLH")  # as the record above; at last the length of a comment
 
 _PIECE = 4 << 20  # bytes; large contents are read and summed by pieces
+_POLYNOMIAL = 0xEDB88320  # of CRC-32, reflected, without its x^32
 
 
 class Writer:
@@ -65,29 +65,23 @@ class Writer:
         self._directory = bytearray()
         self._count = 0
 
-    def add(self, name: str, content: bytes, zip64: bool = True) -> None:
+    def add(self, name: str, head: bytes, rest: memoryview | None = None, rest_crc: int = 0) -> None:
         """Write a member.
 
         Args:
             name: at most `MAX_NAME` bytes of UTF-8, without NUL, and not used before.
-            content: all of it.
-            zip64: give the header of the member 64-bit sizes; without them content ends at 4 GiB.
+            head: the content, or its beginning.
+            rest: what follows, of any size: it is neither copied nor read but to be written.
+            rest_crc: the CRC of `rest`.
         """
-        raw, crc, size = name.encode(), crc32(content), len(content)
-        self._file.write(_local_header(raw, crc, size, zip64) + content)
-        self._enter(raw, crc, size, zip64)
-
-    @contextlib.contextmanager
-    def open(self, name: str) -> Iterator["Sink"]:
-        """Open a member of any size, whose content comes by pieces: the header is written again when all are there."""
-        raw = name.encode()
-        header = _local_header(raw, 0, 0, zip64=True)
-        self._file.write(header)
-        yield (sink := Sink(self._file))
-        self._file.seek(self._offset)
-        self._file.write(_local_header(raw, sink.crc, sink.size, zip64=True))
-        self._file.seek(sink.size, 1)
-        self._enter(raw, sink.crc, sink.size, zip64=True)
+        raw, crc, size = name.encode(), crc32(head), len(head)
+        if rest is None:
+            self._file.write(_local_header(raw, crc, size) + head)
+        else:
+            crc, size = joined(crc, rest_crc, len(rest)), size + len(rest)
+            self._file.write(_local_header(raw, crc, size) + head)
+            self._file.write(rest)
+        self._enter(raw, crc, size)
 
     def close(self) -> None:
         """Write the directory. The file stays open."""
@@ -102,35 +96,20 @@ class Writer:
         fits = min(count, _BITS16)
         self._file.write(_END.pack(b"PK\5\6", 0, 0, fits, fits, min(size, _BITS32), min(offset, _BITS32), 0))
 
-    def _enter(self, name: bytes, crc: int, size: int, zip64: bool) -> None:
+    def _enter(self, name: bytes, crc: int, size: int) -> None:
         """Note a member, whose header begins at `_offset`, in the directory."""
         offset = self._offset
         wide = [size, size] if size > LIMIT else []
         wide += [offset] if offset > LIMIT else []
-        version = _VERSION64 if zip64 or wide else _VERSION
         extra = Struct(f"<HH{len(wide)}Q").pack(1, 8 * len(wide), *wide) if wide else b""
         size32, offset32 = _BITS32 if size > LIMIT else size, _BITS32 if offset > LIMIT else offset
         self._directory += _ENTRY.pack(
-            b"PK\1\2", version, _UNIX, version, 0, _flags(name), 0, _MIDNIGHT, _NEW_YEAR_1980,
+            b"PK\1\2", _VERSION64, _UNIX, _VERSION64, 0, _flags(name), 0, _MIDNIGHT, _NEW_YEAR_1980,
             crc, size32, size32, len(name), len(extra), 0, 0, 0, _MODE, offset32,
         )  # fmt: skip
         self._directory += name + extra
         self._count += 1
-        self._offset += _LOCAL.size + len(name) + (_LOCAL_SIZES.size if zip64 else 0) + size
-
-
-class Sink:
-    """What `Writer.open` gives: as much of a file as `numpy.lib.format.write_array` asks for."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self.size = self.crc = 0
-
-    def write(self, piece: bytes) -> None:
-        """Write the next piece of the content."""
-        self.crc = crc32(piece, self.crc)
-        self.size += len(piece)
-        self._file.write(piece)
+        self._offset += _LOCAL.size + len(name) + _LOCAL_SIZES.size + size
 
 
 class Reader:
@@ -147,6 +126,14 @@ class Reader:
         self._file, self._seek, self._read = file, file.seek, file.read
         self.entries = _directory(file)
 
+    def size(self, name: str) -> int:
+        """The size of a member's content in bytes.
+
+        Raises:
+            KeyError: there is no such member.
+        """
+        return self.entries[name][2]
+
     def read(self, name: str) -> bytes:
         """Return the content of a member, all at once.
 
@@ -157,8 +144,15 @@ class Reader:
         assert content is not None
         return content
 
-    def contents(self, names: Iterable[str], largest: float = math.inf) -> Iterator[bytes | None]:
+    def contents(
+        self, names: Iterable[str], largest: float = math.inf, *, summed: bool = True
+    ) -> Iterator[bytes | None]:
         """Return the contents of members in turn, each all at once; None for one larger than `largest` bytes.
+
+        Args:
+            names: of members.
+            largest: in bytes.
+            summed: whether the contents are compared with their CRCs.
 
         Raises:
             KeyError: there is no such member.
@@ -171,12 +165,16 @@ class Reader:
                 continue
             block, start = go_to(name, size)
             content = block[start : start + size]
-            if len(content) != size or crc32(content) != crc:
+            if len(content) != size or (summed and crc32(content) != crc):
                 raise ValueError(f"Bad CRC-32 for {name}")
             yield content
 
-    def open(self, name: str) -> "Member":
+    def open(self, name: str, *, summed: bool = True) -> "Member":
         """Return the content of a member, to be read by pieces. Reading another member ends this one.
+
+        Args:
+            name: of the member.
+            summed: whether its `close` compares what was read with the CRC.
 
         Raises:
             KeyError: there is no such member.
@@ -184,7 +182,7 @@ class Reader:
         offset, _, size, crc = self.entries[name]
         _, start = self._go_to(name, 0)
         self._file.seek(offset + start)
-        return Member(self._file, name, size, crc)
+        return Member(self._file, name, size, crc if summed else None)
 
     def _go_to(self, name: str, wanted: int) -> tuple[bytes, int]:
         """Read and check a member's header; with it come `wanted` bytes of content from the second result on."""
@@ -204,7 +202,7 @@ class Reader:
 class Member:
     """The content of one member, from its first byte to its last, of which `left` are still to be read."""
 
-    def __init__(self, file: BinaryIO, name: str, size: int, crc: int) -> None:
+    def __init__(self, file: BinaryIO, name: str, size: int, crc: int | None) -> None:
         self._file, self._name, self.left, self._expected = file, name, size, crc
         self._crc = 0
 
@@ -212,7 +210,7 @@ class Member:
         """Return the next `size` bytes, or as many as are left."""
         content = self._file.read(min(size, self.left))
         self.left -= len(content)
-        self._crc = crc32(content, self._crc)
+        self._sum(content)
         return content
 
     def readinto(self, buffer: memoryview) -> None:
@@ -227,34 +225,59 @@ class Member:
             piece = buffer[start : start + _PIECE]
             got = self._file.readinto(piece)  # type: ignore[attr-defined]  # every binary file has it
             self.left -= got
-            self._crc = crc32(piece[:got], self._crc)
+            self._sum(piece[:got])
+
+    def _sum(self, content: bytes | memoryview) -> None:
+        if self._expected is not None:
+            self._crc = crc32(content, self._crc)
 
     def close(self) -> None:
-        """Compare the sum of what was read with the directory's.
+        """Compare the CRC of what was read with the directory's, where that was asked for.
 
         Raises:
-            ValueError: the sums differ, or bytes are left.
+            ValueError: they differ, or bytes are left.
         """
         if self.left:
             raise ValueError(f"{self._name} has {self.left} bytes too many, or the file became shorter")
-        if self._crc != self._expected:
+        if self._expected not in (None, self._crc):
             raise ValueError(f"Bad CRC-32 for {self._name}")
+
+
+def joined(crc: int, next_crc: int, next_size: int) -> int:
+    """The CRC of two byte strings one after the other, from the CRC of each and the size of the second.
+
+    A CRC is a polynomial over GF(2) modulo `_POLYNOMIAL`; what follows by n bytes multiplies it by x^(8n), and adds its
+    own. Bits are reflected: x^0 is the highest one.
+    """
+    shift, power, bits = 1 << 31, 1 << 30, 8 * next_size  # x^0; x^1, then its squares
+    while bits:
+        if bits & 1:
+            shift = _product(shift, power)
+        power, bits = _product(power, power), bits >> 1
+    return _product(shift, crc) ^ next_crc
+
+
+def _product(a: int, b: int) -> int:
+    product = 0
+    for place in range(31, -1, -1):
+        if a >> place & 1:
+            product ^= b
+        b = b >> 1 ^ (_POLYNOMIAL if b & 1 else 0)
+    return product
 
 
 def _flags(name: bytes) -> int:
     return 0 if name.isascii() else _UTF8
 
 
-def _local_header(name: bytes, crc: int, size: int, zip64: bool) -> bytes:
-    extra = _LOCAL_SIZES.pack(1, 16, size, size) if zip64 else b""
-    version, size32 = (_VERSION64, _BITS32) if zip64 else (_VERSION, size)
+def _local_header(name: bytes, crc: int, size: int) -> bytes:
     return b"%b%b%b" % (
         _LOCAL.pack(
-            b"PK\3\4", version, 0, _flags(name), 0, _MIDNIGHT, _NEW_YEAR_1980,
-            crc, size32, size32, len(name), len(extra),
+            b"PK\3\4", _VERSION64, 0, _flags(name), 0, _MIDNIGHT, _NEW_YEAR_1980,
+            crc, _BITS32, _BITS32, len(name), _LOCAL_SIZES.size,
         ),
         name,
-        extra,
+        _LOCAL_SIZES.pack(1, 16, size, size),
     )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from gpu_adam.devices import Array, Device
 from gpu_adam.errors import ArgumentValueError
 from gpu_adam.hyperparameters import AnySettings, Settings
 from gpu_adam.kernels import SLOT_SPECS, UpdateRule, slot_spec, slots_of
-from gpu_adam.state.adam_state import GOOD_STEPS, SCALE, AdamState
+from gpu_adam.state.adam_state import GOOD_STEPS, SCALE, VALUE, AdamState
 from gpu_adam.state.registry import News
 from gpu_adam.state.slots import beside, initialized, is_beside
 from gpu_adam.uninterrupted import Call, make_all
@@ -188,6 +188,9 @@ class Transaction:
         state = self._state
         if state.has_slot(variable, name):
             return state.slot(variable, name)
+        if name == VALUE or "/" in name:
+            rule = f"must not be {VALUE!r} or have a '/' in it, for it ends the names of arrays in files"
+            raise ArgumentValueError("slot_name", rule, repr(name), "choose another name")
         spec = slot_spec(name)
         dtype = variable.dtype if spec is None else spec.dtype(variable.dtype, state.complex_mode, state.slot_dtype)
         array = beside(

@@ -18,6 +18,7 @@ from gpu_adam.state.adam_state import AdamState
 from gpu_adam.step import request as requests
 from gpu_adam.step.controller import Controller
 from gpu_adam.step.gradients import AS_THEY_ARE, Incoming
+from gpu_adam.uninterrupted import Call
 from gpu_adam.variables import Variable
 
 _NAMES = ("beta_1", "beta_2", "epsilon", "decay", "weight_decay", "l2")
@@ -113,8 +114,11 @@ class Accumulator:
 
     def taken(self, *, mean: bool) -> Incoming:
         """How the sums come in as the gradients of a step, after which new ones begin; their mean over the calls."""
-        clear = functools.partial(setattr, self, "_begin", self._own.steps_done)
-        return Incoming(None, None, self.calls if mean else 1, (clear,))
+        return Incoming(None, None, self.calls if mean else 1, (self.clear_call(),))
+
+    def clear_call(self) -> Call:
+        """The call after which new sums begin."""
+        return functools.partial(setattr, self, "_begin", self._own.steps_done)
 
     def check_errors(self) -> None:
         """Raise what the kernels have noted. Waits for the device."""

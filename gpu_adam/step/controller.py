@@ -286,6 +286,7 @@ class Controller:
     def stage(self) -> int:
         """Write the scalars of the next step to where the user's graphs read them, and count it; the steps done."""
         state, stepper = self._state, self.stepper()
+        state.raise_error_of_save()
         with state.alone():
             steps = list(self._captured.values())
             if not steps:

@@ -253,6 +253,8 @@ class CapturedFunction:
         """
         refuse_in_loss("replay")
         refuse_in_capture(self._device, "replay")
+        for state in self._states:
+            state.raise_error_of_save()
         with ExitStack() as inside:
             for state in self._states:
                 inside.enter_context(state.alone())

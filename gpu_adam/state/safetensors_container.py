@@ -1,0 +1,95 @@
+"""Checkpoints as `.safetensors` files, for programs that read those; the manifest is `meta.json` in `__metadata__`.
+
+The library of that name writes and reads them. It takes memory as it lies, so that it must be C-contiguous.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any, BinaryIO
+
+import ml_dtypes
+import numpy as np
+
+from gpu_adam.errors import ArgumentTypeError, ArgumentValueError, CheckpointError
+from gpu_adam.state import manifest
+from gpu_adam.state.manifest import Manifest
+
+RESERVED, MAX_NAME = "__metadata__", 0xFFFF
+
+_DTYPES = {
+    "BOOL": "bool",
+    **{f"{kind}{bits}": f"{name}{bits}" for kind, name in (("I", "int"), ("U", "uint")) for bits in (8, 16, 32, 64)},
+    **{f"F{bits}": f"float{bits}" for bits in (16, 32, 64)},
+    "C64": "complex64",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+}
+"""The format's names of dtypes, and NumPy's."""
+_BEGIN = b'{"__metadata__":'
+
+
+def check_dtype(name: str, dtype: np.dtype) -> None:
+    """Raise ArgumentTypeError for a dtype that the format has no name for, ArgumentValueError without the library."""
+    _library()
+    if dtype.name not in _DTYPES.values():
+        rule, remedy = "must have a dtype that safetensors knows", "save to a .npz file, which holds every dtype"
+        raise ArgumentTypeError(f'arrays["{name}"]', rule, dtype, remedy)
+
+
+def write(file: BinaryIO, arrays: Mapping[str, np.ndarray], entries: Mapping[str, str], text: str) -> None:
+    """Write a file.
+
+    Args:
+        file: where to.
+        arrays: C-contiguous, of the dtypes above.
+        entries: what the manifest says of them.
+        text: the manifest.
+    """
+    file.write(_library().numpy.save(dict(arrays), {manifest.NAME: text}))
+
+
+def read(file: BinaryIO, title: str) -> tuple[Manifest, dict[str, np.ndarray]]:
+    """Read a file: the manifest and the arrays, which are not compared with each other.
+
+    Args:
+        file: a seekable one.
+        title: its name, for messages.
+
+    Raises:
+        CheckpointError: the file is no checkpoint.
+        Exception: a damaged one.
+    """
+    library, content = _library(), file.read()
+    parts = library.deserialize(content)  # which compares all sizes with the content's
+    size = int.from_bytes(content[:8], "little")
+    header = content[8 : 8 + size]
+    del content
+    if not header.startswith(_BEGIN):
+        raise CheckpointError(title, "must be a gpu_adam checkpoint", "no metadata in it", manifest.ANOTHER)
+    metadata, _ = json.JSONDecoder().raw_decode(header[len(_BEGIN) :].decode())
+    text = metadata[manifest.NAME].encode()
+    manifest.check_size(title, len(text), len(parts))
+    said = manifest.parsed(title, text)
+    arrays = {name: _array(part) for name, part in parts}
+    for name in said.arrays.keys() ^ arrays.keys():
+        got = f"{name!a} in its {'manifest' if name in said.arrays else 'file'} alone"
+        raise CheckpointError(title, manifest.WHOLE, got, manifest.ANOTHER)
+    return said, {name: arrays[name] for name in said.arrays}
+
+
+def _array(part: Mapping[str, Any]) -> np.ndarray:
+    name = _DTYPES[part["dtype"]]
+    dtype = np.dtype(getattr(ml_dtypes, name, None) or name)
+    return np.frombuffer(part["data"], dtype).reshape(part["shape"])
+
+
+def _library() -> Any:
+    try:
+        import safetensors.numpy  # noqa: PLC0415
+    except ImportError as error:
+        rule, remedy = "must end in something else without the library safetensors", "pip install gpu-adam[safetensors]"
+        raise ArgumentValueError("path", rule, ".safetensors", remedy) from error
+    return safetensors
