@@ -76,7 +76,7 @@ def _other_arrays(one: File, other: File) -> Iterator[str]:
         elif (found := difference_of(array, another)) is not None:
             one_value, other_value = found.values
             yield (
-                f"{_shown(name)}: {found.count} of {array.size} elements differ, at first {list(found.first)}: "
+                f"{_shown(name)}: {found.differing} of {array.size} elements differ, at first {list(found.first)}: "
                 f"{one_value!s} and {other_value!s}, {found.ulp:.0f} ulp; largest {found.largest_ulp:.0f} ulp"
             )
 

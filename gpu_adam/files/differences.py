@@ -18,14 +18,14 @@ class Difference(NamedTuple):
     larger one of its parts', an integer's the plain difference.
 
     Attributes:
-        count: how many elements have other bits.
+        differing: how many elements have other bits.
         first: the index of the first one in C order.
         values: the two values there.
         ulp: their distance.
         largest_ulp: the largest distance of all elements.
     """
 
-    count: int
+    differing: int
     first: tuple[int, ...]
     values: tuple[Any, Any]
     ulp: float
@@ -57,11 +57,15 @@ def _bits(array: np.ndarray) -> np.ndarray:
 
 def _distances(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     """The distance of each pair of elements, as float64."""
+    distances: np.ndarray
     if one.dtype.kind == "c":
         parts = [_distances(getattr(one, part), getattr(other, part)) for part in ("real", "imag")]
-        return np.maximum(*parts)
+        distances = np.maximum(*parts)
+        return distances
     if one.dtype.kind in "biu" or "int" in one.dtype.name:
-        return np.abs(one.astype(np.longdouble) - other.astype(np.longdouble)).astype(np.float64)
+        wide, other_wide = one.astype(np.longdouble), other.astype(np.longdouble)
+        distances = np.abs(wide - other_wide).astype(np.float64)
+        return distances
     (size, negative), (other_size, other_negative) = _sign_magnitude(one), _sign_magnitude(other)
     apart = np.where(size > other_size, size - other_size, other_size - size)
     distances = np.where(negative == other_negative, apart, size + other_size).astype(np.float64)

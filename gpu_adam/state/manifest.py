@@ -139,8 +139,9 @@ def parsed(file: str, text: bytes) -> Manifest:
     if version not in (1, VERSION) or type(version) is not int:
         remedy = "read it with the gpu_adam that wrote it, or a newer one"
         raise CheckpointError(file, f"must have version 1 or {VERSION}", short(version), remedy)
-    digest = "" if version == 1 else content.get("sha256")
+    digest = ""
     if version != 1:
+        digest = content.get("sha256")
         if not isinstance(digest, str) or _digest(text.replace(digest.encode(), _NO_DIGEST.encode(), 1)) != digest:
             raise CheckpointError(f"{NAME} in {file}", "must have its digest", short(digest), ANOTHER)
     for key in ("arrays", "meta"):
