@@ -300,7 +300,7 @@ def test_numpy_opens_the_file(tmp_path: Path) -> None:
         assert archive["a/m"].tolist() == [0.0, 1.0, 2.0]
         note = json.loads(archive["meta.json"])
         assert len(note.pop("sha256")) == 64
-        entry = f"float64 [3] {zlib.crc32(np.arange(3.0)):08x}"
+        entry = f"float64 [3] {zlib.crc32(np.arange(3.0).tobytes()):08x}"
         assert note == {"format": "gpu_adam", "version": 2, "arrays": {"a/m": entry}, "meta": {"step": 7}}
 
 

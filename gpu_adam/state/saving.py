@@ -10,6 +10,7 @@ Arrays have the names of `AdamState.named`. The note says what belongs to them:
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -69,6 +70,8 @@ def writing(
     Raises:
         ArgumentTypeError, ArgumentValueError: what the file cannot hold.
     """
+    if isinstance(path, (str, bytes, os.PathLike)):
+        path = os.path.abspath(os.fsdecode(path))  # the working directory may be another one by then
     named = state.named(variables=variables)
     checkpoint.check(path, named)
     by_device: dict[Device, dict[str, Array]] = {}
