@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         for title, shape in states.items():
             rows = times(built(*shape), Path(folder), options.turns)
-            print(markdown((title, "save", "of safetensors", "load", "of safetensors"), rows), end="\n\n")
+            print(markdown((title, "save", "of safetensors", "load", "of safetensors"), rows), end="\n\n", flush=True)
         rows = [(title, *held_up(built(*shape), Path(folder), options.turns)) for title, shape in states.items()]
         print(markdown(("asynchronous", "held up", "a copy", "quotient"), rows))
 

@@ -33,6 +33,7 @@ VARIABLE = {
     "assign", "assign_add", "assign_sub", "constrain", "constraint", "device", "dtype", "name", "ndim", "numpy", "over",
     "shape", "size", "trainable", "value",
 }  # fmt: skip
+MANAGER = {"guard", "restore_latest", "save", "step", "wait"}
 SLICES = {"dense", "dense_shape", "indices", "norm", "numpy", "shape", "values"}
 
 
@@ -55,6 +56,7 @@ def test_names_of_the_classes() -> None:
     assert public(gpu_adam.Adam()) == ADAM
     assert public(gpu_adam.Variable(1.0, device="host")) == VARIABLE
     assert public(gpu_adam.IndexedSlices([1.0], [0])) == SLICES
+    assert public(gpu_adam.CheckpointManager) == MANAGER
 
 
 def test_everything_public_says_what_it_does() -> None:
@@ -63,6 +65,7 @@ def test_everything_public_says_what_it_does() -> None:
     for kind, names in (
         (gpu_adam.Adam, ADAM - {"amsgrad"}),
         (gpu_adam.Variable, VARIABLE - {"trainable"}),
+        (gpu_adam.CheckpointManager, MANAGER),
         (gpu_adam.IndexedSlices, SLICES - {"values", "indices", "dense_shape"}),
     ):
         for name in names:
@@ -86,8 +89,11 @@ def test_parameters() -> None:
         gpu_adam.Adam.set_weights: ["self", "weights"],
         gpu_adam.Adam.export: ["self"],
         gpu_adam.Adam.restore: ["self", "arrays"],
-        gpu_adam.Adam.save: ["self", "path"],
-        gpu_adam.Adam.load: ["self", "path"],
+        gpu_adam.Adam.save: ["self", "path", "variables", "asynchronous", "on_busy"],
+        gpu_adam.Adam.load: ["self", "path", "variables"],
+        gpu_adam.CheckpointManager: [
+            "directory", "optimizer", "variables", "every_steps", "every_seconds", "keep",
+        ],
         gpu_adam.Adam.from_config: ["config", "custom_objects"],
         gpu_adam.Variable: ["initial_value", "trainable", "name", "dtype", "device", "constraint"],
         gpu_adam.IndexedSlices: ["values", "indices", "dense_shape"],
