@@ -837,7 +837,7 @@ class Adam:
             SparseIndexError: as `check_errors`.
         """
         state = self._state
-        self._end_pending_save(one_of("on_busy", on_busy, ("wait", "error")))
+        state.end_pending_save(one_of("on_busy", on_busy, ("wait", "error")))
         for device in {weight.device for weight in state.weights}:
             refuse_in_capture(device, "save")
         if self._accumulator.calls:
@@ -856,16 +856,6 @@ class Adam:
                 return None
             state.pending = pending = PendingSave(write)
             return pending
-
-    def _end_pending_save(self, on_busy: str) -> None:
-        """Wait for an asynchronous save that is at work, or raise ConcurrentStepError; raise its error."""
-        pending = self._state.pending
-        if pending is not None:
-            if on_busy == "error" and not pending.done:
-                rule, remedy = "must not be called while a save is at work", "wait for that one, or pass on_busy='wait'"
-                raise ConcurrentStepError("save", rule, "a second one", remedy)
-            pending.join()
-            self._state.raise_error_of_save()
 
     def load(self, path: PathOrFile, *, variables: bool = False) -> None:
         """Read by name what `save` wrote, in this or an earlier version; the slots must exist: see `build`.

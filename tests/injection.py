@@ -404,15 +404,15 @@ def state_scenario(
     return factory
 
 
-def _saved(device: Device) -> Callable[[World], object]:
+def _saved(device: Device, *, variables: bool = False) -> Callable[[World], object]:
     """The call of `load`: a file of an optimizer of the same variables that has done four steps."""
     folder = tempfile.mkdtemp()
     source = state_scenario(device, lambda world: None, steps=4)()
     path = Path(folder) / "state"
-    source.optimizer.save(path)
+    source.optimizer.save(path, variables=variables)
 
     def load(world: World) -> None:
-        world.optimizer.load(path)
+        world.optimizer.load(path, variables=variables)
 
     weakref.finalize(load, shutil.rmtree, folder)
     return load
@@ -535,6 +535,7 @@ SCENARIOS: dict[str, Callable[[Device], Factory]] = {
     "restore": _calls(_restore),
     "set_group": _calls(_set_group),
     "load": lambda device: state_scenario(device, _saved(device)),
+    "load, variables": lambda device: state_scenario(device, _saved(device, variables=True)),
     "iterations =": _calls(_set_iterations),
     "iterations =, fresh": _calls(_set_iterations, steps=0),
     "iterations = Variable": _calls(_own_counter, steps=0),

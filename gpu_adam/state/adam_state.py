@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from gpu_adam.devices import Array, Device
-from gpu_adam.errors import ArgumentValueError, SlotNotFoundError
+from gpu_adam.errors import ArgumentValueError, ConcurrentStepError, SlotNotFoundError
 from gpu_adam.hyperparameters import OWN_SETTINGS, AnySettings, Cohort
 from gpu_adam.kernels import UpdateRule, slots_of
 from gpu_adam.loss_scale import check_scale
@@ -166,6 +166,24 @@ class AdamState:
         if pending is not None and pending.done:
             self.pending = None
             pending.raise_untold()
+
+    def end_pending_save(self, on_busy: str) -> None:
+        """Let no save be at work, and raise the error of the last one as `raise_error_of_save` does.
+
+        Args:
+            on_busy: "wait" for one that is, or "error".
+
+        Raises:
+            ConcurrentStepError: one is at work.
+        """
+        pending = self.pending
+        if pending is None:
+            return
+        if on_busy == "error" and not pending.done:
+            rule, remedy = "must not be called while a save is at work", "wait for that one, or pass on_busy='wait'"
+            raise ConcurrentStepError("save", rule, "a second one", remedy)
+        pending.join()
+        self.raise_error_of_save()
 
     # As a whole, by name.
 
