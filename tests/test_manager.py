@@ -234,6 +234,17 @@ def test_older_ones_go_only_after_the_newer_one_is_there(tmp_path: Path, optimiz
     assert names(tmp_path) == [file(20)]
 
 
+def test_files_of_more_steps_neither_count_nor_go(tmp_path: Path, optimizer: Optimizer) -> None:
+    """Such as those of a run that was to be better, which a program has gone back before."""
+    for step in (10, 30, 40):
+        (tmp_path / file(step)).write_bytes(b"%d" % step)
+    optimizer.load(tmp_path / file(10), variables=True)
+    manager = CheckpointManager(tmp_path, optimizer, every_steps=10, keep=1)
+    assert run_to(manager, optimizer, 20) == [20]
+    manager.wait()
+    assert names(tmp_path) == [file(20), file(30), file(40)]
+
+
 def test_a_file_that_cannot_be_removed_is_a_warning(
     tmp_path: Path, optimizer: Optimizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
