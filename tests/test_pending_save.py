@@ -7,6 +7,7 @@ import pickle
 import threading
 import weakref
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,19 @@ class Work:
         return {**self.optimizer.export(), **values}
 
 
+@pytest.fixture
+def late(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Files are written once this event is set; until then nobody reads what is to be written."""
+    write, event = checkpoint.write, threading.Event()
+
+    def after_the_event(*arguments: Any) -> None:
+        event.wait()
+        write(*arguments)
+
+    monkeypatch.setattr(checkpoint, "write", after_the_event)
+    return event
+
+
 def assert_same_arrays(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
     assert found.keys() == expected.keys()
     for name, array in expected.items():
@@ -68,15 +82,17 @@ def assert_same_arrays(found: dict[str, np.ndarray], expected: dict[str, np.ndar
 
 
 @pytest.mark.parametrize("config", [{}, {"loss_scale": gpu_adam.LossScale(4.0, 2)}], ids=["plain", "guarded"])
-def test_the_next_steps_change_nothing_of_what_is_saved(device: Device, config: dict[str, Any]) -> None:
-    work, file = Work(device, **config), Gate()
+def test_the_next_steps_change_nothing_of_what_is_saved(
+    device: Device, late: threading.Event, config: dict[str, Any]
+) -> None:
+    work, file = Work(device, **config), io.BytesIO()
     expected = work.contents()
     pending = work.optimizer.save(file, variables=True, asynchronous=True)
     for _ in range(3):
         work.step()
     assert pending is not None
     was_done = pending.done
-    file.open.set()
+    late.set()
     pending.wait()
     assert (was_done, pending.done) == (False, True)
     assert_same_arrays(checkpoint.read(file)[0], expected)
@@ -113,6 +129,14 @@ def test_memory_of_a_snapshot_that_nobody_reads(gpu: Device, emulation: Any) -> 
             work.step()
             read = kept.read()
     assert [array.shape for array in read] == [array.shape for array in arrays]
+
+
+def test_no_save_becomes_part_of_a_graph(gpu: Device, tmp_path: Path) -> None:
+    work = Work(gpu)
+    for asynchronous in (False, True):
+        with pytest.raises(ArgumentValueError, match="save must not be called while a graph is captured"):
+            work.optimizer.capture(partial(work.optimizer.save, tmp_path / "state", asynchronous=asynchronous))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_save_returns_nothing_to_wait_for(device: Device, tmp_path: Path) -> None:
@@ -203,20 +227,15 @@ def test_a_load_waits_for_the_save(device: Device) -> None:
     timer.join()
 
 
-def test_a_relative_path_is_that_of_the_call(device: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_relative_path_is_that_of_the_call(
+    device: Device, late: threading.Event, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    work, write = Work(device), checkpoint.write
-    entered = threading.Event()
-
-    def late(*arguments: Any) -> None:
-        entered.wait()
-        write(*arguments)
-
-    monkeypatch.setattr(checkpoint, "write", late)
+    work = Work(device)
     pending = work.optimizer.save("state", asynchronous=True)
     monkeypatch.chdir(tmp_path)
-    entered.set()
+    late.set()
     assert pending is not None
     pending.wait()
     assert (tmp_path / "here" / "state").exists()

@@ -258,7 +258,7 @@ class AdamState:
         label = label or names.__getitem__
         copies: dict[Device, tuple[list[Array], list[Array]]] = {}
         for number, (name, weight) in enumerate(named.items()):
-            value, target = arrays[name], weight.value
+            value, target = arrays[name], weight._value
             if weight is self.counter:
                 count = checked_count(value, label(number))
                 source = as_slot(value if from_file else count, weight, label(number), from_file=from_file)
@@ -268,7 +268,8 @@ class AdamState:
                 source = value if from_file and value.flags.c_contiguous else value.copy()
             if name == SCALE and isinstance(source, np.ndarray):  # what lies on a device cannot be seen without a wait
                 check_scale(float(source), label(number))
-            targets, sources = copies.setdefault(weight.device, ([], []))
+            device = weight.device
+            targets, sources = copies.get(device) or copies.setdefault(device, ([], []))
             targets.append(target)
             sources.append(source)
 

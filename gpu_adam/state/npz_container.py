@@ -108,8 +108,9 @@ def _small_array(content: bytes, dtype_name: str, layouts: dict[tuple[bytes, str
     begin, (dtype, shape, order, nbytes) = _begin(content, len(content), dtype_name, layouts)
     if not nbytes:  # a copy would visit each of 2**60 elements of no size, and give those of "S0" a byte
         return np.ndarray(shape, dtype, order=order)
-    # A copy: arrays over the bytes that were read cannot be written.
-    return np.ndarray(shape, dtype, content, begin, None, order).copy(order)
+    # Over a copy, for the bytes that were read cannot be written; it begins at a multiple of 16.
+    array: np.ndarray = np.ndarray(shape, dtype, bytearray(content), begin, None, order)
+    return array if begin % 16 == 0 else array.copy(order)
 
 
 def _large_array(

@@ -127,9 +127,9 @@ def restore(title: str, state: AdamState, contents: Contents, *, variables: bool
     if mode != state.complex_mode:
         rule = f"must come from an optimizer with complex_mode={state.complex_mode!r}"
         raise CheckpointError(title, rule, repr(mode), "construct the optimizer with the file's complex_mode")
-    if not variables:
-        arrays = {name: array for name, array in arrays.items() if not name.endswith(f"/{VALUE}")}
     named = state.named(variables=variables)
+    if not variables and arrays.keys() != named.keys():
+        arrays = {name: array for name, array in arrays.items() if not name.endswith(f"/{VALUE}")}
     if arrays.keys() != named.keys():
         missing = [name for name in named if name not in arrays]
         left = [name for name in arrays if name not in named]
