@@ -12,7 +12,7 @@ References:
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, overload
 
 import numpy as np
 
@@ -27,6 +27,10 @@ _LEGACY = Convention("tf.keras.optimizers.Adam", None, _SETTINGS)
 _KERAS = Convention("keras.optimizers.Adam", None, {name: _SETTINGS[name] for name in _SETTINGS if name != "use_ema"})
 
 
+@overload
+def export_state(adam: Adam, variables: Sequence[Any], *, legacy: Literal[False] = False) -> dict[str, Any]: ...
+@overload
+def export_state(adam: Adam, variables: Sequence[Any], *, legacy: Literal[True]) -> list[Any]: ...
 def export_state(adam: Adam, variables: Sequence[Any], *, legacy: bool = False) -> dict[str, Any] | list[Any]:
     """The state as Keras takes it.
 

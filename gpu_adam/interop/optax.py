@@ -19,7 +19,6 @@ import numpy as np
 from gpu_adam.adam import Adam
 from gpu_adam.errors import ArgumentTypeError, ArgumentValueError
 from gpu_adam.interop.exchange import NOT_KEPT, PAPER, Convention, Exchange, Given, imported
-from gpu_adam.rules import items_of
 
 _CONVENTION = Convention(
     *("optax.adam", "abs2"),
@@ -102,12 +101,12 @@ def _tree(adam: Adam, variables: Any) -> Any:
     """The tree of variables: a list as a dict by name."""
     if isinstance(variables, Mapping):
         return variables
-    listed = items_of("variables", variables, "must be a list or a dict of variables")
-    names = [adam.get_slot(variable, "m").name[len(adam.name) + 1 : -len("/m")] for variable in listed]
+    exchange = Exchange(adam, variables, _CONVENTION)
+    names = [slot.name.removeprefix(f"{adam.name}/").removesuffix("/m") for slot in exchange.slots["m"]]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise ArgumentValueError("variables", "must have different names", f"{twice!r} twice", "pass a dict of them")
-    return dict(zip(names, listed, strict=True))
+    return dict(zip(names, exchange.variables, strict=True))
 
 
 def _states(state: Any) -> Any:

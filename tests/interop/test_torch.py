@@ -105,7 +105,7 @@ def test_from_torch(device: Device, choice: str, dtype: str) -> None:
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_moments_of_16_bits_become_wider(dtype: str) -> None:
-    """torch keeps them in the parameter's dtype, which fits into float32; gpu_adam.torch takes float32 as it is."""
+    """In torch they are in the parameter's dtype, which fits into float32; gpu_adam.torch takes float32 as it is."""
     parameters = [torch.nn.Parameter(torch.tensor(x).to(getattr(torch, dtype))) for x in cases.arrays(0)]
     optimizer = torch.optim.Adam(parameters, cases.LR)
     for step in range(cases.STEPS):
