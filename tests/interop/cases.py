@@ -3,7 +3,7 @@
 Both sides begin that step with the same bits, and compute the same equations in another order. Let u be half the
 distance from 1 to its neighbour. m and v take up to four roundings on each side, of numbers no larger than the largest
 of m, v, g and g². The variable takes one, and its update up to 20 (those of m and v, the root, the quotient and the
-scalars, of which 1 - beta^t makes up to 4 times as much at EXACT after STEPS), each of up to u times the largest update,
+scalars, of which 1 - beta^t makes up to 4 times as much at EXACT after STEPS), each of up to u times the largest step,
 as the gradients are of one size. Two sides may err in opposite directions, which makes 2 u, the dtype's eps, of each u.
 """
 
