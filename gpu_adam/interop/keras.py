@@ -47,7 +47,8 @@ def export_state(adam: Adam, variables: Sequence[Any], *, legacy: bool = False) 
 
     Returns:
         Keras 3: {"0": iterations, "1": the learning rate of the next step, ...}, then with ``use_ema`` every average,
-        m and v of each variable, and with AMSGrad every vhat. tf.keras: [iterations, every m, every v, every vhat].
+        m and v of each variable, and with AMSGrad every vhat; those of bfloat16 as float32. tf.keras: [iterations,
+        every m, every v, every vhat].
 
     Raises:
         ArgumentTypeError, ArgumentValueError, SlotNotFoundError: as `exchange.Exchange`.
@@ -58,7 +59,7 @@ def export_state(adam: Adam, variables: Sequence[Any], *, legacy: bool = False) 
     if not (legacy or isinstance(adam.learning_rate, LearningRateSchedule)):
         listed.append(np.asarray(learning_rate(adam), np.float32))
     listed += [arrays[slot][place] for slot, place in _order(arrays, len(exchange.variables), legacy)]
-    return listed if legacy else {str(number): array for number, array in enumerate(listed)}
+    return listed if legacy else {str(number): _storable(array) for number, array in enumerate(listed)}
 
 
 def import_state(adam: Adam, state: Mapping[str, Any] | Sequence[Any], variables: Sequence[Any]) -> None:
@@ -115,6 +116,11 @@ def _listed(state: Mapping[str, Any] | Sequence[Any]) -> list[Given]:
         rule, remedy = "must have the keys '0', '1', ...", "pass the group optimizer/vars of a file"
         raise ArgumentValueError("state", rule, f"no {missing!r}", remedy)
     return [Given(f"state[{name!r}]", _stored(state[name])) for name in names]
+
+
+def _storable(array: np.ndarray) -> np.ndarray:
+    """An array as HDF5 takes it, which would make raw bytes of bfloat16: as float32, which holds the same numbers."""
+    return array.astype(np.float32) if array.dtype.name == "bfloat16" else array
 
 
 def _stored(value: Any) -> Any:

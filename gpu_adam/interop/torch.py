@@ -2,10 +2,12 @@
 
 torch has for each parameter exp_avg, exp_avg_sq and a step of its own, and with amsgrad max_exp_avg_sq, the maximum of
 exp_avg_sq before its bias is corrected: m, v, vhat and t of `Adam(epsilon_form="paper")`, for complex parameters with
-``complex_mode="real_imag"``. (Read in torch 2.13; older releases back to 1.3 compute the same.)
+``complex_mode="real_imag"``. Releases older than the pull request below, of August 2019, added epsilon to the root of v
+itself, which a state does not tell.
 
 References:
     https://github.com/pytorch/pytorch/blob/v2.13.0/torch/optim/adam.py
+    https://github.com/pytorch/pytorch/pull/22628
 """
 
 from __future__ import annotations

@@ -154,6 +154,17 @@ def test_files_of_keras(keras: Any, dtype: str, tmp_path: Path) -> None:
     cases.assert_same([np.array(v.value) for v in model.optimizer.variables[2:]], rounded)
 
 
+def test_slots_of_bfloat16_are_stored_as_float32(keras: Any, tmp_path: Path) -> None:
+    h5py = pytest.importorskip("h5py", reason="h5py is not installed (extra: peers)")
+    adam, variables = cases.stepped(slot_dtype="bfloat16")
+    theirs = Theirs(keras, cases.arrays(0))
+    with h5py.File(tmp_path / "own.h5", "w") as file:
+        file.update(export_state(adam, variables))
+        theirs.optimizer.load_own_variables(file)
+    for name in ("m", "v"):
+        cases.assert_same(theirs.slots(name), [x.astype(np.float32) for x in cases.slots(adam, variables, name)])
+
+
 def test_states_of_keras_that_have_no_counterpart(keras: Any) -> None:
     theirs, good = stepped(keras), dict[str, Any]()
     theirs.optimizer.save_own_variables(good)
