@@ -78,8 +78,10 @@ def import_state(adam: Adam, state: Mapping[str, Any], variables: Sequence[Any])
             `Adam` counts once for all; another amsgrad or maximize than the optimizer's. Nothing has changed then.
     """
     exchange = Exchange(adam, variables, _CONVENTION)
-    if not isinstance(state, Mapping) or not {"state", "param_groups"} <= set(state):
-        rule, remedy = "must be a mapping with 'state' and 'param_groups'", "pass what optimizer.state_dict() returned"
+    is_state = isinstance(state, Mapping) and isinstance(state.get("state"), Mapping)
+    if not is_state or not isinstance(state.get("param_groups"), list):
+        rule = "must be a mapping with a mapping 'state' and a list 'param_groups'"
+        remedy = "pass what optimizer.state_dict() returned"
         raise ArgumentTypeError("state", rule, type(state).__name__, remedy)
     for name, own in (("amsgrad", adam.amsgrad), ("maximize", adam.flavour.maximize)):
         if any(bool(group.get(name, False)) != own for group in state["param_groups"]):

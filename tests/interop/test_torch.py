@@ -199,7 +199,9 @@ def test_states_that_have_no_counterpart() -> None:
         (flagged(amsgrad=True), ArgumentValueError, "construct the optimizer with amsgrad=True"),
         (flagged(maximize=True), ArgumentValueError, "construct the optimizer with maximize=True"),
         (flagged(params=[0, 1]), ArgumentValueError, "must hold 3 for these variables .got 2"),
-        (good["state"], ArgumentTypeError, "must be a mapping with 'state' and 'param_groups'"),
+        (good["state"], ArgumentTypeError, "must be a mapping with a mapping 'state'"),
+        ({**good, "state": [1]}, ArgumentTypeError, "must be a mapping with a mapping 'state'"),
+        ({**good, "param_groups": 1}, ArgumentTypeError, "and a list 'param_groups'"),
         (None, ArgumentTypeError, "must be a mapping"),
     ]
     for state, error, message in wrong:
