@@ -88,9 +88,8 @@ __device__ inline Element adam(Element e, Value g, const StepScalars& step, unsi
 }
 
 // Whether this kernel clips gradients, and whether by value too. Chosen at compile time, although a factor of 1.0 and an
-// infinite bound change no bit: the multiplication in float64 and its conversions cost 32 to 46 instructions for four
-// float32, 18 to 26 % on top ("dense float32 clip" beside "dense float32" in profiling/results/static.json), and GPUs made
-// for graphics run float64 at 1/64 of the rate of float32.
+// infinite bound change no bit: they cost instructions ("dense float32 clip" beside "dense float32" in
+// profiling/results/static.json).
 constexpr bool CLIPS = GPU_ADAM_CLIP > 0;
 constexpr bool BOUNDED = GPU_ADAM_CLIP > 1;
 
@@ -102,9 +101,9 @@ __device__ inline Value bounded(Value g, const StepScalars& step) {
 }
 
 // Unscaled, clipped by value, then by norm: `factor` is the one that norm.cu computed, which has the equations.
-__device__ inline Value clipped(Value g, const StepScalars& step, double factor) {
+__device__ inline Value clipped(Value g, const StepScalars& step, const Factor& factor) {
     g = bounded(g, step);
-    if constexpr (CLIPS) g = scaled(g, factor);
+    if constexpr (CLIPS) g = g * factor;
     return g;
 }
 

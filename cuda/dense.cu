@@ -29,7 +29,7 @@ dense(const TensorTable table, const double* factors, const long long factor_str
         const Range range = {tensor.slots.at(chunk.begin), chunk.size, chunk.begin, noise_of(step.noise, tensor.place)};
         const Gradient* const g = in_global_memory(table.gradients[chunk.tensor]) + chunk.begin;
         // One factor per tensor (stride 1), or one for all (stride 0, the global norm).
-        const double factor = factors ? factors[chunk.tensor * factor_stride] : 1.0;
+        const Factor factor(factors ? factors[chunk.tensor * factor_stride] : 1.0);
         // Two loops: one that chooses at every pack takes up to 18 registers more.
         const Measures own = aligned(g + head_size(range.slots.theta, chunk.size))
                                  ? update_range(range, GlobalGradient<true>{g, factor}, step)

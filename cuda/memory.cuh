@@ -86,7 +86,7 @@ struct SlotPacks {
 template <bool PACKED>
 struct GlobalGradient {
     const Gradient* __restrict__ g;
-    double factor;
+    Factor factor;
 
     template <int N>
     __device__ Pack<Gradient, N> pack(int i) const { return gradient_pack<N, PACKED>(g + i); }

@@ -18,6 +18,20 @@
 
 constexpr int LANES = 1024;
 
+// Add terms [row, row + count) to the lanes, strip by strip as the updates go (memory.cuh).
+template <bool FIRST, typename Terms>
+__device__ inline void add_row(long long row, int count, const Terms& terms, double* lanes) {
+    const bool prefetches = GPU_ADAM_PREFETCHES;
+    for (int strip = 0; strip < count; strip += GPU_ADAM_STRIP) {
+        const int end = count - strip < GPU_ADAM_STRIP ? count : strip + GPU_ADAM_STRIP;
+        if (prefetches) terms.prefetch(row + strip);
+        GPU_ADAM_INDEPENDENT
+        for (int k = strip; k < end; ++k) {
+            lanes[k] = (FIRST ? 0.0 : lanes[k]) + terms.at(row + k);  // 0.0 +: a denormal term may be no zero, its sum is
+        }
+    }
+}
+
 // The same sum by a block of one thread: the lanes stay in the processor's first cache, and each row of terms is added to
 // them by a loop that the compiler vectorises. Lanes without a term would be +0, and +0 added to a sum of squares changes
 // no bit: a short tensor's are left out.
@@ -25,12 +39,9 @@ template <typename Terms>
 __device__ inline double sum_of_one_thread(long long n, const Terms& terms, double* lanes) {
     int used = static_cast<int>(n < LANES ? n : LANES);
     if (used == 0) return 0.0;
-    GPU_ADAM_INDEPENDENT
-    for (int k = 0; k < used; ++k) lanes[k] = 0.0 + terms.at(k);  // the sum of a denormal term is 0, the term is not
+    add_row<true>(0, used, terms, lanes);
     for (long long row = LANES; row < n; row += LANES) {
-        const int count = static_cast<int>(n - row < LANES ? n - row : LANES);
-        GPU_ADAM_INDEPENDENT
-        for (int k = 0; k < count; ++k) lanes[k] += terms.at(row + k);
+        add_row<false>(row, static_cast<int>(n - row < LANES ? n - row : LANES), terms, lanes);
     }
     for (int half = LANES / 2; half > 0; half /= 2) {
         GPU_ADAM_INDEPENDENT
@@ -69,6 +80,7 @@ struct Squares {
 
     __device__ double term(Gradient x) const { return norm_term(bounded(value(x), step)); }
     __device__ double at(long long i) const { return term(g[i]); }
+    __device__ void prefetch(long long i) const { GPU_ADAM_PREFETCH(g + i); }
     __device__ void add(double* sum, long long i) const {
         if (packed) {
             const Pack<Gradient> pack = load_pack<PACK>(g + i);
@@ -105,6 +117,7 @@ struct Partials {
     const double* sums;
 
     __device__ double at(long long i) const { return sums[i]; }
+    __device__ void prefetch(long long i) const { GPU_ADAM_PREFETCH(sums + i); }
     __device__ void add(double* sum, long long i) const {
         for (int k = 0; k < PACK; ++k) sum[k] += sums[i + k];
     }

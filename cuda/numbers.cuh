@@ -108,14 +108,6 @@ __device__ inline Complex<Real> clamped(Complex<Real> x, Real bound) {
     return bound < length ? x * (bound / length) : x;
 }
 
-// x times a factor, rounded once. The factor is float64 because neither a factor nor a norm need fit into float32.
-__device__ inline float scaled(float x, double factor) { return static_cast<float>(static_cast<double>(x) * factor); }
-__device__ inline Double scaled(Double x, double factor) { return flush_unless_daz(x.x * factor); }
-template <typename Real>
-__device__ inline Complex<Real> scaled(Complex<Real> x, double factor) {
-    return {scaled(x.re, factor), scaled(x.im, factor)};
-}
-
 // Numbers of 16 bits in memory: 5 bits of exponent and 10 of fraction, or 8 and 7, the upper half of a float.
 struct Float16 {
     unsigned short bits;
@@ -203,3 +195,22 @@ constexpr bool ROUNDS = sizeof(Stored) < sizeof(Wide);  // theta, when it is sto
 template <typename Memory>
 __device__ inline Value value(Memory x) { return Converted<Value>::from(x); }
 __device__ inline Real real(StoredReal x) { return Converted<Real>::from(x); }
+
+// A number in [0, 1], rounded once to Real, as a product: 1 / x of float's largest numbers x is denormal. `first` is 1, or
+// 2^-64 where the number is below 2^-62: by either an element is multiplied exactly, or it is too small to count.
+struct Factor {
+    static constexpr bool SPLIT = sizeof(Real) == sizeof(float);
+    Real first, second;
+
+    __device__ explicit Factor(double x) {
+        const bool tiny = SPLIT && x < 0x1p-62;
+        first = real(static_cast<StoredReal>(tiny ? 0x1p-64 : 1.0));
+        second = real(static_cast<StoredReal>(tiny ? x * 0x1p64 : x));
+    }
+};
+
+template <typename Number>
+__device__ inline Number operator*(Number x, const Factor& factor) {
+    if constexpr (Factor::SPLIT) x = x * factor.first;
+    return x * factor.second;
+}

@@ -63,7 +63,7 @@ __device__ inline Tile tile_at(const EmbeddingTable& table, long long index) {
 // gradient[row, column] of the tile = the sum of its occurrences; keys [begin, end) are those of the tile's rows. Groups
 // of threads take a row each, threads of a group its columns.
 __device__ inline void sum_rows(const Tile& tile, const Keys keys, long long begin, long long end, const Gradient* values,
-                                long long row_size, double factor, const StepScalars& step, Value* gradient) {
+                                long long row_size, const Factor& factor, const StepScalars& step, Value* gradient) {
     const int lanes = tile.columns < static_cast<int>(blockDim.x) ? tile.columns : blockDim.x;
     const int groups = blockDim.x / lanes;
     const int group = threadIdx.x / lanes, lane = threadIdx.x % lanes;
@@ -98,7 +98,7 @@ sparse(const EmbeddingTable table, const Indices indices, const Keys keys, const
         }
         return;
     }
-    const double factor = factors ? *factors : 1.0;
+    const Factor factor(factors ? *factors : 1.0);
 
     for (long long index = blockIdx.x; index < table.tiles; index += gridDim.x) {
         const Tile tile = tile_at(table, index);

@@ -38,6 +38,7 @@ from gpu_adam import IndexedSlices, Variable
 from gpu_adam.devices import Device, HostDevice
 from gpu_adam.devices.pair_reader import ExpectedPairs, PairReader
 from gpu_adam.errors import SlotNotFoundError
+from gpu_adam.interop.keras import export_state, import_state
 
 KINDS = ("keyboard", "memory", "signal")
 _CODE = (str(Path(gpu_adam.__file__).parent), contextlib.__file__)
@@ -426,6 +427,12 @@ def _restore(world: World) -> None:
     world.optimizer.restore({name: array + 1 for name, array in world.optimizer.export().items()})
 
 
+def _import_state(world: World) -> None:
+    variables = world.targets[:2]
+    state = export_state(world.optimizer, variables, legacy=True)
+    import_state(world.optimizer, [array + 1 for array in state], variables)
+
+
 def _set_group(world: World) -> None:
     world.optimizer.set_group([world.targets[0]], learning_rate_multiplier=2.0, weight_decay=0.1)
 
@@ -533,6 +540,7 @@ SCENARIOS: dict[str, Callable[[Device], Factory]] = {
     "build, one more": _calls(_build, newcomers=1),
     "set_weights": _calls(_set_weights),
     "restore": _calls(_restore),
+    "import_state": _calls(_import_state),
     "set_group": _calls(_set_group),
     "load": lambda device: state_scenario(device, _saved(device)),
     "load, variables": lambda device: state_scenario(device, _saved(device, variables=True)),

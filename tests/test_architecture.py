@@ -25,7 +25,8 @@ FLOORS = [
     ["step"],
     # What is differentiated knows nothing of optimizers.
     ["autodiff"],
-    ["adam", "np", "torch"],
+    ["adam", "np"],
+    ["interop", "torch"],
     [""],
     ["demos"],
     ["bench", "files"],

@@ -230,6 +230,33 @@ else:
     assert after == [alone, alone]
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="threads are kept apart on Linux alone")
+@pytest.mark.parametrize("most", [1, 2])
+def test_the_pool_keeps_from_the_processor_of_the_caller(most: int) -> None:
+    """A thread may use the caller's processors but one, or the only one. The caller itself goes where it likes."""
+    code = f"""
+import os
+allowed = set(sorted(os.sched_getaffinity(0))[:{most}])
+os.sched_setaffinity(0, allowed)
+{STEP}
+masks = {{int(task): os.sched_getaffinity(int(task)) for task in os.listdir("/proc/self/task")}}
+assert masks.pop(os.getpid()) == allowed
+assert min(map(len, masks.values())) == max(1, len(allowed) - 1), (allowed, masks)
+"""
+    processes.run(code, GPU_ADAM_THREADS=2)
+
+
+def test_threads_without_work_sleep() -> None:
+    """Whatever they have looked for meanwhile: a process that waits for a second uses next to no time of processors."""
+    idle = """
+import time
+before = time.process_time()
+time.sleep(1)
+print(time.process_time() - before)
+"""
+    assert float(processes.run(STEP + idle, GPU_ADAM_THREADS=3).splitlines()[-1]) < 0.5
+
+
 def training(seed: int, threads: int) -> Array:
     """What a training becomes whose launches are large enough for several threads."""
     rng = np.random.default_rng(seed)

@@ -19,6 +19,7 @@ OTHERS = {
     "Adam", "CheckpointManager", "IndexedSlices", "LossScale", "Telemetry", "Variable", "get_device", "register_vjp",
     "schedules", "set_device", "value_and_grad",
 }  # fmt: skip
+INTEROP = ["keras", "optax", "torch"]
 
 ADAM = {
     "accumulate", "add_slot", "add_weight", "amsgrad", "apply_gradients", "beta_1", "beta_2", "build", "capture",
@@ -50,6 +51,15 @@ def test_names_of_the_package() -> None:
     modules = {name for name in public(gpu_adam) if inspect.ismodule(getattr(gpu_adam, name))}
     assert public(gpu_adam) - modules - {"Any", "TYPE_CHECKING"} <= set(gpu_adam.__all__), "the rest is not meant"
     assert all(callable(getattr(gpu_adam, name)) for name in set(gpu_adam.__all__) - {"schedules"})
+
+
+def test_each_library_has_two_functions() -> None:
+    assert gpu_adam.interop.__all__ == INTEROP
+    for name in INTEROP:
+        module = getattr(gpu_adam.interop, name)
+        own = {each for each in public(module) if getattr(getattr(module, each), "__module__", "") == module.__name__}
+        assert {"export_state", "import_state"} <= own <= {"export_state", "import_state", "numbers_of"}, name
+        assert all(inspect.getdoc(getattr(module, each)) for each in own)
 
 
 def test_names_of_the_classes() -> None:
@@ -95,6 +105,9 @@ def test_parameters() -> None:
             "directory", "optimizer", "variables", "every_steps", "every_seconds", "keep",
         ],
         gpu_adam.Adam.from_config: ["config", "custom_objects"],
+        **{interop.export_state: ["adam", "variables"] for interop in (gpu_adam.interop.torch, gpu_adam.interop.optax)},
+        gpu_adam.interop.keras.export_state: ["adam", "variables", "legacy"],
+        **{getattr(gpu_adam.interop, name).import_state: ["adam", "state", "variables"] for name in INTEROP},
         gpu_adam.Variable: ["initial_value", "trainable", "name", "dtype", "device", "constraint"],
         gpu_adam.IndexedSlices: ["values", "indices", "dense_shape"],
         gpu_adam.set_device: ["device"],

@@ -130,8 +130,8 @@ def test_slices_are_clipped_before_they_are_summed(device: Device, dtype: str) -
 
 
 def test_a_norm_that_float32_cannot_hold(device: Device) -> None:
-    """The sum of squares is float64: 1e30 squared, and 1e-30 squared, too."""
-    for size, limit in ((1e30, 1.0), (1e-30, 1e-30), (1e-30, 1e-6)):
+    """The sum of squares is float64: 1e30 squared, and 1e-30 squared, too. Nor need the factor be a normal float32."""
+    for size, limit in ((1e30, 1.0), (1e-30, 1e-30), (1e-30, 1e-6), (3e38, 1.0), (3e38, 1e-9)):
         g = np.full(4, size, np.float32)
         (clipped,) = used(device, [g], clipnorm=limit)
         assert_close(clipped, clipped_by_norm(g, limit))

@@ -31,10 +31,10 @@ def view(variable: Variable) -> torch.Tensor:
     """
     tape = current_tracer.get()
     if not isinstance(tape, Tape) or type(tape.operand(variable)) is not Node:
-        return _tensor(variable._value)
+        return tensor(variable._value)
     views = tape.views.setdefault("torch", {})
     if id(variable) not in views:
-        views[id(variable)] = _tensor(variable._value).requires_grad_()
+        views[id(variable)] = tensor(variable._value).requires_grad_()
     return views[id(variable)]
 
 
@@ -67,7 +67,8 @@ def _cotangent(loss: torch.Tensor, seed: Any) -> torch.Tensor:
     return torch.ones_like(loss) * torch.as_tensor(seed, dtype=loss.dtype, device=loss.device)
 
 
-def _tensor(array: Any) -> torch.Tensor:
+def tensor(array: Any) -> torch.Tensor:
+    """A tensor over the memory of an array, in its dtype."""
     if array.dtype.name == "bfloat16":  # which DLPack and NumPy do not know of each other
         return torch.from_dlpack(array.view(np.int16)).view(torch.bfloat16)
     return torch.from_dlpack(array)

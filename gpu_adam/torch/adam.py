@@ -12,6 +12,7 @@ import torch
 from gpu_adam.devices import Device, find_device
 from gpu_adam.errors import ArgumentTypeError
 from gpu_adam.hyperparameters import NO_CLIPPING, PLAIN
+from gpu_adam.interop.torch import SLOTS, numbers_of
 from gpu_adam.kernels import UpdateRule
 from gpu_adam.state.adam_state import AdamState
 from gpu_adam.step.controller import Controller
@@ -19,7 +20,7 @@ from gpu_adam.step.gradients import AS_THEY_ARE, Incoming
 from gpu_adam.step.guard import checked_scale
 from gpu_adam.torch.groups import Group
 from gpu_adam.torch.numbers import check
-from gpu_adam.torch.states import SLOTS, States, check_shapes, has_moments
+from gpu_adam.torch.states import States, check_shapes, has_moments
 from gpu_adam.variables import IndexedSlices
 
 _NO_NUMBERS = dict.fromkeys(("learning_rate", "beta_1", "beta_2", "epsilon", "decay", "weight_decay", "l2"), 0.0)
@@ -150,9 +151,8 @@ class Adam(torch.optim.Optimizer):  # type: ignore[misc]
             ValueError: another number of groups or parameters.
         """
         super().load_state_dict(state_dict)
-        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
         params = [param for group in self.param_groups for param in group["params"]]
-        for number, param in zip(numbers, params, strict=True):
+        for number, param in zip(numbers_of(state_dict), params, strict=True):
             if param.is_floating_point() and param.itemsize == 2:  # to which torch has rounded them
                 entry = state_dict["state"].get(number, {})
                 moments = {name: entry[name].to(param.device, copy=True) for name in SLOTS if name in entry}

@@ -10,12 +10,9 @@ import torch
 from gpu_adam.autodiff.torch import view
 from gpu_adam.devices.native_tensors import Contents, is_available
 from gpu_adam.errors import ArgumentValueError
+from gpu_adam.interop.torch import SLOTS
 from gpu_adam.state.adam_state import AdamState
 from gpu_adam.torch.groups import Group
-
-SLOTS = {"exp_avg": "m", "exp_avg_sq": "v", "max_exp_avg_sq": "vhat"}
-"""The slots by torch's names of them, in the order of torch's dicts, in which "step" comes first."""
-
 
 _NOTHING: tuple[None, dict[str, Any], dict[str, Any]] = None, {}, {}
 
