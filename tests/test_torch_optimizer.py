@@ -147,7 +147,7 @@ def test_a_parameter_that_has_never_had_a_gradient_has_no_state() -> None:
 
 
 def plan_of(optimizer: Any) -> Any:
-    return optimizer._controller._memo.plan
+    return optimizer._controller._memos._last.plan
 
 
 def test_one_launch_for_all_groups() -> None:
