@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from gpu_adam.devices import Device, find_device
-from gpu_adam.errors import ArgumentTypeError
+from gpu_adam.errors import ArgumentTypeError, ArgumentValueError
 from gpu_adam.hyperparameters import NO_CLIPPING, PLAIN
 from gpu_adam.kernels import UpdateRule
 from gpu_adam.state.adam_state import AdamState
@@ -19,6 +19,7 @@ from gpu_adam.step.gradients import AS_THEY_ARE, Incoming
 from gpu_adam.step.guard import checked_scale
 from gpu_adam.torch.groups import Group
 from gpu_adam.torch.numbers import check
+from gpu_adam.torch.orders import Orders
 from gpu_adam.torch.states import SLOTS, States, check_shapes, has_moments
 from gpu_adam.variables import IndexedSlices
 
@@ -51,8 +52,8 @@ class Adam(torch.optim.Optimizer):  # type: ignore[misc]
     read. It waits at every step where the parameters lie on several devices, or some groups alone have `amsgrad`.
 
     Args:
-        params: parameters, (name, parameter) pairs or dicts of groups; contiguous; float32, float64, float16, bfloat16
-            or complex.
+        params: parameters, (name, parameter) pairs or dicts of groups; float32, float64, float16, bfloat16 or complex;
+            without gaps in memory, in any order: also channels_last, or a transpose of what is contiguous.
         lr: learning rate, >= 0 and finite. A number, or a tensor with one element, which is read at every step; one on
             a CUDA device makes the host wait then.
         betas: decay of the means of g and g², each in [0, 1); numbers or such tensors.
@@ -80,7 +81,7 @@ class Adam(torch.optim.Optimizer):  # type: ignore[misc]
         lr: Any = 1e-3,
         betas: tuple[Any, Any] = (0.9, 0.999),
         eps: float = 1e-8,
-        weight_decay: float = 0.0,
+        weight_decay: float = 0,  # as torch has it, whose groups show it
         amsgrad: bool = False,
         *,
         foreach: bool | None = None,
@@ -111,7 +112,8 @@ class Adam(torch.optim.Optimizer):  # type: ignore[misc]
         """Have no slots, and take the first step's moments from `state`."""
         self._core = AdamState(type(self).__name__, "real_imag")
         self._controller = Controller(self._core, PLAIN)
-        self._states = States(self._core)
+        self._orders = Orders()
+        self._states = States(self._core, self._orders)
         self._groups: list[Group] = []
         self._layout: Any = None
         self._places: list[torch.device] = []
@@ -170,9 +172,9 @@ class Adam(torch.optim.Optimizer):  # type: ignore[misc]
             What the closure returns, or None.
 
         Raises:
-            ArgumentTypeError, ArgumentValueError: a number of a group outside its range; a parameter that is not
-                contiguous, or of a dtype that is not computed with; a gradient that does not fit. No parameter has
-                changed then (see the class about `amsgrad`).
+            ArgumentTypeError, ArgumentValueError: a number of a group outside its range; a parameter with gaps in
+                memory, or of a dtype that is not computed with; a gradient that does not fit. No parameter has changed
+                then (see the class about `amsgrad`).
             ConcurrentStepError: another step of this optimizer is at work.
         """
         loss = None
@@ -216,6 +218,15 @@ class Adam(torch.optim.Optimizer):  # type: ignore[misc]
 
     def _update(self, groups: Sequence[Group], amsgrad: bool, incoming: Incoming) -> None:
         """Step the parameters of groups."""
+        try:
+            self._step(groups, amsgrad, incoming)
+        except ArgumentValueError:  # which has changed nothing: of a parameter that has been reordered since, say
+            if not any(self._orders.lack(param) for group in groups for param in group.params):
+                raise
+            self._follow()
+            self._step(groups, amsgrad, incoming)
+
+    def _step(self, groups: Sequence[Group], amsgrad: bool, incoming: Incoming) -> None:
         pairs: list[Any] = []
         new: list[Any] = []
         stepped: list[Group] = []
@@ -235,9 +246,10 @@ class Adam(torch.optim.Optimizer):  # type: ignore[misc]
         )
         if new:
             params, cohorts = zip(*new, strict=True)
-            self._controller.set_cohorts(params, rule, cohorts)
+            self._controller.set_cohorts([self._orders.target(param) for param in params], rule, cohorts)
             for group in stepped:
                 group.note_told()
+        pairs = self._orders.pairs(pairs)
         if self._has_odd:
             pairs = _readable(pairs)
         try:
@@ -264,14 +276,16 @@ class Adam(torch.optim.Optimizer):  # type: ignore[misc]
             len(groups) == len(self.param_groups)
             and all(known.is_of(group) for known, group in zip(groups, self.param_groups, strict=True))
             and self._states.are_seen(self._entries)
+            and self._orders.are_current()
         )
 
     def _follow(self) -> None:
         """Take over groups, parameters and moments that others have put in their places."""
         old = {id(group.group): group for group in self._groups}
         entries = self.state
-        for param in self._states.forgotten(entries):
-            self._controller.forget(param)
+        self._orders.follow(param for group in self.param_groups for param in group["params"])
+        for target in self._states.forgotten(entries):
+            self._controller.forget(target)
         groups = []
         for each in self.param_groups:
             group = old.get(id(each))
@@ -282,7 +296,7 @@ class Adam(torch.optim.Optimizer):  # type: ignore[misc]
             for param, entry in foreign:
                 check_shapes(param, entry)
             for amsgrad in (False, True):
-                some = [param for param, entry in foreign if ("max_exp_avg_sq" in entry) == amsgrad]
+                some = [self._orders.target(p) for p, entry in foreign if ("max_exp_avg_sq" in entry) == amsgrad]
                 self._controller.build(some, _rule(amsgrad, False, False, False))
             for param, entry in foreign:
                 self._states.read(param, entry)
