@@ -477,6 +477,46 @@ def test_tensors_as_numbers(shape: tuple[int, ...]) -> None:
     assert_near(results[0], results[1], allowed(4, torch.float32, results[0]))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_hook_may_replace_what_is_loaded(dtype: str) -> None:
+    """As one that finds parameters by name: here they come in the reverse order. Hooks see all that was loaded."""
+    params = made([(3,), (4,)], getattr(torch, dtype))
+    first = ours.Adam(params, LR)
+    train(params, first, range(3, 6))
+    expected = moments_of(first)
+    second, seen = ours.Adam(made([(4,), (3,)], getattr(torch, dtype)), LR), list[Any]()
+
+    def reverse(_: Any, given: dict[str, Any]) -> dict[str, Any]:
+        groups = [{**group, "params": list(reversed(group["params"]))} for group in given["param_groups"]]
+        return {"state": given["state"], "param_groups": groups}
+
+    second.register_load_state_dict_pre_hook(reverse)
+    second.register_load_state_dict_post_hook(lambda optimizer: seen.extend(moments_of(optimizer)))
+    second.load_state_dict(first.state_dict())
+    for found in (seen, moments_of(second)):
+        for x, y in zip(reversed(expected), found, strict=True):
+            assert torch.equal(x, y)
+            assert x.dtype == y.dtype
+
+
+def moments_of(optimizer: Any) -> list[Any]:
+    return [optimizer.state[p]["exp_avg"].clone() for p in optimizer.param_groups[0]["params"]]
+
+
+def test_a_step_is_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    params = made([(3,)])
+    optimizer = ours.Adam(params, capturable=True)
+    train(params, optimizer, range(1))
+    before = params[0].detach().clone()
+    device = HostDevice()
+    monkeypatch.setattr(device, "is_capturing", lambda: True)
+    optimizer._devices.append(device)
+    with pytest.raises(ArgumentValueError, match=r"must not be captured .* use torch\.optim\.Adam"):
+        optimizer.step()
+    assert torch.equal(params[0].detach(), before)
+    assert steps_of(optimizer) == [1]
+
+
 def test_what_makes_no_difference_is_accepted() -> None:
     results = []
     for options in ({}, {"foreach": True}, {"fused": True}, {"capturable": True}, {"foreach": False, "fused": False}):
@@ -496,7 +536,16 @@ def test_named_parameters_and_the_text() -> None:
     assert repr(optimizer).startswith("AdamW (\nParameter Group 0\n    amsgrad: False\n")
     assert "lr: 0.5\n" in repr(optimizer)
     assert optimizer.defaults["weight_decay"] == 0.01
-    assert {**optimizer.defaults} == {**torch.optim.AdamW(model.parameters(), lr=0.5).defaults}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_text_and_the_defaults_are_torchs(kind: str) -> None:
+    one, other = (getattr(of, kind)(made(), maximize=True) for of in (torch.optim, ours))
+    assert (repr(one), one.defaults, list(one.param_groups[0])) == (
+        repr(other),
+        other.defaults,
+        [*other.param_groups[0]],
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -60,7 +60,8 @@ class Adam(torch.optim.Optimizer):  # type: ignore[misc]
         eps: added to the root, >= 0.
         weight_decay: >= 0; see above.
         amsgrad: whether to divide by the root of the maximum of v over the past.
-        foreach, capturable, fused: accepted, and make no difference.
+        foreach, capturable, fused: accepted, and make no difference: `state[p]["step"]` is a tensor in host memory also
+            where torch has it on the device, to which loading moves it; a step cannot be captured in a CUDA graph.
         maximize: whether to go uphill.
         differentiable: must be False.
         decoupled_weight_decay: see above.
@@ -151,11 +152,24 @@ class Adam(torch.optim.Optimizer):  # type: ignore[misc]
         Raises:
             ValueError: another number of groups or parameters.
         """
-        super().load_state_dict(state_dict)
+        given: dict[str, Any] = {}
+
+        def read(_: Any, present: dict[str, Any]) -> None:
+            given.update(present)
+
+        # The last hook before the work sees what the others have put in its place, the first one after it is seen by
+        # the others.
+        before = self.register_load_state_dict_pre_hook(read)
+        after = self.register_load_state_dict_post_hook(lambda _: self._keep_moments(given), prepend=True)
+        with before, after:
+            super().load_state_dict(state_dict)
+
+    def _keep_moments(self, state_dict: dict[str, Any]) -> None:
+        """Take the moments of parameters of 16 bits, to which torch has rounded them, as they were."""
         numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
         params = [param for group in self.param_groups for param in group["params"]]
         for number, param in zip(numbers, params, strict=True):
-            if param.is_floating_point() and param.itemsize == 2:  # to which torch has rounded them
+            if param.is_floating_point() and param.itemsize == 2:
                 entry = state_dict["state"].get(number, {})
                 moments = {name: entry[name].to(param.device, copy=True) for name in SLOTS if name in entry}
                 self.state[param].update(moments)
@@ -174,7 +188,7 @@ class Adam(torch.optim.Optimizer):  # type: ignore[misc]
         Raises:
             ArgumentTypeError, ArgumentValueError: a number of a group outside its range; a parameter with gaps in
                 memory, or of a dtype that is not computed with; a gradient that does not fit. No parameter has changed
-                then (see the class about `amsgrad`).
+                then (see the class about `amsgrad`). A CUDA graph is captured.
             ConcurrentStepError: another step of this optimizer is at work.
         """
         loss = None
@@ -187,6 +201,7 @@ class Adam(torch.optim.Optimizer):  # type: ignore[misc]
                 self._find_devices()
             for device in self._devices:
                 stack.enter_context(device.on_stream_of(torch))
+                _refuse_capture(device)
             if not is_known:
                 self._follow()
             plain = [group for group in self._groups if not group.group["amsgrad"]]
@@ -354,6 +369,14 @@ class AdamW(Adam):
         super().__setstate__(state)
         for group in self.param_groups:
             group["decoupled_weight_decay"] = True  # as torch does, whose older files do not say
+
+
+def _refuse_capture(device: Device) -> None:
+    """Raise ArgumentValueError where a graph is captured, all replays of which would be the same step t."""
+    if device.is_capturing():
+        rule, got = "must not be captured in a graph, for the host counts the steps of each parameter", "a capture"
+        remedy = "use torch.optim.Adam(capturable=True), or gpu_adam.Adam and its capture"
+        raise ArgumentValueError("a step of gpu_adam.torch", rule, got, remedy)
 
 
 def _are_odd(pairs: list[Any]) -> bool:
