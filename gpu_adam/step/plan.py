@@ -143,9 +143,8 @@ class Plan:
             own = np.flatnonzero(places[asked] >= 0)
             if len(own):
                 groups.append(group.part(places[asked[own]].tolist(), own.tolist()))
-        groups.sort(
-            key=lambda group: int(group.numbers[0])
-        )  # as they would be without a whole: norms are sums in order
+        # As they would be without a whole: a norm's partial sums are added launch after launch.
+        groups.sort(key=lambda group: int(group.numbers[0]))
         return Plan(self.rule, [self.variables[n] for n in numbers], groups, self)
 
     @stage("check")
