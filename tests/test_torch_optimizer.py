@@ -477,6 +477,25 @@ def test_tensors_as_numbers(shape: tuple[int, ...]) -> None:
     assert_near(results[0], results[1], allowed(4, torch.float32, results[0]))
 
 
+def test_state_may_hold_more_than_parameters() -> None:
+    """Values of any kind, by other keys than parameters, and others beside a parameter's moments."""
+    params = made([(3,), (4,)])
+    optimizer = ours.Adam(params, LR)
+    train(params, optimizer, range(3, 5))
+    optimizer.state["global"] = 5
+    optimizer.state[params[0]]["own"] = torch.ones(2)
+    train(params, optimizer, range(5, 7))
+    found = optimizer.state_dict()["state"]
+    assert found["global"] == 5
+    assert list(found[0]) == ["step", "exp_avg", "exp_avg_sq", "own"]
+    twin = ours.Adam(params, LR)
+    twin.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    train(params, twin, range(7, 8))
+    assert twin.state["global"] == 5
+    assert torch.equal(twin.state[params[0]]["own"], torch.ones(2))
+    assert [int(twin.state[p]["step"]) for p in params] == [5, 5]
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_hook_may_replace_what_is_loaded(dtype: str) -> None:
     """As one that finds parameters by name: here they come in the reverse order. Hooks see all that was loaded."""

@@ -163,3 +163,16 @@ def test_gaps_and_overlaps_are_refused(tensor: Any) -> None:
         optimizer.step()
     assert not optimizer.state
     assert torch.equal(q.detach(), torch.ones(3, 2))
+
+
+def test_parameters_that_have_no_shape_yet() -> None:
+    """A step before the first call of a lazy module leaves its parameters alone, as torch's does."""
+    model = torch.nn.LazyConv2d(2, 3)
+    optimizer = ours.Adam(model.parameters(), 0.1)
+    optimizer.step()
+    model(torch.ones(1, 3, 4, 4))
+    model.to(memory_format=torch.channels_last)
+    before = model.weight.detach().clone()
+    model.weight.grad = torch.ones(2, 3, 3, 3)
+    optimizer.step()
+    torch.testing.assert_close(model.weight.detach(), before - 0.1)

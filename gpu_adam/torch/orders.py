@@ -89,8 +89,11 @@ def shown(param: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
 
 
 def _order(param: torch.Tensor) -> list[int] | None:
-    """The dimensions in the order of memory; None where it is that of the elements, or there are gaps or overlaps."""
-    if param.layout is not torch.strided or param.is_contiguous():
+    """The dimensions in the order of memory.
+
+    None where it is that of the elements, where there are gaps or overlaps, and before a lazy module's first call.
+    """
+    if torch.nn.parameter.is_lazy(param) or param.layout is not torch.strided or param.is_contiguous():
         return None
     order = sorted(range(param.dim()), key=param.stride, reverse=True)
     return order if param.permute(order).is_contiguous() else None
