@@ -25,13 +25,13 @@ class Reordered:
     """
 
     def __init__(self, param: torch.Tensor, order: Sequence[int]) -> None:
-        self._param, self._order, self._stride = param, order, param.stride()
+        self._param, self._order, self._form = param, order, (param.shape, param.stride())
         self.view = param.detach().permute(order)
 
     def is_current(self) -> bool:
         """Whether the view shows the parameter's memory still: `data` can be exchanged."""
         param, view = self._param, self.view
-        return bool(param.data_ptr() == view.data_ptr() and param.stride() == self._stride)
+        return bool(param.data_ptr() == view.data_ptr() and (param.shape, param.stride()) == self._form)
 
     def read(self, gradient: torch.Tensor) -> torch.Tensor:
         """A gradient of the parameter as one of the view; written out where it is sparse."""
