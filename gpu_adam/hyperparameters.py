@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -321,12 +321,27 @@ class Cohort:
         """Steps of these variables that are done, t - 1; at most, while the device may leave some of them out."""
         return int(self._counts.item(self._first))
 
-    def counting(self, steps: int) -> Call:
-        """The call that adds steps to those that are done; fewer than 0 take some back that were left out."""
-        return functools.partial(np.add.at, self._counts, self._members, self._counts.dtype.type(steps))
+    @property
+    def present(self) -> Any:
+        """What the scalars of the next step depend on: cohorts for which it is equal have the same ones."""
+        return id(self.hyper), id(self.flavour), self._counts.item(self._first)
 
 
 AnySettings = Settings | Cohort
+
+
+def counting(cohorts: Sequence[Cohort], steps: int) -> list[Call]:
+    """The calls that add steps to those that cohorts have done; fewer than 0 take some back that were left out."""
+    by_array: dict[int, list[Cohort]] = {}
+    for cohort in cohorts:
+        by_array.setdefault(id(cohort._counts), []).append(cohort)
+    return [
+        functools.partial(
+            np.add.at, counts, np.concatenate([each._members for each in alike]), counts.dtype.type(steps)
+        )
+        for alike in by_array.values()
+        for counts in (alike[0]._counts,)
+    ]
 
 
 class PresentValue(float):

@@ -1,28 +1,35 @@
-"""Does a flavour of Adam take the time that its memory traffic predicts? And how long does its first step compile?
+"""Does a flavour of Adam take the time that its memory traffic predicts? What do first steps take, and changing ones?
 
     python profiling/flavours.py                           one variable of 32 M elements on the host
     python profiling/flavours.py --only "bfloat16" --turns 40
     python profiling/flavours.py --first-step host cuda    compile times; on "cuda" also of an emulated driver
+    python profiling/flavours.py --changing                a random half of 1000 parameters, beside torch's fused Adam
 
 Every flavour takes turns with plain float32 Adam. The figure is the median over the turns of the quotient of the two
 times, divided by the quotient of the bytes that the two must move. First steps run in processes of their own: "cold"
 with empty caches of compiled kernels, "warm" once more with what the first has left there; imports do not count. On a
-busy machine look at the processor time, which is that of the process and of the compilers that it runs.
+busy machine look at the processor time, which is that of the process and of the compilers that it runs. A step with
+other parameters than the last one is timed by that time alone, after as many such steps as are timed; set
+GPU_ADAM_THREADS=1 there.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import random
 import re
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 import gpu_adam
 from gpu_adam.bench.clocks import Candidate, Effort, Step, WallClock, measure
@@ -109,7 +116,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--turns", type=int, default=25)
     parser.add_argument("--size", type=int, default=SIZE, help="elements of the variable")
     parser.add_argument("--first-step", nargs="+", metavar="DEVICE", help="time first steps on these devices instead")
+    parser.add_argument("--changing", action="store_true", help="time steps of other parameters each time instead")
     options = parser.parse_args(arguments)
+    if options.changing:
+        header = ("parameters with a gradient", *STEPPERS, *(f"{name} / {FUSED}" for name in list(STEPPERS)[1:]))
+        print(markdown(header, changing(options.turns)))
+        return
     if options.first_step:
         rows = first_steps(options.first_step, options.only)
         print(markdown(("first step", "device", "cold", "cold, processor time", "warm", "warm, processor time"), rows))
@@ -169,6 +181,70 @@ def seconds_of_first_step(flavour: Flavour, device: str, cache: Path) -> list[fl
     call = [sys.executable, "-c", program]
     done = subprocess.run(call, check=True, env={**os.environ, **caches}, stdout=subprocess.PIPE, text=True)
     return [float(word) for word in done.stdout.split()]
+
+
+FUSED = "torch fused"
+PARAMETERS, ELEMENTS = 1000, 1000
+
+
+def changing(turns: int) -> Iterator[tuple[str, ...]]:
+    """A row for steps of all of 1000 parameters, and one for steps of a random half, each time another one.
+
+    Each has every optimizer's time, taken by turns, and the medians of the quotients of these times and torch's.
+    """
+    for name, share in ((f"all of {PARAMETERS}", 1.0), ("a random half", 0.5)):
+        rng, steppers = random.Random(0), [make() for make in STEPPERS.values()]
+        samples: list[list[float]] = [[] for _ in steppers]
+        for turn in range(2 * turns):
+            present = [rng.random() < share for _ in range(PARAMETERS)]
+            for stepper, seconds in zip(steppers, samples, strict=True):
+                step = stepper(present)
+                start = time.process_time()
+                step()
+                if turn >= turns:
+                    seconds.append(time.process_time() - start)
+        quotients = [[b / a for a, b in zip(samples[0], own, strict=True)] for own in samples[1:]]
+        times = (f"{1e3 * statistics.median(seconds):.2f} ms" for seconds in samples)
+        yield name, *times, *(f"{statistics.median(quotient):.2f}" for quotient in quotients)
+
+
+def _torch_stepper(of: str) -> Callable[[Sequence[bool]], Step]:
+    """A function that gives gradients to some of its parameters; the step over these is what it returns."""
+    import torch  # noqa: PLC0415
+
+    torch.set_num_threads(1)
+    parameters = [torch.ones(ELEMENTS, requires_grad=True) for _ in range(PARAMETERS)]
+    gradients = [torch.full((ELEMENTS,), 0.1) for _ in range(PARAMETERS)]
+    optimizer: Any = torch.optim.Adam(parameters, fused=True) if of == "torch" else gpu_adam.torch.Adam(parameters)
+
+    def stepper(present: Sequence[bool]) -> Step:
+        for parameter, gradient, is_present in zip(parameters, gradients, present, strict=True):
+            parameter.grad = gradient if is_present else None
+        return optimizer.step  # type: ignore[no-any-return]
+
+    return stepper
+
+
+def _own_stepper() -> Callable[[Sequence[bool]], Step]:
+    device = HostDevice(threads=1)
+    variables = [gpu_adam.Variable(np.ones(ELEMENTS, np.float32), device=device) for _ in range(PARAMETERS)]
+    gradients = [device.array(np.full(ELEMENTS, 0.1, np.float32)) for _ in range(PARAMETERS)]
+    adam = gpu_adam.Adam()
+
+    def stepper(present: Sequence[bool]) -> Step:
+        pairs = [
+            pair for pair, is_present in zip(zip(gradients, variables, strict=True), present, strict=True) if is_present
+        ]
+        return lambda: adam.apply_gradients(pairs)
+
+    return stepper
+
+
+STEPPERS = {
+    FUSED: lambda: _torch_stepper("torch"),
+    "gpu_adam.torch": lambda: _torch_stepper("gpu_adam"),
+    "gpu_adam.Adam": _own_stepper,
+}
 
 
 if __name__ == "__main__":

@@ -405,6 +405,11 @@ def state_scenario(
     return factory
 
 
+def _part(device: Device) -> Callable[[World], object]:
+    """A step over one of the two variables of the steps before, whose launches are taken from those of both."""
+    return lambda world: world.optimizer.apply_gradients(_pairs(device, world.targets[1:2], 5, sparse=False))
+
+
 def _saved(device: Device, *, variables: bool = False) -> Callable[[World], object]:
     """The call of `load`: a file of an optimizer of the same variables that has done four steps."""
     folder = tempfile.mkdtemp()
@@ -528,6 +533,8 @@ SCENARIOS: dict[str, Callable[[Device], Factory]] = {
     "same step, clipnorm": _steps(2, same=True, clipnorm=0.5),
     "later step, Python's reader": _recognised(2),
     "same step, Python's reader": _recognised(2, same=True),
+    "step over a new set": lambda device: state_scenario(device, _part(device), newcomers=1),
+    "step over a new set, raw": lambda device: state_scenario(device, _part(device), newcomers=1, raw=True),
     "accumulate": lambda device: sums_scenario(
         device, lambda world: world.optimizer.accumulate(_pairs(device, world.targets, 5, sparse=False))
     ),

@@ -67,8 +67,8 @@ def test_each_cohort_has_numbers_and_a_count_of_its_own(device: Device, dtype: s
             cohorts[number].cohort.hyper["learning_rate"] = 0.1 / (number + 1)
             used[number].append(gradients[number].astype(np.float64))
         controller.step([(device.array(gradients[n]), variables[n]) for n in chosen], RULE, NONE, NO_CLIPPING)
-        assert controller._memo is not None
-        assert len(controller._memo.plan.groups) == 1
+        assert controller._memos._last is not None
+        assert len(controller._memos._last.plan.groups) == 1
     assert [int(each.steps[0]) for each in cohorts] == [8, 6, 4]
     for each, variable, gradients_of, begin in zip(cohorts, variables, used, [X] * 3, strict=True):
         sign = -1.0 if each.cohort.flavour.maximize else 1.0
@@ -118,8 +118,8 @@ def test_other_numbers_make_no_launch_anew(device: Device) -> None:
         for number, each in enumerate(cohorts):
             each.cohort.hyper["learning_rate"] = 0.1 * step + number
         controller.step(list(zip(gradients, variables, strict=True)), RULE, NONE, NO_CLIPPING)
-        assert controller._memo is not None
-        plans.add(id(controller._memo.plan._launches))
+        assert controller._memos._last is not None
+        plans.add(id(controller._memos._last.plan._launches))
     assert len(plans) == 1
     assert not np.array_equal(variables[0].numpy(), variables[1].numpy())
 
@@ -131,8 +131,8 @@ def test_a_cohort_alone_is_passed_by_value(device: Device) -> None:
     controller = Controller(AdamState("Adam", "abs2"), Flavour())
     controller.set_cohorts(variables, RULE, [cohort.cohort] * 3)
     controller.step(list(zip(gradients, variables, strict=True)), RULE, NONE, NO_CLIPPING)
-    assert controller._memo is not None
-    (update,) = controller._memo.plan._launches._updates  # type: ignore[union-attr]
+    assert controller._memos._last is not None
+    (update,) = controller._memos._last.plan._launches._updates  # type: ignore[union-attr]
     assert not update.arguments.kind
     assert int(cohort.steps[0]) == 1
 

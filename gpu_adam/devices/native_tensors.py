@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import itertools
 import operator
 import sysconfig
 from collections.abc import Mapping, Sequence
@@ -64,18 +63,18 @@ class NativeTensorReader:
 
 
 class Contents:
-    """What the dicts in a dict hold at this time, such as tensors.
+    """What the dicts in a dict hold at this time, such as tensors; values of it that are no dicts count for nothing.
 
     Args:
         dicts: by any keys.
         at_once: whether to compare in one call; see `is_available`.
     """
 
-    def __init__(self, dicts: Mapping[Any, dict[Any, Any]], *, at_once: bool) -> None:
+    def __init__(self, dicts: Mapping[Any, Any], *, at_once: bool) -> None:
         self._objects = _values(dicts)  # kept alive, so that no other object comes to have the address of one
         self._addresses = np.array(list(map(id, self._objects)), np.uint64) if at_once else None
 
-    def are_in(self, dicts: Mapping[Any, dict[Any, Any]]) -> bool:
+    def are_in(self, dicts: Mapping[Any, Any]) -> bool:
         """Whether the same objects are in these dicts, in the same order, and no others."""
         if self._addresses is not None:
             return bool(_library().hold(dicts, int(self._addresses.ctypes.data), len(self._addresses)))
@@ -83,8 +82,8 @@ class Contents:
         return len(found) == len(self._objects) and all(map(operator.is_, found, self._objects))
 
 
-def _values(dicts: Mapping[Any, dict[Any, Any]]) -> list[Any]:
-    return list(itertools.chain.from_iterable(map(dict.values, dicts.values())))
+def _values(dicts: Mapping[Any, Any]) -> list[Any]:
+    return [value for each in dicts.values() if isinstance(each, dict) for value in each.values()]
 
 
 @functools.cache

@@ -41,6 +41,12 @@ class ExpectedPairs(NamedTuple):
     dtypes: list[np.dtype]
     never_arrays: tuple[type, ...] = ()
 
+    def part(self, numbers: Sequence[int]) -> ExpectedPairs:
+        """The pairs with these numbers, in this order."""
+        columns: list[list[Any]] = [[column[n] for n in numbers] for column in self[:-1]]
+        targets, placements, kinds, shapes, dtypes = columns
+        return ExpectedPairs(targets, placements, kinds, shapes, dtypes, self.never_arrays)
+
     def have_no_array(self, pairs: Sequence[Any], addresses: np.ndarray) -> bool:
         """Whether one of the gradients whose address is 0 is of a type for which its pair must be read anew."""
         kinds = self.other_types

@@ -145,6 +145,11 @@ class Registry:
         wanted = None if variables is None else set(variables)
         return [entry.obj for entry in self._entries.values() if wanted is None or entry.variable in wanted]
 
+    def objects(self, variables: Iterable[Variable]) -> list[Any]:
+        """For each variable the raw array that it stands for, or the variable itself."""
+        arrays = {entry.variable: entry.obj for entry in self._entries.values()}
+        return [arrays.get(variable, variable) for variable in variables]
+
     def placement(self, obj: Any) -> Placement:
         """Where the memory of a raw array lies."""
         entry = self._entries.get(id(obj))

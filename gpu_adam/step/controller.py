@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -32,6 +31,7 @@ from gpu_adam.step import request as requests
 from gpu_adam.step.capture import Graph, Graphs, check_capturable
 from gpu_adam.step.gradients import AS_THEY_ARE, Incoming, OtherDtypeError
 from gpu_adam.step.guard import GUARDING, Guard, Telemetry
+from gpu_adam.step.memos import Found, Memo, Memos
 from gpu_adam.step.plan import Plan, check_updatable
 from gpu_adam.step.replays import (
     CapturedStep,
@@ -42,29 +42,12 @@ from gpu_adam.step.replays import (
     current_recording,
     refuse_in_capture,
 )
-from gpu_adam.step.request import Memo, Request
+from gpu_adam.step.request import Request
 from gpu_adam.step.scalars import Scalars
 from gpu_adam.uninterrupted import Call, make_all
 from gpu_adam.variables import Variable
 
 _enqueue = stage("update")(make_all)
-_PLANS_KEPT = 8  # sets of variables whose launches stay: a GAN steps two by turns
-
-
-class Found(NamedTuple):
-    """What is known of a step when its pairs have been read.
-
-    Attributes:
-        pairs: those that have a gradient.
-        memo: of such pairs.
-        addresses: where each pair's gradient lies, 0 where that is not known.
-        request: the step as it was asked for; None where the memo recognised it.
-    """
-
-    pairs: Sequence[Any]
-    memo: Memo
-    addresses: np.ndarray
-    request: Request | None
 
 
 class Controller:
@@ -85,11 +68,9 @@ class Controller:
     ) -> None:
         self._state, self._flavour, self._configuration = state, flavour, configuration
         self._graphs = Graphs()
-        self._memos: OrderedDict[Any, Memo] = OrderedDict()
-        self._memo: Memo | None = None
+        self._memos = Memos(state)
         self._captured: dict[Plan, CapturedStep] = {}
         self._promised: tuple[int, int] | None = None
-        self._layout = state.layout
         self._guards: dict[Device, Guard] = {}
         self._guard: Guard | None = None  # of the last guarded step
         self._evaluates = False
@@ -122,10 +103,10 @@ class Controller:
         pairs = grads_and_vars[:] if type(grads_and_vars) is list else requests.listed(grads_and_vars)
         state, request = self._state, None
         with state.alone():
-            memo = self._memo if self._layout is state.layout else None
-            addresses = None if memo is None or memo.rule is not rule else memo.read(pairs)
+            memo = recalled = self._memos.last(rule)
+            addresses = None if memo is None else memo.read(pairs)
             if memo is None or addresses is None:
-                pairs, memo, addresses, request = self._resolved(pairs, rule)
+                pairs, memo, addresses, request = self._memos.resolve(pairs, rule)
             if (recording := current_recording.get()) is not None:
                 return self._record(recording, Found(pairs, memo, addresses, request), clip, incoming)
             with self._graphs.step(memo.plan.devices) as graph:
@@ -134,7 +115,7 @@ class Controller:
                 try:
                     gradients = memo.plan.check(pairs, addresses)
                 except OtherDtypeError:
-                    pairs, memo, addresses, request = self._resolved(pairs, rule)
+                    pairs, memo, addresses, request = self._memos.resolve_anew(pairs, rule)
                     gradients = _checked_anew(pairs, memo, addresses, graph)
                 plan = memo.plan
                 guard = self._guard_of(plan, graph) if rule.guarded or self._guard is not None else None
@@ -166,8 +147,8 @@ class Controller:
                 else:
                     self._note_captured(memo, clip, incoming, done)
                 plan.constrain()
-            if request is not None:
-                self._remember(memo, request)
+            if memo is not recalled:
+                self._memos.remember(memo, request)
             return done + 1 if guard is None or not guard.is_unsure else None
 
     def _overwriting(self, plan: Plan, step: int, graph: Graph | None) -> Sequence[Call]:
@@ -332,14 +313,14 @@ class Controller:
         try:
             gradients = memo.plan.check(pairs, addresses)
         except OtherDtypeError:
-            pairs, memo, addresses, request = self._resolved(pairs, memo.rule)
+            pairs, memo, addresses, request = self._memos.resolve_anew(pairs, memo.rule)
             gradients = _checked_anew(pairs, memo, addresses, None)
         plan = memo.plan
         check_countable(state.counter)
         if request is not None and request.without:
             _warn(request.without)
         if plan.own_launches is None:
-            recording.note(state, self._forget_plans)
+            recording.note(state, self._memos.forget)
         with Transaction(state) as change:
             with recording.outside():
                 if request is not None:
@@ -351,8 +332,7 @@ class Controller:
         step = CapturedStep(plan, launches, memo.written_calls, clip, incoming.divisor, state.layout)
         number = recording.add(stepper, step)
         plan.constrain()
-        if request is not None:
-            self._remember(memo, request)
+        self._memos.remember(memo, request)
         return number
 
     def _checked_after_calls(self, pairs: Sequence[Any], memo: Memo, addresses: np.ndarray) -> int:
@@ -366,45 +346,6 @@ class Controller:
             rule = "must not move or resize a variable or gradient of the step that calls it"
             raise ArgumentValueError("a callable hyperparameter", rule, "other memory", "do so between steps")
         return check_countable(self._state.counter)
-
-    def _resolved(self, pairs: Sequence[Any], rule: UpdateRule) -> Found:
-        """The request, with a plan of an earlier one like it or a new plan."""
-        request = requests.read(pairs, self._state.registry)
-        self._drop_what_moved()
-        moved = request.news.moved
-        known = None if moved else self._memos.get(_key(request, rule))
-        if known is not None and known.is_of(request):
-            memo = known
-        else:
-            settings = self._state.settings_of
-            if known is None:
-                plan = Plan(request.variables, request.sparse, request.gradient_dtypes, rule, moved, settings)
-            else:
-                plan = known.plan
-            memo = Memo(plan, request, self._state.registry)
-        addresses = memo.read(request.pairs)
-        if addresses is None:
-            addresses = requests.unknown_addresses(len(request.pairs))
-        return Found(request.pairs, memo, addresses, request)
-
-    def _remember(self, memo: Memo, request: Request) -> None:
-        self._drop_what_moved()
-        key = _key(request, memo.rule)
-        self._memos[key] = memo
-        self._memos.move_to_end(key)
-        if len(self._memos) > _PLANS_KEPT:
-            self._memos.popitem(last=False)
-        self._memo = None if request.without else memo
-
-    def _drop_what_moved(self) -> None:
-        """Forget all plans where a variable or slot does not lie where it did: their launches have its old address."""
-        if self._layout is not self._state.layout:
-            self._forget_plans()
-            self._layout = self._state.layout
-
-    def _forget_plans(self) -> None:
-        self._memo = None
-        self._memos.clear()
 
     def overwrite_by_averages(self, objects: Iterable[Any] | None) -> None:
         """Overwrite variables, all those with an average if none are named, by their averages."""
@@ -421,7 +362,7 @@ class Controller:
             with Transaction(self._state) as change:
                 change.adopt(news)
                 make_all([*self._state.overwriting_calls(variables), *written_calls(arrays), *change.commit])
-            self._drop_what_moved()
+            self._memos.drop_what_moved()
 
     def set_group(self, objects: Iterable[Any], rule: UpdateRule, given: Mapping[str, Any]) -> None:
         """Let the updates of variables take other numbers than the optimizer's; new ones are built."""
@@ -470,7 +411,7 @@ class Controller:
                 change.adopt(news)
                 change.ensure_slots(found, rule)
                 also(change, found)
-            self._drop_what_moved()
+            self._memos.drop_what_moved()
 
     def add_slot(self, obj: Any, name: str, initializer: Any, shape: tuple[int, ...] | None) -> Variable:
         """A slot of a variable, created from an initializer where it does not exist."""
@@ -487,7 +428,7 @@ class Controller:
             variable = self._known(obj, "variable", News())
             with Transaction(self._state) as change:
                 change.forget(variable)
-            self._drop_what_moved()
+            self._memos.drop_what_moved()
 
     def replace(self, old_obj: Any, new_obj: Any, index: Any) -> None:
         """Hand the slots of a variable over to another one, rows of them where an index says which."""
@@ -503,7 +444,7 @@ class Controller:
             with Transaction(self._state) as change:
                 change.replace(old, new, arrays)
                 change.adopt(news)
-            self._drop_what_moved()
+            self._memos.drop_what_moved()
 
     def _known(self, obj: Any, argument: str, news: News) -> Variable:
         variable = self._state.registry.known(obj)
@@ -521,7 +462,7 @@ class Controller:
             news = self._news_of(self._state.registry.arrays())
             with Transaction(self._state) as change:
                 change.adopt(news)
-            self._drop_what_moved()
+            self._memos.drop_what_moved()
 
     def _news_of(self, arrays: Sequence[Any]) -> News:
         """Which of the raw variables lie elsewhere by now."""
@@ -566,10 +507,6 @@ def _overwriting_in_graph() -> ArgumentValueError:
     rule = "must not overwrite variables by their averages, as every replay would do again"
     remedy = "use Adam.capture, or leave ema_overwrite_frequency out and call overwrite_by_averages()"
     return ArgumentValueError("a step captured in a graph", rule, "such a step", remedy)
-
-
-def _key(request: Request, rule: UpdateRule) -> Any:
-    return tuple(map(id, request.variables)), request.sparse, request.gradient_dtypes, rule
 
 
 def _warn(without: Sequence[str]) -> None:

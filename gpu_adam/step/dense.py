@@ -14,32 +14,44 @@ from gpu_adam.step.groups import DenseGradients, DenseGroup
 from gpu_adam.uninterrupted import Call
 
 
+def rows_of(group: DenseGroup, slots: Mapping[str, Sequence[Array]], places: Sequence[int]) -> np.ndarray:
+    """A TENSOR for each variable of a group, also for those without elements: where it lies, its size and its place.
+
+    Args:
+        group: the variables.
+        slots: the arrays of each slot, for each of the variables.
+        places: of each variable among all that have slots.
+    """
+    rows = np.zeros(len(group.variables), kernels.TENSOR)
+    arrays = {"theta": [variable.value for variable in group.variables], **slots}
+    for name, column in arrays.items():
+        rows["slots"][name] = group.device.addresses(column)
+    rows["size"] = group.sizes.astype(np.int64) * group.layout.parts
+    rows["place"] = places
+    return rows
+
+
 class DenseTable:
     """The multi-tensor table of a group in device memory: written once, and read by every launch of the group.
 
     Args:
         group: its variables.
-        slots: the arrays of each slot, for each of the variables.
-        places: of each variable among all that have slots.
+        rows: of `rows_of`, for each of the variables.
 
     Attributes:
+        rows: as above.
         struct: the TensorTable, without gradients.
         chunks: how many chunks there are.
         chunk_ends: device array with the end of each tensor's chunks.
     """
 
-    def __init__(self, group: DenseGroup, slots: Mapping[str, Sequence[Array]], places: Sequence[int]) -> None:
-        device, filled, parts = group.device, group.filled, group.layout.parts
-        table = np.zeros(len(filled), kernels.TENSOR)
-        arrays = {"theta": [variable.value for variable in group.variables], **slots}
-        for name, column in arrays.items():
-            table["slots"][name] = device.addresses(column)[filled]
-        table["size"] = group.sizes[filled].astype(np.int64) * parts
+    def __init__(self, group: DenseGroup, rows: np.ndarray) -> None:
+        device, filled, self.rows = group.device, group.filled, rows
+        table = rows[filled]
         chunks = -(-table["size"] // kernels.CHUNK)
         ends = np.cumsum(chunks)
         table["first_chunk"] = ends - chunks
         table["group"] = group.setting_numbers[filled]
-        table["place"] = np.array(places, np.int64)[filled]
         self.chunks = int(ends[-1]) if len(ends) else 0
         self.chunk_ends = device.array(ends)
         self._tensors = device.array(table.view(np.uint8))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -53,11 +54,14 @@ def dtype_read(gradient: Any, variable: Variable) -> np.dtype:
         variable: the variable it belongs to.
     """
     own = variable.dtype
-    if own.name not in MIXING:
-        return own
     dtype = getattr(gradient.values if isinstance(gradient, IndexedSlices) else gradient, "dtype", own)
-    name = own.name if dtype is own else str(dtype).removeprefix("torch.")
-    return dtype_named(name) if name in MIXING else own
+    return own if dtype is own else _dtype_read(str(dtype), own)
+
+
+@functools.lru_cache(64)  # a dtype of NumPy makes its name anew each time
+def _dtype_read(name: str, own: np.dtype) -> np.dtype:
+    name = name.removeprefix("torch.")
+    return dtype_named(name) if name in MIXING and own.name in MIXING else own
 
 
 def as_array(gradient: Any, variable: Variable, dtype: np.dtype, what: str = "gradient") -> Array:

@@ -27,9 +27,10 @@ class DenseGroup:
         rule: of the update.
         settings: of each variable.
         gradient_dtype: of all their gradients.
+        origin: the group of which this one is a part, if it is one, and the variables' places in it.
 
     Attributes:
-        variables, numbers, rule: as above.
+        variables, numbers, rule, origin: as above.
         settings: the different ones.
         setting_numbers: which of them each variable has.
         device: where all of the variables lie.
@@ -47,8 +48,10 @@ class DenseGroup:
         rule: UpdateRule,
         settings: Sequence[AnySettings],
         gradient_dtype: np.dtype,
+        origin: tuple[DenseGroup, Sequence[int]] | None = None,
     ) -> None:
         self.variables, self.numbers, self.rule = list(variables), np.array(numbers, np.intp), rule
+        self.origin = origin
         self.settings = list(dict.fromkeys(settings))
         places = {each: place for place, each in enumerate(self.settings)}
         self.setting_numbers = np.array([places[each] for each in settings], np.int64)
@@ -58,6 +61,19 @@ class DenseGroup:
         self.filled = np.flatnonzero(self.sizes)
         self.all_filled = len(self.filled) == len(self.sizes)
         self.nbytes = self.sizes * np.uint64(gradient_dtype.itemsize)
+
+    def part(self, places: Sequence[int], numbers: Sequence[int]) -> DenseGroup:
+        """The group of some of the variables.
+
+        Args:
+            places: theirs, in this group.
+            numbers: which pairs of a step are theirs.
+        """
+        settings = [self.settings[n] for n in self.setting_numbers[places].tolist()]
+        origin = self, places
+        return DenseGroup(
+            [self.variables[n] for n in places], numbers, self.rule, settings, self._gradient_dtype, origin
+        )
 
     def check(self, pairs: Sequence[Any], addresses: np.ndarray) -> DenseGradients:
         """The gradients of a step's pairs, ready to bind; what is no array of the right kind is converted or refused.

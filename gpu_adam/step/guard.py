@@ -20,7 +20,7 @@ from gpu_adam.conversion import place_of
 from gpu_adam.devices import Array, Device
 from gpu_adam.devices.base import StagedArray
 from gpu_adam.errors import ArgumentTypeError, ArgumentValueError
-from gpu_adam.hyperparameters import Cohort, Flavour
+from gpu_adam.hyperparameters import Cohort, Flavour, counting
 from gpu_adam.loss_scale import LossScale
 from gpu_adam.rules import Rule, real_number
 from gpu_adam.state.adam_state import GOOD_STEPS, SCALE
@@ -180,7 +180,7 @@ class Guard:
                 fill = functools.partial(counter._value.fill, done)
                 changes += [assign("_count", count), assign("_since", read), fill]
                 if done != most:
-                    changes += [cohort.counting(done - most) for cohort in self.cohorts]
+                    changes += counting(self.cohorts, done - most)
             make_all([*self._reports.forget(number), *changes])
             most = self._most()
         if done != most:  # somebody has set the counter

@@ -14,7 +14,7 @@ from gpu_adam.hyperparameters import Clip
 from gpu_adam.kernels import UpdateRule
 from gpu_adam.state.adam_state import AdamState
 from gpu_adam.step.arguments import CAPTURED, Use, Writer, replayed
-from gpu_adam.step.dense import DenseLaunch, DenseTable
+from gpu_adam.step.dense import DenseLaunch, DenseTable, rows_of
 from gpu_adam.step.groups import DenseGroup, SparseGroup
 from gpu_adam.step.guard import Guard, GuardedScalars
 from gpu_adam.step.index_errors import IndexErrors
@@ -100,10 +100,21 @@ class Launches:
                     SparseLaunch(group, EmbeddingTable(group, slots, *own_places), index_errors[group.variable])
                 )
             else:
-                updates.append(DenseLaunch(group, DenseTable(group, slots, own_places)))
+                updates.append(DenseLaunch(group, DenseTable(group, rows_of(group, slots, own_places))))
         written_on = {place: Intervals(np.concatenate(parts)) for place, parts in memory.items()}
         captures = guard is None and any(group.device.captures for group in groups)
         return cls(updates, written_on, rule, kept, captures=captures, guard=guard)
+
+    def part(self, groups: Sequence[DenseGroup | SparseGroup], guard: Guard | None) -> Launches:
+        """The launches of groups that are parts of these launches' groups. They keep all of these launches' memory."""
+        tables = {id(update.group): update.table for update in self._updates if isinstance(update, DenseLaunch)}
+        updates: list[DenseLaunch | SparseLaunch] = []
+        for group in groups:
+            assert isinstance(group, DenseGroup)
+            assert group.origin is not None
+            origin, places = group.origin
+            updates.append(DenseLaunch(group, DenseTable(group, tables[id(origin)].rows[places])))
+        return Launches(updates, self._written, self._rule, self._kept, captures=self._captures, guard=guard)
 
     def take_for_graph(self, checked: Sequence[Any]) -> Launches:
         """The same launches for a captured graph, with memory of their own.

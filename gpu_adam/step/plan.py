@@ -11,7 +11,7 @@ import numpy as np
 from gpu_adam import kernels
 from gpu_adam.devices import Array, Device
 from gpu_adam.errors import ArgumentValueError
-from gpu_adam.hyperparameters import OWN_SETTINGS, AnySettings, Clip, Cohort
+from gpu_adam.hyperparameters import OWN_SETTINGS, AnySettings, Clip, Cohort, counting
 from gpu_adam.kernels import MIXING, UpdateRule, dtype_row
 from gpu_adam.nvtx import stage
 from gpu_adam.state.adam_state import AdamState
@@ -22,6 +22,7 @@ from gpu_adam.step.guard import GUARDING, Guard
 from gpu_adam.step.index_errors import IndexErrors
 from gpu_adam.step.launches import Launches
 from gpu_adam.step.overlap import first_overlap, memory_of
+from gpu_adam.step.request import Request
 from gpu_adam.step.scalars import Scalars, reciprocal
 from gpu_adam.variables import Variable
 
@@ -34,85 +35,117 @@ class Plan:
     a second round of launches, so that no launch has two threads at one element.
 
     Args:
-        variables: of each pair, in order.
-        sparse: whether each pair's gradient names rows.
-        gradient_dtypes: of each pair's gradient.
         rule: of the update.
-        moved: the arrays that variables are about to move to, where their memory has moved.
-        settings: gives those of a variable.
+        variables: of each pair, in order.
+        groups: of them.
+        whole: the plan of which this one is a part, if it is one.
 
     Attributes:
-        variables, rule: as above.
+        rule, variables, groups: as above.
         index_errors: the note of rows out of range of each variable with a sparse gradient.
         constrained: the variables with a constraint, which is applied after the update.
         cohorts: those among the variables.
         counts: the calls that count the step of each of them.
-
-    Raises:
-        ArgumentValueError: a dtype that is not computed with; variables that overlap; slices for a variable without
-            rows; a global norm or a guarded step over several devices; a variable with a constraint that comes twice or
-            gets slices.
     """
 
     def __init__(
         self,
-        variables: Sequence[Variable],
-        sparse: Sequence[bool],
-        gradient_dtypes: Sequence[np.dtype],
         rule: UpdateRule,
-        moved: Mapping[Variable, Array],
-        settings: Callable[[Variable], AnySettings],
+        variables: Sequence[Variable],
+        groups: Sequence[DenseGroup | SparseGroup],
+        whole: Plan | None = None,
     ) -> None:
-        check_updatable(variables, moved, rule)
-        self.rule, self.variables = rule, list(variables)
-        rounds: dict[Variable, int] = {}
-        members: dict[Any, list[int]] = {}
-        for number, variable in enumerate(variables):
-            turn = rounds[variable] = rounds.get(variable, -1) + 1
-            kind = variable.device, variable.dtype, gradient_dtypes[number]
-            key = (turn, number) if sparse[number] else (turn, *kind)
-            members.setdefault(key, []).append(number)
-        in_order = sorted(members.items(), key=lambda item: item[0][0])
-        self.groups = [
-            (SparseGroup if sparse[numbers[0]] else DenseGroup)(
-                [variables[n] for n in numbers],
-                numbers,
-                rule,
-                [settings(variables[n]) for n in numbers],
-                gradient_dtypes[numbers[0]],
-            )
-            for _, numbers in in_order
-        ]
+        self.rule, self.variables, self.groups, self._whole = rule, list(variables), list(groups), whole
         # One group has all pairs, in order: their addresses are its own.
         self._takes_all = len(self.groups) == 1
         self._checked = _Checked(None, [], [], is_whole=False)
         self.devices: list[Device] = list(dict.fromkeys(group.device for group in self.groups))
-        places = sorted({device.name for device in self.devices})
-        if rule.norm == "global" and len(places) > 1:
-            raise ArgumentValueError(
-                "global_clipnorm", "must be taken over one device", places, "step each device's variables apart"
-            )
-        if rule.guarded and len(self.devices) > 1:
-            raise ArgumentValueError(
-                "the variables of grads_and_vars",
-                f"must lie on one device for a step with {GUARDING}",
-                places,
-                "step each device's variables apart",
-            )
-        self.constrained = [variable for variable in rounds if variable.constraint is not None]
-        for variable in self.constrained:
-            _check_constrained(
-                variable, [is_sparse for v, is_sparse in zip(variables, sparse, strict=True) if v is variable]
-            )
+        self.constrained = [v for v in dict.fromkeys(self.variables) if v.constraint is not None]
         self._kinds = [
             [(kernels.DTYPES[group.layout.dtype].real_dtype, settings) for settings in group.settings]
             for group in self.groups
         ]
         self._different = list(dict.fromkeys(itertools.chain(*self._kinds)))
         self.cohorts = list(dict.fromkeys(each for _, each in self._different if isinstance(each, Cohort)))
-        self.counts = [cohort.counting(1) for cohort in self.cohorts]
+        self.counts = counting(self.cohorts, 1)
         self.index_errors: dict[Variable, IndexErrors] = {}
         self._launches: Launches | None = None
+
+    @classmethod
+    def of(cls, request: Request, rule: UpdateRule, settings: Callable[[Variable], AnySettings]) -> Plan:
+        """The plan of a step that is asked for.
+
+        Args:
+            request: the step.
+            rule: of the update.
+            settings: gives those of a variable.
+
+        Raises:
+            ArgumentValueError: a dtype that is not computed with; variables that overlap; slices for a variable without
+                rows; a global norm or a guarded step over several devices; a variable with a constraint that comes
+                twice or gets slices.
+        """
+        variables, sparse, dtypes = request.variables, request.sparse, request.gradient_dtypes
+        check_updatable(variables, request.news.moved, rule)
+        rounds: dict[Variable, int] = {}
+        members: dict[Any, list[int]] = {}
+        for number, variable in enumerate(variables):
+            turn = rounds[variable] = rounds.get(variable, -1) + 1
+            kind = variable.device, variable.dtype, dtypes[number]
+            key = (turn, number) if sparse[number] else (turn, *kind)
+            members.setdefault(key, []).append(number)
+        groups = [
+            (SparseGroup if sparse[numbers[0]] else DenseGroup)(
+                [variables[n] for n in numbers],
+                numbers,
+                rule,
+                [settings(variables[n]) for n in numbers],
+                dtypes[numbers[0]],
+            )
+            for _, numbers in sorted(members.items(), key=lambda item: item[0][0])
+        ]
+        plan = cls(rule, variables, groups)
+        plan._check_devices()
+        for variable in plan.constrained:
+            _check_constrained(
+                variable, [is_sparse for v, is_sparse in zip(variables, sparse, strict=True) if v is variable]
+            )
+        return plan
+
+    def _check_devices(self) -> None:
+        """Raise ArgumentValueError where the variables must lie on one device, and do not."""
+        places = sorted({device.name for device in self.devices})
+        if self.rule.norm == "global" and len(places) > 1:
+            raise ArgumentValueError(
+                "global_clipnorm", "must be taken over one device", places, "step each device's variables apart"
+            )
+        if self.rule.guarded and len(self.devices) > 1:
+            raise ArgumentValueError(
+                "the variables of grads_and_vars",
+                f"must lie on one device for a step with {GUARDING}",
+                places,
+                "step each device's variables apart",
+            )
+
+    def part(self, numbers: Sequence[int]) -> Plan:
+        """The plan of a step over some of the variables, each at most once, all of them with dense gradients.
+
+        Nothing is checked again, and the launches take their tables' rows from those of this plan.
+
+        Args:
+            numbers: of the variables, in the order of the step's pairs.
+        """
+        asked, groups = np.array(numbers), list[DenseGroup | SparseGroup]()
+        for group in self.groups:
+            assert isinstance(group, DenseGroup)
+            places = np.full(len(self.variables), -1)
+            places[group.numbers] = np.arange(len(group.numbers))
+            own = np.flatnonzero(places[asked] >= 0)
+            if len(own):
+                groups.append(group.part(places[asked[own]].tolist(), own.tolist()))
+        # As they would be without a whole: a norm's partial sums are added launch after launch.
+        groups.sort(key=lambda group: int(group.numbers[0]))
+        return Plan(self.rule, [self.variables[n] for n in numbers], groups, self)
 
     @stage("check")
     def check(self, pairs: Sequence[Any], addresses: np.ndarray) -> list[Any]:
@@ -157,13 +190,15 @@ class Plan:
                 now = now.under(settings, left_out)
             unscale = 1.0 if scale == 1.0 else reciprocal(scale, dtype)
             return [[(*now.for_real(dtype), clip.value_in(dtype), unscale, 1.0)]] * len(self._kinds)
-        by_kind = {
-            (dtype, settings): (
-                *(*now.under(settings, left_out).for_real(dtype), clip.value_in(dtype)),
-                *(reciprocal(scale, dtype), 1.0),
-            )
-            for dtype, settings in self._different
-        }
+        computed: dict[Any, tuple[Any, ...]] = {}
+        by_kind = {}
+        for kind in self._different:
+            dtype, settings = kind
+            key = dtype, settings.present if isinstance(settings, Cohort) else settings
+            if key not in computed:
+                own = now.under(settings, left_out).for_real(dtype)
+                computed[key] = (*own, clip.value_in(dtype), reciprocal(scale, dtype), 1.0)
+            by_kind[kind] = computed[key]
         return [[by_kind[kind] for kind in kinds] for kinds in self._kinds]
 
     def constrain(self) -> None:
@@ -205,7 +240,10 @@ class Plan:
             if isinstance(group, SparseGroup):
                 variable = group.variable
                 self.index_errors[variable] = state.index_errors.get(variable) or IndexErrors(variable)
-        self._launches = Launches.of(self.groups, self.rule, state, self.index_errors, guard)
+        if self._whole is None:
+            self._launches = Launches.of(self.groups, self.rule, state, self.index_errors, guard)
+        else:
+            self._launches = self._whole.launches(state, None, (), guard).part(self.groups, guard)
         return self._launches
 
 

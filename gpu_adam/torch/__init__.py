@@ -2,7 +2,8 @@
 
     optimizer = gpu_adam.torch.AdamW(model.parameters(), lr=3e-4)
 
-adam.py has the classes, groups.py how parameters are counted, states.py what `optimizer.state` shows.
+adam.py has the classes, groups.py how parameters are counted, orders.py those that are not contiguous, states.py what
+`optimizer.state` shows.
 """
 
 from gpu_adam.torch.adam import Adam, AdamW

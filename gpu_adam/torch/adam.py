@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from gpu_adam.devices import Device, find_device
-from gpu_adam.errors import ArgumentTypeError
+from gpu_adam.errors import ArgumentTypeError, ArgumentValueError
 from gpu_adam.hyperparameters import NO_CLIPPING, PLAIN
 from gpu_adam.interop.torch import SLOTS, numbers_of
 from gpu_adam.kernels import UpdateRule
@@ -20,6 +20,7 @@ from gpu_adam.step.gradients import AS_THEY_ARE, Incoming
 from gpu_adam.step.guard import checked_scale
 from gpu_adam.torch.groups import Group
 from gpu_adam.torch.numbers import check
+from gpu_adam.torch.orders import Orders
 from gpu_adam.torch.states import States, check_shapes, has_moments
 from gpu_adam.variables import IndexedSlices
 
@@ -52,15 +53,16 @@ class Adam(torch.optim.Optimizer):  # type: ignore[misc]
     read. It waits at every step where the parameters lie on several devices, or some groups alone have `amsgrad`.
 
     Args:
-        params: parameters, (name, parameter) pairs or dicts of groups; contiguous; float32, float64, float16, bfloat16
-            or complex.
+        params: parameters, (name, parameter) pairs or dicts of groups; float32, float64, float16, bfloat16 or complex;
+            without gaps in memory, in any order: also channels_last, or a transpose of what is contiguous.
         lr: learning rate, >= 0 and finite. A number, or a tensor with one element, which is read at every step; one on
             a CUDA device makes the host wait then.
         betas: decay of the means of g and g², each in [0, 1); numbers or such tensors.
         eps: added to the root, >= 0.
         weight_decay: >= 0; see above.
         amsgrad: whether to divide by the root of the maximum of v over the past.
-        foreach, capturable, fused: accepted, and make no difference.
+        foreach, capturable, fused: accepted, and make no difference: `state[p]["step"]` is a tensor in host memory also
+            where torch has it on the device, to which loading moves it; a step cannot be captured in a CUDA graph.
         maximize: whether to go uphill.
         differentiable: must be False.
         decoupled_weight_decay: see above.
@@ -81,7 +83,7 @@ class Adam(torch.optim.Optimizer):  # type: ignore[misc]
         lr: Any = 1e-3,
         betas: tuple[Any, Any] = (0.9, 0.999),
         eps: float = 1e-8,
-        weight_decay: float = 0.0,
+        weight_decay: float = 0,  # as torch has it, whose groups show it
         amsgrad: bool = False,
         *,
         foreach: bool | None = None,
@@ -112,7 +114,8 @@ class Adam(torch.optim.Optimizer):  # type: ignore[misc]
         """Have no slots, and take the first step's moments from `state`."""
         self._core = AdamState(type(self).__name__, "real_imag")
         self._controller = Controller(self._core, PLAIN)
-        self._states = States(self._core)
+        self._orders = Orders()
+        self._states = States(self._core, self._orders)
         self._groups: list[Group] = []
         self._layout: Any = None
         self._places: list[torch.device] = []
@@ -150,10 +153,23 @@ class Adam(torch.optim.Optimizer):  # type: ignore[misc]
         Raises:
             ValueError: another number of groups or parameters.
         """
-        super().load_state_dict(state_dict)
+        given: dict[str, Any] = {}
+
+        def read(_: Any, present: dict[str, Any]) -> None:
+            given.update(present)
+
+        # The last hook before the work sees what the others have put in its place, the first one after it is seen by
+        # the others.
+        before = self.register_load_state_dict_pre_hook(read)
+        after = self.register_load_state_dict_post_hook(lambda _: self._keep_moments(given), prepend=True)
+        with before, after:
+            super().load_state_dict(state_dict)
+
+    def _keep_moments(self, state_dict: dict[str, Any]) -> None:
+        """Take the moments of parameters of 16 bits, to which torch has rounded them, as they were."""
         params = [param for group in self.param_groups for param in group["params"]]
         for number, param in zip(numbers_of(state_dict), params, strict=True):
-            if param.is_floating_point() and param.itemsize == 2:  # to which torch has rounded them
+            if param.is_floating_point() and param.itemsize == 2:
                 entry = state_dict["state"].get(number, {})
                 moments = {name: entry[name].to(param.device, copy=True) for name in SLOTS if name in entry}
                 self.state[param].update(moments)
@@ -170,9 +186,9 @@ class Adam(torch.optim.Optimizer):  # type: ignore[misc]
             What the closure returns, or None.
 
         Raises:
-            ArgumentTypeError, ArgumentValueError: a number of a group outside its range; a parameter that is not
-                contiguous, or of a dtype that is not computed with; a gradient that does not fit. No parameter has
-                changed then (see the class about `amsgrad`).
+            ArgumentTypeError, ArgumentValueError: a number of a group outside its range; a parameter with gaps in
+                memory, or of a dtype that is not computed with; a gradient that does not fit. No parameter has changed
+                then (see the class about `amsgrad`). A CUDA graph is captured.
             ConcurrentStepError: another step of this optimizer is at work.
         """
         loss = None
@@ -185,6 +201,7 @@ class Adam(torch.optim.Optimizer):  # type: ignore[misc]
                 self._find_devices()
             for device in self._devices:
                 stack.enter_context(device.on_stream_of(torch))
+                _refuse_capture(device)
             if not is_known:
                 self._follow()
             plain = [group for group in self._groups if not group.group["amsgrad"]]
@@ -216,6 +233,15 @@ class Adam(torch.optim.Optimizer):  # type: ignore[misc]
 
     def _update(self, groups: Sequence[Group], amsgrad: bool, incoming: Incoming) -> None:
         """Step the parameters of groups."""
+        try:
+            self._step(groups, amsgrad, incoming)
+        except ArgumentValueError:  # which has changed nothing: of a parameter that has been reordered since, say
+            if not any(self._orders.lack(param) for group in groups for param in group.params):
+                raise
+            self._follow()
+            self._step(groups, amsgrad, incoming)
+
+    def _step(self, groups: Sequence[Group], amsgrad: bool, incoming: Incoming) -> None:
         pairs: list[Any] = []
         new: list[Any] = []
         stepped: list[Group] = []
@@ -235,9 +261,10 @@ class Adam(torch.optim.Optimizer):  # type: ignore[misc]
         )
         if new:
             params, cohorts = zip(*new, strict=True)
-            self._controller.set_cohorts(params, rule, cohorts)
+            self._controller.set_cohorts([self._orders.target(param) for param in params], rule, cohorts)
             for group in stepped:
                 group.note_told()
+        pairs = self._orders.pairs(pairs)
         if self._has_odd:
             pairs = _readable(pairs)
         try:
@@ -264,14 +291,16 @@ class Adam(torch.optim.Optimizer):  # type: ignore[misc]
             len(groups) == len(self.param_groups)
             and all(known.is_of(group) for known, group in zip(groups, self.param_groups, strict=True))
             and self._states.are_seen(self._entries)
+            and self._orders.are_current()
         )
 
     def _follow(self) -> None:
         """Take over groups, parameters and moments that others have put in their places."""
         old = {id(group.group): group for group in self._groups}
         entries = self.state
-        for param in self._states.forgotten(entries):
-            self._controller.forget(param)
+        self._orders.follow(param for group in self.param_groups for param in group["params"])
+        for target in self._states.forgotten(entries):
+            self._controller.forget(target)
         groups = []
         for each in self.param_groups:
             group = old.get(id(each))
@@ -282,7 +311,7 @@ class Adam(torch.optim.Optimizer):  # type: ignore[misc]
             for param, entry in foreign:
                 check_shapes(param, entry)
             for amsgrad in (False, True):
-                some = [param for param, entry in foreign if ("max_exp_avg_sq" in entry) == amsgrad]
+                some = [self._orders.target(p) for p, entry in foreign if ("max_exp_avg_sq" in entry) == amsgrad]
                 self._controller.build(some, _rule(amsgrad, False, False, False))
             for param, entry in foreign:
                 self._states.read(param, entry)
@@ -340,6 +369,14 @@ class AdamW(Adam):
         super().__setstate__(state)
         for group in self.param_groups:
             group["decoupled_weight_decay"] = True  # as torch does, whose older files do not say
+
+
+def _refuse_capture(device: Device) -> None:
+    """Raise ArgumentValueError where a graph is captured, all replays of which would be the same step t."""
+    if device.is_capturing():
+        rule, got = "must not be captured in a graph, for the host counts the steps of each parameter", "a capture"
+        remedy = "use torch.optim.Adam(capturable=True), or gpu_adam.Adam and its capture"
+        raise ArgumentValueError("a step of gpu_adam.torch", rule, got, remedy)
 
 
 def _are_odd(pairs: list[Any]) -> bool:

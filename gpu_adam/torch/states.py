@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -13,8 +13,26 @@ from gpu_adam.errors import ArgumentValueError
 from gpu_adam.interop.torch import SLOTS
 from gpu_adam.state.adam_state import AdamState
 from gpu_adam.torch.groups import Group
+from gpu_adam.torch.orders import Orders, shown
 
-_NOTHING: tuple[None, dict[str, Any], dict[str, Any]] = None, {}, {}
+
+class Shown(NamedTuple):
+    """What an entry shows.
+
+    Attributes:
+        param: whose entry it is.
+        target: what is updated in its place.
+        tensors: by torch's names.
+        arrays: of the slots, by the same names.
+    """
+
+    param: Any
+    target: Any
+    tensors: dict[str, torch.Tensor]
+    arrays: dict[str, Any]
+
+
+_NOTHING = Shown(None, None, {}, {})
 
 
 def has_moments(entry: Mapping[str, Any]) -> bool:
@@ -27,12 +45,12 @@ class States:
 
     Args:
         state: has the slots.
+        orders: knows what is updated in place of each parameter.
     """
 
-    def __init__(self, state: AdamState) -> None:
-        self._state = state
-        # By the id of each parameter, with the arrays of its slots that the tensors show.
-        self._shown: dict[int, tuple[torch.Tensor, dict[str, torch.Tensor], dict[str, Any]]] = {}
+    def __init__(self, state: AdamState, orders: Orders) -> None:
+        self._state, self._orders = state, orders
+        self._shown: dict[int, Shown] = {}  # by the id of each parameter
         self._entries: Any = None
         self._seen = Contents({}, at_once=False)
 
@@ -46,21 +64,28 @@ class States:
 
     def is_foreign(self, param: Any, entry: Mapping[str, Any]) -> bool:
         """Whether an entry with moments holds other tensors than those that show its parameter's slots."""
-        _, shown, _ = self._shown.get(id(param), _NOTHING)
-        return any(entry[name] is not shown.get(name) for name in SLOTS if name in entry)
+        tensors = self._shown.get(id(param), _NOTHING).tensors
+        return any(entry[name] is not tensors.get(name) for name in SLOTS if name in entry)
 
     def forgotten(self, entries: Mapping[Any, Any]) -> list[Any]:
-        """Parameters of which slots were shown, and that have no moments any more; they are shown no more."""
-        gone = [param for param, *_ in self._shown.values() if not has_moments(entries.get(param, {}))]
-        for param in gone:
-            del self._shown[id(param)]
-        return gone
+        """What was updated in place of parameters that have no moments any more, or now lie in another order.
+
+        Their slots are shown no more.
+        """
+        gone = [
+            each
+            for each in self._shown.values()
+            if each.target is not self._orders.target(each.param) or not has_moments(entries.get(each.param, {}))
+        ]
+        for each in gone:
+            del self._shown[id(each.param)]
+        return [each.target for each in gone]
 
     def read(self, param: Any, entry: Mapping[str, Any]) -> None:
         """Copy the moments that an entry holds into the slots of its parameter."""
         for name, slot in self._slots(param).items():
             if name in entry:
-                view(slot).copy_(entry[name])
+                shown(param, view(slot)).copy_(entry[name])
 
     def show(self, group: Group, entries: Any) -> None:
         """Let the entries of those of a group's parameters that have slots show these, and the counts of steps."""
@@ -68,16 +93,17 @@ class States:
             slots = self._slots(param)
             if not slots:
                 continue
-            _, old, kept = self._shown.get(id(param), _NOTHING)
+            known = self._shown.get(id(param), _NOTHING)
             arrays = {name: slot._value for name, slot in slots.items()}
-            shown = {"step": step}
+            tensors = {"step": step}
             for name, array in arrays.items():
-                shown[name] = old[name] if kept.get(name) is array else view(slots[name])
-            self._shown[id(param)] = param, shown, arrays
-            entries.setdefault(param, {}).update(shown)
+                is_kept = known.arrays.get(name) is array
+                tensors[name] = known.tensors[name] if is_kept else shown(param, view(slots[name]))
+            self._shown[id(param)] = Shown(param, self._orders.target(param), tensors, arrays)
+            entries.setdefault(param, {}).update(tensors)
 
     def _slots(self, param: Any) -> dict[str, Any]:
-        variable, slots = self._state.registry.known(param), self._state.slots
+        variable, slots = self._state.registry.known(self._orders.target(param)), self._state.slots
         if variable is None:
             return {}
         return {name: slots[slot][variable] for name, slot in SLOTS.items() if variable in slots.get(slot, ())}

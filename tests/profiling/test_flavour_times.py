@@ -1,6 +1,7 @@
 """The times of flavours: what their bytes are, and that every one is a step."""
 
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -70,3 +71,17 @@ def test_a_first_step_fills_the_cache_that_it_is_given(tmp_path: Path) -> None:
     assert elapsed > 0
     assert worked > 0
     assert list((tmp_path / "host").rglob("*.so"))
+
+
+@pytest.mark.skipif(find_spec("torch") is None, reason="torch is not installed (extra: torch)")
+@pytest.mark.usefixtures("one_torch_thread")
+def test_steps_of_changing_parameters_are_timed_beside_torch(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(flavours, "PARAMETERS", 9)
+    flavours.main(["--changing", "--turns", "2"])
+    header, _, *rows = capsys.readouterr().out.splitlines()
+    assert header.startswith("| parameters with a gradient | torch fused | gpu_adam.torch | gpu_adam.Adam |")
+    assert [row.split(" | ")[0] for row in rows] == ["| all of 9", "| a random half"]
+    for row in rows:
+        assert re.fullmatch(r"\|[^|]*(\| \d+\.\d\d ms ){3}(\| \d+\.\d\d ){2}\|", row)
