@@ -399,6 +399,13 @@ class Adam:
         functions may be captured, and other optimizers may step in the function: a replay stages and counts the steps
         of all of them.
 
+        Steps that the device may leave out (``skip_nonfinite``, ``loss_scale``), that are measured (``telemetry``) or
+        whose ``grad_scale`` lies on the device are replayed too: a replay stages the scalars of every number of steps
+        that may be done by then. It has room for 64 numbers; where more are possible, so far is the device behind, the
+        replay waits for the device. A function makes one such step of an optimizer. Callable hyperparameters are called
+        before the graph is launched: the `iterations` of another optimizer whose such step is in the same function are
+        those from before the replay.
+
         Args:
             function: without arguments; it computes gradients by CuPy, or by a loss, and calls `apply_gradients` or
                 `minimize`. Call it once before, for what is compiled or looked up at the first call. On CUDA it is
@@ -408,14 +415,14 @@ class Adam:
                 (``batch[...] = ...``). PyTorch's own functions are captured by ``torch.cuda.graph``.
 
         Returns:
-            An object with `replay()`, which enqueues everything on the current stream and returns the steps done. It
-            keeps alive what it needs. Averages that overwrite variables (`ema_overwrite_frequency`) do so at the end of
+            An object with `replay()`, which enqueues everything on the current stream and returns the steps done, or
+            None as `apply_gradients` does. It keeps alive what it needs. Averages that overwrite variables (`ema_overwrite_frequency`) do so at the end of
             a replay.
 
         Raises:
             ArgumentTypeError: `function` is not callable; a gradient in host memory.
-            ArgumentValueError: the function makes no step of this optimizer, waits, or steps variables of another
-                device; a call inside of a capture. `replay` says the same of a function that the host calls.
+            ArgumentValueError: the function makes no step of this optimizer, waits, steps variables of another device,
+                or makes two steps where one is allowed (see above, and for `ema_overwrite_frequency`); a call inside of a capture. `replay` says the same of a function that the host calls.
             And whatever the function raises. Nothing has changed then.
         """
         refuse_in_loss("capture")
@@ -435,8 +442,9 @@ class Adam:
                 graph.replay()
 
         The hyperparameters are those of now, schedules and callables evaluated once, as in a step of `apply_gradients`.
-        They are written to where all graphs of this optimizer read them; a graph should have one step of it. The host
-        waits for nothing. A capture counts its step, though nothing of it runs: the first `stage` after it begins with
+        They are written to where all graphs of this optimizer read them; a graph should have one step of it. Steps that
+        the device decides about (``skip_nonfinite``, ``loss_scale``, ``telemetry``, a ``grad_scale`` on the device) are
+        refused in such a graph: `capture` takes them. The host waits for nothing. A capture counts its step, though nothing of it runs: the first `stage` after it begins with
         that step.
 
         Returns:
@@ -525,7 +533,7 @@ class Adam:
     @property
     def skipped_steps(self) -> int:
         """How many steps were left out since the optimizer was made, loaded or copied. Waits for the device."""
-        return self._controller.skipped()
+        return self._controller.guards.skipped()
 
     def read_telemetry(self) -> Telemetry | None:
         """The numbers of the last step that the device has finished; None before there is one. Never waits.
@@ -536,7 +544,7 @@ class Adam:
         if not self._flavour.telemetry:
             remedy = "construct the optimizer with telemetry=True"
             raise ArgumentValueError("telemetry", "must be True for its numbers to be read", False, remedy)
-        return self._controller.telemetry()
+        return self._controller.guards.telemetry()
 
     def set_group(self, variables: Iterable[Any], **settings: Any) -> None:
         """Give some variables numbers of their own; any number of groups takes one launch. Called again, it adds to it.
@@ -603,7 +611,7 @@ class Adam:
         With ``skip_nonfinite`` or ``loss_scale`` reading this attribute waits for the device; the Variable by itself
         holds the largest number of steps that may be done.
         """
-        self._controller.settle()
+        self._controller.guards.settle()
         if not self._state.counts:
             # A step that is at work, which a callable learning rate may be part of, does so itself.
             busy, alone = contextlib.suppress(ConcurrentStepError), self._state.alone
@@ -626,7 +634,7 @@ class Adam:
         refuse_in_loss("iterations")
         count = checked_count(value, "iterations")
         with self._state.alone(), Transaction(self._state) as change:
-            self._controller.settle_inside()
+            self._controller.guards.settle_inside()
             counter = change.ensure_counter()
             make_all([functools.partial(counter.value.fill, count), *change.commit])
 
@@ -645,7 +653,7 @@ class Adam:
     @property
     def weights(self) -> list[Variable]:
         """The live list of iterations and slots, in order of creation. Waits as `iterations` does."""
-        self._controller.settle()
+        self._controller.guards.settle()
         return self._state.weights
 
     def variables(self) -> list[Variable]:
@@ -757,7 +765,7 @@ class Adam:
         """
         with self._state.alone():
             self._controller.check_errors()
-            self._controller.settle_inside()
+            self._controller.guards.settle_inside()
             return self._state.export()
 
     def set_weights(self, weights: Iterable[Any]) -> None:
@@ -774,7 +782,7 @@ class Adam:
         """
         refuse_in_loss("set_weights")
         with self._state.alone():
-            self._controller.settle_inside()
+            self._controller.guards.settle_inside()
             arrays, count = list(weights), len(self.weights)
             variables, others = len(self._state.variables), 1 + len(self._state.own)
             if count == 2 * variables + others and len(arrays) == 3 * variables + others:
@@ -803,7 +811,7 @@ class Adam:
             rule = "must be a mapping from names to arrays"
             raise ArgumentTypeError("arrays", rule, type(arrays).__name__, "pass what export() returned")
         with self._state.alone():
-            self._controller.settle_inside()
+            self._controller.guards.settle_inside()
             self._state.restore(arrays, lambda number: f"arrays[{self._state.weight_names()[number]!r}]")
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -832,7 +840,7 @@ class Adam:
         arrays, meta = checkpoint.read(path)
         self._check_fits(str(path), meta)
         with self._state.alone():
-            self._controller.settle_inside()
+            self._controller.guards.settle_inside()
             names = [f"weights/{number}" for number in range(len(self.weights))]
             if len(arrays) != len(names) or not all(map(arrays.__contains__, names)):
                 got = next((f"no {name}" for name in names if name not in arrays), f"{len(arrays)} arrays")
@@ -905,7 +913,7 @@ class Adam:
 
     def __getstate__(self) -> dict[str, Any]:
         self._controller.follow_memory()
-        self._controller.settle()
+        self._controller.guards.settle()
         state = dict(self.__dict__)
         del state["_controller"], state["_accumulator"], state["_rules"]
         return state
