@@ -416,13 +416,14 @@ class Adam:
 
         Returns:
             An object with `replay()`, which enqueues everything on the current stream and returns the steps done, or
-            None as `apply_gradients` does. It keeps alive what it needs. Averages that overwrite variables (`ema_overwrite_frequency`) do so at the end of
-            a replay.
+            None as `apply_gradients` does. It keeps alive what it needs. Averages that overwrite variables
+            (`ema_overwrite_frequency`) do so at the end of a replay.
 
         Raises:
             ArgumentTypeError: `function` is not callable; a gradient in host memory.
             ArgumentValueError: the function makes no step of this optimizer, waits, steps variables of another device,
-                or makes two steps where one is allowed (see above, and for `ema_overwrite_frequency`); a call inside of a capture. `replay` says the same of a function that the host calls.
+                or makes two steps where one is allowed (see above, and `ema_overwrite_frequency`); a call inside of a
+                capture. `replay` says the same of a function that the host calls.
             And whatever the function raises. Nothing has changed then.
         """
         refuse_in_loss("capture")
@@ -442,10 +443,10 @@ class Adam:
                 graph.replay()
 
         The hyperparameters are those of now, schedules and callables evaluated once, as in a step of `apply_gradients`.
-        They are written to where all graphs of this optimizer read them; a graph should have one step of it. Steps that
-        the device decides about (``skip_nonfinite``, ``loss_scale``, ``telemetry``, a ``grad_scale`` on the device) are
-        refused in such a graph: `capture` takes them. The host waits for nothing. A capture counts its step, though nothing of it runs: the first `stage` after it begins with
-        that step.
+        They are written to where all graphs of this optimizer read them; a graph should have one step of it. The host
+        waits for nothing. A capture counts its step, though nothing of it runs: the first `stage` after it begins with
+        that step. Steps that the device decides about (``skip_nonfinite``, ``loss_scale``, ``telemetry``, a
+        ``grad_scale`` on the device) are refused in such a graph; `capture` takes them.
 
         Returns:
             The steps done, the one included that the launch does.
