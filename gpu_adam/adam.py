@@ -257,8 +257,8 @@ class Adam:
             Over how many calls the sums go.
 
         Raises:
-            As `apply_gradients`; ArgumentValueError for a scale beside ``loss_scale``, and in a capture. Nothing has
-            changed then.
+            As `apply_gradients`; ArgumentValueError for a scale beside ``loss_scale``, and in a graph that is captured
+            by other means than `capture`. Nothing has changed then.
         """
         refuse_in_loss("accumulate")
         scale = None
@@ -270,7 +270,7 @@ class Adam:
             if self._flavour.loss_scale is not None:
                 rule = "must be left out with loss_scale, by which the step divides"
                 raise ArgumentValueError("grad_scale", rule, scale, "leave it out")
-        return self._accumulator.add(
+        return self._accumulator.now().add(
             grads_and_vars, scale, lambda targets: self._controller.build(targets, self._rule())
         )
 
@@ -278,8 +278,8 @@ class Adam:
         if grad_scale is not None:
             rule = "must be left out with accumulated gradients, which are divided already"
             raise ArgumentValueError("grad_scale", rule, shown(grad_scale), "pass it to accumulate")
-        pairs = self._accumulator.sums()
-        incoming = self._accumulator.taken(mean=self._flavour.accumulation == "mean")
+        sums = self._accumulator.now()
+        pairs, incoming = sums.sums(), sums.taken(mean=self._flavour.accumulation == "mean")
         update = self._rule(1.0 if incoming.calls > 1 else None)
         return self._controller.step(pairs, update, self._hyper, self._clip, incoming)
 
@@ -406,6 +406,9 @@ class Adam:
         before the graph is launched: the `iterations` of another optimizer whose such step is in the same function are
         those from before the replay.
 
+        Gradients may be accumulated in the function: it has sums of its own, which it begins and must use, by as many
+        calls of `accumulate` as the captured call of it makes. Sums from outside wait for a step outside.
+
         Args:
             function: without arguments; it computes gradients by CuPy, or by a loss, and calls `apply_gradients` or
                 `minimize`. Call it once before, for what is compiled or looked up at the first call. On CUDA it is
@@ -422,8 +425,8 @@ class Adam:
         Raises:
             ArgumentTypeError: `function` is not callable; a gradient in host memory.
             ArgumentValueError: the function makes no step of this optimizer, waits, steps variables of another device,
-                or makes two steps where one is allowed (see above, and `ema_overwrite_frequency`); a call inside of a
-                capture. `replay` says the same of a function that the host calls.
+                makes two steps where one is allowed (see above, and `ema_overwrite_frequency`), or does not use what it
+                accumulates; a call inside of a capture. `replay` says the same of a function that the host calls.
             And whatever the function raises. Nothing has changed then.
         """
         refuse_in_loss("capture")

@@ -11,7 +11,7 @@ import functools
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -130,7 +130,7 @@ class Controller:
             if memo is None or addresses is None:
                 pairs, memo, addresses, request = self._resolved(pairs, rule)
             if (recording := current_recording.get()) is not None:
-                return self._record(recording, Found(pairs, memo, addresses, request), clip, incoming)
+                return self._record(recording, Found(pairs, memo, addresses, request), hyper, clip, incoming)
             with self._graphs.step(memo.plan.devices) as graph:
                 if graph is not None:
                     check_capturable(pairs, is_first=memo.plan.own_launches is None)
@@ -220,12 +220,9 @@ class Controller:
         found = self._state.own.get(SCALE)
         if found is not None:
             return found
-        variables, recording = self._state.variables, current_recording.get()
-        with self._state.alone(is_brief=True), recording.outside() if recording else nullcontext():
-            if recording is not None:
-                recording.note(self._state, self._forget_plans)
-            with Transaction(self._state) as change:
-                self._ensure_own(change, variables[0].device if variables else get_device())
+        variables = self._state.variables
+        with self._state.alone(is_brief=True), self._outside(), Transaction(self._state) as change:
+            self._ensure_own(change, variables[0].device if variables else get_device())
         return self._state.own[SCALE]
 
     def _note_captured(self, memo: Memo, clip: Clip, incoming: Incoming, done: int) -> None:
@@ -272,44 +269,65 @@ class Controller:
         assert configuration is not None, "the optimizer is at work"
         return Stepper(self._state, self._flavour, configuration, self.guards)
 
-    def _record(self, recording: Recording, found: Found, clip: Clip, incoming: Incoming) -> int | None:
+    def _record(
+        self, recording: Recording, found: Found, hyper: dict[str, Any], clip: Clip, incoming: Incoming
+    ) -> int | None:
         """Enqueue a step for the replays of a captured function, and count nothing; the number that it will have.
 
-        What is created for it, like slots, is no part of the graph.
+        What is created for it, like slots, is no part of the graph. A call that adds to sums is counted: the sums are
+        the function's own, and its replays count only steps that use them.
         """
-        state, stepper = self._state, self.stepper()
-        recording.check(stepper, found.memo.plan)
-        check_capturable(found.pairs, is_first=False)
-        pairs, memo, addresses, request = found
-        try:
-            gradients = memo.plan.check(pairs, addresses)
-        except OtherDtypeError:
-            pairs, memo, addresses, request = self._resolved(pairs, memo.rule)
-            gradients = _checked_anew(pairs, memo, addresses, None)
-        plan = memo.plan
-        check_countable(state.counter)
+        state, plan = self._state, found.memo.plan
+        stepper = None if plan.rule.accumulates else self.stepper()
+        recording.check(plan, stepper)
+        pairs, memo, gradients, request = self._checked_for_graph(found)
+        plan, done = memo.plan, check_countable(state.counter)
         if request is not None and request.without:
             _warn(request.without)
-        if plan.own_launches is None:
-            recording.note(state, self._forget_plans)
         guard = aim = None
         if plan.rule.guarded:
             with recording.outside():
                 guard = self.guards.of(plan.devices[0])
             aim = guard.aim(incoming, self._flavour)  # within: a flag or scale is cast anew at each replay
         with Transaction(state) as change:
-            with recording.outside():
+            with self._outside():
                 self._make_fit(change, request, plan.rule, guard)
                 launches = plan.launches_for_replays(state, guard, clip, incoming.divisor, recording.write_outside)
                 change.note(plan.index_errors)
             launches.bind(pairs, gradients)
-            make_all([*launches.calls(clip), *change.commit])
-        step = CapturedStep(plan, launches, memo.written_calls, clip, incoming.divisor, state.layout, aim)
-        number = recording.add(stepper, step)
+            ending = [*incoming.taken, *change.commit]
+            if stepper is None:
+                launches.set_scalars(plan.scalars(Scalars(hyper, done), clip, incoming.divisor))
+                ending.append(functools.partial(state.counter._value.fill, done + 1))
+            make_all([*launches.calls(clip), *ending])
+        if stepper is None:
+            recording.kept.append(launches)
+            number = done + 1
+        else:
+            step = CapturedStep(plan, launches, memo.written_calls, clip, incoming.divisor, state.layout, aim)
+            number = recording.add(stepper, step)
         plan.constrain()
         if request is not None:
             self._remember(memo, request)
         return None if aim is not None and aim.may_be_left_out else number
+
+    def _checked_for_graph(self, found: Found) -> tuple[Sequence[Any], Memo, list[Any], Request | None]:
+        """What is known of a step, with its gradients, ready to bind."""
+        pairs, memo, addresses, request = found
+        check_capturable(pairs, is_first=False)
+        try:
+            return pairs, memo, memo.plan.check(pairs, addresses), request
+        except OtherDtypeError:
+            pairs, memo, addresses, request = self._resolved(pairs, memo.rule)
+            return pairs, memo, _checked_anew(pairs, memo, addresses, None), request
+
+    def _outside(self) -> AbstractContextManager[Any]:
+        """A context in which what is created is no part of a captured function, which undoes it where it fails."""
+        recording = current_recording.get()
+        if recording is None:
+            return nullcontext()
+        recording.note(self._state, self._forget_plans)
+        return recording.outside()
 
     def _checked_after_calls(self, pairs: Sequence[Any], memo: Memo, addresses: np.ndarray) -> int:
         """The number of steps done, once callables have been called, which may have changed it.
@@ -421,7 +439,7 @@ class Controller:
                 find(obj, f"{argument}[{number}]", news) for number, obj in enumerate(_in_order(objects, argument))
             ]
             check_updatable(found, news.moved, rule)
-            with Transaction(self._state) as change:
+            with self._outside(), Transaction(self._state) as change:
                 self._ensure_own(change, found[0].device if found else None)
                 change.adopt(news)
                 change.ensure_slots(found, rule)

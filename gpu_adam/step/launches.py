@@ -141,14 +141,14 @@ class Launches:
             return self._again(CAPTURED, pools)
 
     def for_replays(self, clip: Clip, divisor: float, write: Writer) -> Launches:
-        """The same launches for a captured graph whose scalars are staged before each replay.
+        """The same launches for a captured graph whose scalars are staged before each replay; those of sums stay.
 
         Args:
             clip: the bounds, which the kernels of a norm take as arguments.
             divisor: by which gradients are divided, which they take too.
             write: gives an array other contents that are no part of the graph.
         """
-        launches = self._again(replayed(write))
+        launches = self._again(replayed(write, is_constant=self._rule.accumulates))
         for update in launches._updates:
             numbers = update.arguments.scalars
             real_dtype = numbers["clip_value"].dtype.name

@@ -8,7 +8,7 @@ stream, so that neither the host nor the graph waits for them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from contextvars import ContextVar
 from functools import partial
@@ -194,23 +194,32 @@ class Recording:
 
     Attributes:
         steps: those that the function has made so far.
+        kept: what else the graph reads and writes.
         undoing: a context that undoes, after an error, what the steps had to create.
     """
 
     def __init__(self, capture: Capture, device: Device) -> None:
         self._capture, self._device = capture, device
         self.steps: list[tuple[Stepper, CapturedStep]] = []
+        self.kept: list[Launches] = []
         self.undoing = ExitStack()
         self._noted: list[AdamState] = []
 
-    def check(self, stepper: Stepper, plan: Plan) -> None:
-        """Raise ArgumentValueError for a step that cannot be captured."""
+    def check(self, plan: Plan, stepper: Stepper | None) -> None:
+        """Raise ArgumentValueError for a step that cannot be captured.
+
+        Args:
+            plan: of the step.
+            stepper: the optimizer; None for a call that adds to sums.
+        """
         places = [device.name for device in plan.devices]
         if places != [self._device.name] or not self._device.is_capturing():
             rule = f"must be enqueued on the stream of {self._device.name} that is current when the function is called"
             raise ArgumentValueError(
                 "a captured step", rule, f"one on {', '.join(places)}", "capture steps of other streams apart"
             )
+        if stepper is None:
+            return
         before = self._made_by(stepper)
         # Whether a guarded step is left out shows when the graph runs: too late for what is computed for the second.
         is_guarded = any(each.rule.guarded for each in (plan, *(step.plan for step in before)))
@@ -249,6 +258,40 @@ def _write_outside(capture: Capture, array: StagedArray, values: np.ndarray) -> 
         array.write(values)
 
 
+class Sums(Protocol):
+    """Sums of the gradients of several calls."""
+
+    @property
+    def calls(self) -> int:
+        """Over how many calls the sums go that no step has used yet."""
+
+
+own_sums: ContextVar[dict[AdamState, Any] | None] = ContextVar("own_sums", default=None)
+"""The sums of the captured function that is called, by optimizer: it begins them, and uses them."""
+
+
+def _call(function: Callable[[], object], sums: dict[AdamState, Sums]) -> None:
+    """Call a function that has sums of its own.
+
+    Raises:
+        ArgumentValueError: it leaves some of them unused.
+        And whatever the function raises.
+    """
+    token = own_sums.set(sums)
+    try:
+        function()
+        for state, each in sums.items():
+            if each.calls:
+                rule = f"must use the gradients that it accumulates for optimizer {state.name!r}"
+                got = f"sums over {each.calls} calls that no step uses"
+                raise ArgumentValueError("the captured function", rule, got, "call apply_gradients() at its end")
+    except BaseException:
+        sums.clear()
+        raise
+    finally:
+        own_sums.reset(token)
+
+
 current_recording: ContextVar[Recording | None] = ContextVar("current_recording", default=None)
 """What the steps of this thread are captured for; None outside of `Adam.capture`."""
 
@@ -268,11 +311,15 @@ class CapturedFunction:
         recording: the steps in it.
         device: where it runs.
         stepper: whose count a replay returns.
+        sums: those of the function.
     """
 
-    def __init__(self, capture: Capture, recording: Recording, device: Device, stepper: Stepper) -> None:
+    def __init__(
+        self, capture: Capture, recording: Recording, device: Device, stepper: Stepper, sums: Mapping[AdamState, Sums]
+    ) -> None:
         self._capture, self._steps, self._device, self._stepper = capture, recording.steps, device, stepper
         self._guards = {stepper.state: stepper.guards for stepper, _ in recording.steps}
+        self._kept = recording.kept, sums
 
     def replay(self) -> int | None:
         """Do all of the function's steps on the current stream, as calls of the function would.
@@ -338,7 +385,7 @@ class CalledFunction:
     """
 
     def __init__(self, function: Callable[[], object], stepper: Stepper) -> None:
-        self._function, self._stepper = function, stepper
+        self._function, self._stepper, self._sums = function, stepper, dict[AdamState, Sums]()
 
     def replay(self) -> int | None:
         """Call the function.
@@ -347,12 +394,12 @@ class CalledFunction:
             The steps done by the optimizer that captured, these included; None as by `apply_gradients`.
 
         Raises:
-            ArgumentValueError: the function made no step.
+            ArgumentValueError: the function made no step, or did not use gradients that it accumulated.
             And whatever the function raises.
         """
         state, guards = self._stepper.state, self._stepper.guards
         before = state.steps_done, guards.made
-        self._function()
+        _call(self._function, self._sums)
         if (state.steps_done, guards.made) == before:
             raise _without_step(state)
         return None if guards.is_unsure else state.steps_done
@@ -373,16 +420,16 @@ def captured(function: Any, stepper: Stepper) -> Replayable:
         raise ArgumentValueError(f"optimizer {stepper.state.name!r}", rule, places, "take one optimizer for each")
     ((device, capture),) = captures
     refuse_in_capture(device, "capture")
-    recording = Recording(capture, device)
+    recording, sums = Recording(capture, device), dict[AdamState, Sums]()
     with recording.undoing:
         token = current_recording.set(recording)
         try:
-            capture.run(function)
+            capture.run(partial(_call, function, sums))
         finally:
             current_recording.reset(token)
         if not any(other.state is stepper.state for other, _ in recording.steps):
             raise _without_step(stepper.state)
-    return CapturedFunction(capture, recording, device, stepper)
+    return CapturedFunction(capture, recording, device, stepper, sums)
 
 
 def refuse_in_capture(device: Device, method: str) -> None:
