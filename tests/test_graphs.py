@@ -224,6 +224,22 @@ def test_a_graph_keeps_its_optimizer(device: Device, kind: str) -> None:
         del batch
 
 
+def test_what_a_function_builds_is_no_part_of_its_graph(gpu: Device) -> None:
+    """Else each replay would create the slots again, full of zeros."""
+    eager = Case(HOST, config={"amsgrad": True})
+    with context_of(gpu):
+        own = Case(gpu, config={"amsgrad": True})
+
+        def step() -> None:
+            own.optimizer.build(own.work.all)
+            own.step()
+
+        graph = own.optimizer.capture(step)
+        for _ in range(3):
+            assert graph.replay() == eager.step()
+        assert_same_state(state(own.optimizer, own.work), state(eager.optimizer, eager.work))
+
+
 def test_a_graph_is_given_back_at_once(gpu: Device) -> None:
     """With its memory, as soon as nobody has it: nothing of it waits for the garbage collector."""
     with context_of(gpu):
