@@ -186,7 +186,9 @@ def test_a_replay_waits_where_its_room_ends(
         graph = own.optimizer.capture(own.step)
         gpu.synchronize()
         emulation.reset()
-        for _ in range(60):
+        for number in range(60):
+            for each in (own, eager):
+                each.work.next_batch(number, is_bad=number % 10 == 5)
             assert graph.replay() is None
             eager.step()
         assert bool(emulation.counters.syncs) == waits
@@ -229,6 +231,8 @@ def test_a_graph_keeps_what_decides(gpu: Device) -> None:
         scale = gpu.array(np.float64(SCALE.initial))
         step = partial(lambda own, scale: own.optimizer.apply_gradients(own.work.pairs(scale), grad_scale=scale))
         graph = own.optimizer.capture(partial(step, own, scale))
+        for each in (own, eager):
+            each.work.next_batch(1)
         variables, batch = own.work.variables, own.work.batch
         del own, scale
         gc.collect()
