@@ -31,9 +31,16 @@ struct GuardPlace {
     long long unscale, apply, size;
 };
 
+// What the host knows of the steps done before this one; behind it lie rows of scalars, one for each number that may be.
+// In memory, where each replay of a graph finds another one. Mirrored by gpu_adam.kernels.CANDIDATES.
+struct Candidates {
+    long long first;   // the number of steps done for the first row
+    long long number;  // of the rows; where there is one, the host knows the number, else guard->count has it
+};
+
 // Mirrored by gpu_adam.kernels.GUARD_ROWS.
 struct GuardRows {
-    const long long* candidates;  // rows of scalars, one for each number of steps done from some number on
+    const Candidates* candidates;
     long long* row;               // that of the step at work, from which the updates read
     const GuardPlace* places;
     long long words;              // of a row
@@ -56,14 +63,14 @@ __device__ inline void put(long long* row, long long place, long long size, doub
     }
 }
 
-// `known` steps are done; -1 where guard->count says how many. `first` is that number for the first of the candidates.
 // The gradients are to be divided by `number` times what `scale` points to, a double where it is `wide`, else a float; by
 // `number` alone where it is null.
 extern "C" __global__ void __launch_bounds__(256)
-guard_begin(Guard* guard, const GuardRows rows, const long long known, const long long first, const void* scale,
-            const long long wide, const double number) {
-    const long long count = known < 0 ? guard->count : known;
-    const long long* const candidate = rows.candidates + (count - first) * rows.words;
+guard_begin(Guard* guard, const GuardRows rows, const void* scale, const long long wide, const double number) {
+    const Candidates known = *rows.candidates;
+    const long long count = known.number == 1 ? known.first : guard->count;
+    const long long* const candidate =
+        reinterpret_cast<const long long*>(rows.candidates + 1) + (count - known.first) * rows.words;
     double divisor = number;
     if (scale) divisor *= wide ? *static_cast<const double*>(scale) : *static_cast<const float*>(scale);
     for (long long i = threadIdx.x; i < rows.words; i += blockDim.x) rows.row[i] = candidate[i];

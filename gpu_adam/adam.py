@@ -261,8 +261,8 @@ class Adam:
             Over how many calls the sums go.
 
         Raises:
-            As `apply_gradients`; ArgumentValueError for a scale beside ``loss_scale``, and in a capture. Nothing has
-            changed then.
+            As `apply_gradients`; ArgumentValueError for a scale beside ``loss_scale``, and in a graph that is captured
+            by other means than `capture`. Nothing has changed then.
         """
         refuse_in_loss("accumulate")
         scale = None
@@ -274,7 +274,7 @@ class Adam:
             if self._flavour.loss_scale is not None:
                 rule = "must be left out with loss_scale, by which the step divides"
                 raise ArgumentValueError("grad_scale", rule, scale, "leave it out")
-        return self._accumulator.add(
+        return self._accumulator.now().add(
             grads_and_vars, scale, lambda targets: self._controller.build(targets, self._rule())
         )
 
@@ -282,8 +282,8 @@ class Adam:
         if grad_scale is not None:
             rule = "must be left out with accumulated gradients, which are divided already"
             raise ArgumentValueError("grad_scale", rule, shown(grad_scale), "pass it to accumulate")
-        pairs = self._accumulator.sums()
-        incoming = self._accumulator.taken(mean=self._flavour.accumulation == "mean")
+        sums = self._accumulator.now()
+        pairs, incoming = sums.sums(), sums.taken(mean=self._flavour.accumulation == "mean")
         update = self._rule(1.0 if incoming.calls > 1 else None)
         return self._controller.step(pairs, update, self._hyper, self._clip, incoming)
 
@@ -403,6 +403,16 @@ class Adam:
         functions may be captured, and other optimizers may step in the function: a replay stages and counts the steps
         of all of them.
 
+        Steps that the device may leave out (``skip_nonfinite``, ``loss_scale``), that are measured (``telemetry``) or
+        whose ``grad_scale`` lies on the device are replayed too: a replay stages the scalars of every number of steps
+        that may be done by then. It has room for 64 numbers; where more are possible, so far is the device behind, the
+        replay waits for the device. A function makes one such step of an optimizer. Callable hyperparameters are called
+        before the graph is launched: the `iterations` of another optimizer whose such step is in the same function are
+        those from before the replay.
+
+        Gradients may be accumulated in the function: it has sums of its own, which it begins and must use, by as many
+        calls of `accumulate` as the captured call of it makes. Sums from outside wait for a step outside.
+
         Args:
             function: without arguments; it computes gradients by CuPy, or by a loss, and calls `apply_gradients` or
                 `minimize`. Call it once before, for what is compiled or looked up at the first call. On CUDA it is
@@ -412,14 +422,15 @@ class Adam:
                 (``batch[...] = ...``). PyTorch's own functions are captured by ``torch.cuda.graph``.
 
         Returns:
-            An object with `replay()`, which enqueues everything on the current stream and returns the steps done. It
-            keeps alive what it needs. Averages that overwrite variables (`ema_overwrite_frequency`) do so at the end of
-            a replay.
+            An object with `replay()`, which enqueues everything on the current stream and returns the steps done, or
+            None as `apply_gradients` does. It keeps alive what it needs. Averages that overwrite variables
+            (`ema_overwrite_frequency`) do so at the end of a replay.
 
         Raises:
             ArgumentTypeError: `function` is not callable; a gradient in host memory.
-            ArgumentValueError: the function makes no step of this optimizer, waits, or steps variables of another
-                device; a call inside of a capture. `replay` says the same of a function that the host calls.
+            ArgumentValueError: the function makes no step of this optimizer, waits, steps variables of another device,
+                makes two steps where one is allowed (see above, and `ema_overwrite_frequency`), or does not use what it
+                accumulates; a call inside of a capture. `replay` says the same of a function that the host calls.
             And whatever the function raises. Nothing has changed then.
         """
         refuse_in_loss("capture")
@@ -441,7 +452,8 @@ class Adam:
         The hyperparameters are those of now, schedules and callables evaluated once, as in a step of `apply_gradients`.
         They are written to where all graphs of this optimizer read them; a graph should have one step of it. The host
         waits for nothing. A capture counts its step, though nothing of it runs: the first `stage` after it begins with
-        that step.
+        that step. Steps that the device decides about (``skip_nonfinite``, ``loss_scale``, ``telemetry``, a
+        ``grad_scale`` on the device) are refused in such a graph; `capture` takes them.
 
         Returns:
             The steps done, the one included that the launch does.
@@ -529,7 +541,7 @@ class Adam:
     @property
     def skipped_steps(self) -> int:
         """How many steps were left out since the optimizer was made, loaded or copied. Waits for the device."""
-        return self._controller.skipped()
+        return self._controller.guards.skipped()
 
     def read_telemetry(self) -> Telemetry | None:
         """The numbers of the last step that the device has finished; None before there is one. Never waits.
@@ -540,7 +552,7 @@ class Adam:
         if not self._flavour.telemetry:
             remedy = "construct the optimizer with telemetry=True"
             raise ArgumentValueError("telemetry", "must be True for its numbers to be read", False, remedy)
-        return self._controller.telemetry()
+        return self._controller.guards.telemetry()
 
     def set_group(self, variables: Iterable[Any], **settings: Any) -> None:
         """Give some variables numbers of their own; any number of groups takes one launch. Called again, it adds to it.
@@ -607,7 +619,7 @@ class Adam:
         With ``skip_nonfinite`` or ``loss_scale`` reading this attribute waits for the device; the Variable by itself
         holds the largest number of steps that may be done.
         """
-        self._controller.settle()
+        self._controller.guards.settle()
         if not self._state.counts:
             # A step that is at work, which a callable learning rate may be part of, does so itself.
             busy, alone = contextlib.suppress(ConcurrentStepError), self._state.alone
@@ -630,7 +642,7 @@ class Adam:
         refuse_in_loss("iterations")
         count = checked_count(value, "iterations")
         with self._state.alone(), Transaction(self._state) as change:
-            self._controller.settle_inside()
+            self._controller.guards.settle_inside()
             counter = change.ensure_counter()
             make_all([functools.partial(counter.value.fill, count), *change.commit])
 
@@ -649,7 +661,7 @@ class Adam:
     @property
     def weights(self) -> list[Variable]:
         """The live list of iterations and slots, in order of creation. Waits as `iterations` does."""
-        self._controller.settle()
+        self._controller.guards.settle()
         return self._state.weights
 
     def variables(self) -> list[Variable]:
@@ -761,7 +773,7 @@ class Adam:
         """
         with self._state.alone():
             self._controller.check_errors()
-            self._controller.settle_inside()
+            self._controller.guards.settle_inside()
             return self._state.export()
 
     def set_weights(self, weights: Iterable[Any]) -> None:
@@ -778,7 +790,7 @@ class Adam:
         """
         refuse_in_loss("set_weights")
         with self._state.alone():
-            self._controller.settle_inside()
+            self._controller.guards.settle_inside()
             arrays, count = list(weights), len(self.weights)
             variables, others = len(self._state.variables), 1 + len(self._state.own)
             if count == 2 * variables + others and len(arrays) == 3 * variables + others:
@@ -807,7 +819,7 @@ class Adam:
             rule = "must be a mapping from names to arrays"
             raise ArgumentTypeError("arrays", rule, type(arrays).__name__, "pass what export() returned")
         with self._state.alone():
-            self._controller.settle_inside()
+            self._controller.guards.settle_inside()
             self._state.restore(arrays, lambda number: f"arrays[{self._state.weight_names()[number]!r}]")
 
     def save(
@@ -848,7 +860,7 @@ class Adam:
         with state.alone():
             if not asynchronous:
                 self._controller.check_errors()
-            self._controller.settle_inside()
+            self._controller.guards.settle_inside()
             note = saving.note_of(state, self._flavour, self.get_config())
             write = saving.writing(path, state, note, variables=variables, lasting=asynchronous)
             if not asynchronous:
@@ -880,7 +892,7 @@ class Adam:
         if variables:
             self._controller.follow_memory()
         with state.alone():
-            self._controller.settle_inside()
+            self._controller.guards.settle_inside()
             written = written_calls(state.registry.arrays(state.variables)) if variables else []
             also = [self._accumulator.clear_call(), *written]
             saving.restore(name_of(path), state, contents, variables=variables, also=also)
@@ -926,7 +938,7 @@ class Adam:
 
     def __getstate__(self) -> dict[str, Any]:
         self._controller.follow_memory()
-        self._controller.settle()
+        self._controller.guards.settle()
         state = dict(self.__dict__)
         del state["_controller"], state["_accumulator"], state["_rules"]
         return state

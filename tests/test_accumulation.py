@@ -7,6 +7,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from captures import HOST, Case, assert_same_state, captured, context_of, state
 from reference import Array, assert_same_bits
 
 import gpu_adam
@@ -237,6 +238,137 @@ def test_config() -> None:
     assert Adam.from_config(Adam(accumulation="sum").get_config()).flavour.accumulation == "sum"
 
 
+# Captured functions, which have sums of their own.
+
+
+class Parts:
+    """A batch in three parts: the second one has no gradient for the first variable, nor the first one for the last.
+
+    Args:
+        device: where.
+        config: of the optimizer.
+    """
+
+    def __init__(self, device: Device, config: dict[str, Any]) -> None:
+        self.case = Case(device, config=config, kind="both", dtypes=("float32", "float64", "complex64"))
+
+    def step(self) -> int | None:
+        """A step of the whole batch."""
+        scale = self.case.optimizer.loss_scale
+        for part in range(3):
+            pairs = self.case.work.pairs(None if scale is None else scale.array)
+            skipped = (self.case.work.all[-1], self.case.work.all[0], None)[part]
+            self.case.optimizer.accumulate([(None if v is skipped else g, v) for g, v in pairs])
+        return self.case.optimizer.apply_gradients()
+
+
+CAPTURED: dict[str, dict[str, Any]] = {
+    "mean": {"learning_rate": "schedule", "global_clipnorm": 1.0},
+    "sum": {"learning_rate": "callable", "accumulation": "sum", "amsgrad": True},
+    "loss scale": {"learning_rate": "schedule", "loss_scale": LossScale(8.0, 5), "telemetry": True},
+}
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+@pytest.mark.parametrize("config", CAPTURED)
+def test_replays_have_the_bits_of_calls(device: Device, config: str, is_first: bool) -> None:
+    """And leave sums alone that are accumulated outside, which a step in between uses."""
+    eager = Parts(HOST, CAPTURED[config])
+    with context_of(device, 1):
+        own = Parts(device, CAPTURED[config])
+        adam = own.case.optimizer
+        if not is_first:
+            own.step()
+            eager.step()
+        graph = adam.capture(own.step)
+        for number in range(12):
+            for each in (own, eager):
+                each.case.work.next_batch(number, is_bad=each.case.optimizer.flavour.skips and number % 4 == 1)
+            if number == 5:
+                assert adam.accumulate(own.case.work.pairs()) == 1
+                outside = [(as_it_is(g), v) for g, v in eager.case.work.pairs()]
+            assert graph.replay() == eager.step()
+            if number == 8:
+                adam.apply_gradients()
+                eager.case.optimizer.accumulate(outside)
+                eager.case.optimizer.apply_gradients()
+        assert_same_state(state(adam, own.case.work), state(eager.case.optimizer, eager.case.work))
+
+
+def as_it_is(gradient: Any) -> Any:
+    """The gradient, also when the batch is another one."""
+    if isinstance(gradient, IndexedSlices):
+        return IndexedSlices(gradient.values.copy(), gradient.indices.copy())
+    return gradient.copy()
+
+
+def test_nodes_of_a_captured_accumulation(gpu: Device, emulation: Any) -> None:
+    """One kernel for each call and one for the step; the replay copies the scalars of the step alone."""
+    with context_of(gpu):
+        variables = [Variable(np.ones(3 + k, np.float32)) for k in range(3)]
+        pairs = [(gpu.array(np.ones(v.shape, np.float32)), v) for v in variables]
+        adam = Adam()
+
+        def step() -> None:
+            for _ in range(4):
+                adam.accumulate(pairs)
+            adam.apply_gradients()
+
+        emulation.reset()
+        graph = adam.capture(step)
+        assert emulation.counters.graph_nodes == [["dense"] * 5]
+        gpu.synchronize()
+        emulation.reset()
+        graph.replay()
+        assert emulation.counters.syncs == []
+        gpu.synchronize()
+        assert emulation.counters.h2d == 1
+        assert adam.iterations == 1
+
+
+def test_sums_of_a_function_are_begun_and_used_in_it(device: Device) -> None:
+    """Neither those from outside are used, nor are any left over; nothing has changed then."""
+    with context_of(device):
+        case = Case(device, config={})
+        adam, work = case.optimizer, case.work
+        case.step()
+        adam.accumulate(work.pairs())
+        before = state(adam, work)
+
+        def leaves_some() -> None:
+            adam.accumulate(work.pairs())
+            adam.apply_gradients()
+            adam.accumulate(work.pairs())
+
+        with pytest.raises(ArgumentTypeError, match="must be given where no gradients have been accumulated"):
+            adam.capture(adam.apply_gradients).replay()
+        assert_same_state(state(adam, work), before)
+        words = r"must use the gradients that it accumulates for optimizer 'Adam' \(got sums over 1 calls that no step"
+        with pytest.raises(ArgumentValueError, match=words):
+            adam.capture(leaves_some).replay()
+        if device.name != "host":  # there the function has been called
+            assert_same_state(state(adam, work), before)
+        assert adam.accumulate(work.pairs()) == 2
+        adam.apply_gradients()
+
+
+def test_rows_out_of_range_in_a_captured_function(gpu: Device) -> None:
+    with context_of(gpu):
+        w = Variable(np.zeros((3, 2), np.float32), device=gpu)
+        bad = IndexedSlices(gpu.array(np.ones((2, 2), np.float32)), gpu.array(np.array([1, 7])))
+        adam = Adam(accumulation="sum", beta_1=0.0)
+
+        def step() -> None:
+            adam.accumulate([(bad, w)])
+            adam.apply_gradients()
+
+        graph = adam.capture(step)
+        graph.replay()
+        with pytest.raises(SparseIndexError):
+            adam.check_errors()
+        assert adam.get_slot(w, "m").numpy().tolist() == [[0, 0], [1, 1], [0, 0]]
+
+
 # What is refused; nothing has changed then.
 
 
@@ -313,17 +445,18 @@ def test_scales_on_the_device_are_refused(device: Device) -> None:
         Adam().accumulate([(device.array(np.ones(2, np.float32)), w)], grad_scale=device.array(np.float32(2)))
 
 
-def test_a_graph_is_refused(device: Device) -> None:
-    if device.name == "host":
-        return
-    w, g = Variable(np.zeros(2, np.float32), device=device), device.array(np.ones(2, np.float32))
-    adam = Adam()
-    adam.accumulate([(g, w)])
-    for function in (lambda: adam.accumulate([(g, w)]), adam.apply_gradients):
-        with pytest.raises(ArgumentValueError, match="a step captured in a graph must not accumulate gradients"):
-            adam.capture(function)
-    adam.apply_gradients()
-    assert adam.iterations == 1
+def test_a_graph_of_the_users_is_refused(gpu: Device) -> None:
+    graphs = list[Any]()
+    with context_of(gpu):
+        w, g = Variable(np.zeros(2, np.float32), device=gpu), gpu.array(np.ones(2, np.float32))
+        adam = Adam()
+        adam.accumulate([(g, w)])
+        for function in (lambda: adam.accumulate([(g, w)]), adam.apply_gradients):
+            words = r"a step captured in a graph must not accumulate gradients, .*; use Adam.capture"
+            with captured(gpu, graphs), pytest.raises(ArgumentValueError, match=words):
+                function()
+        adam.apply_gradients()
+        assert adam.iterations == 1
 
 
 def test_a_word_that_is_no_accumulation() -> None:

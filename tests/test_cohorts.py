@@ -99,7 +99,7 @@ def test_steps_that_the_device_leaves_out_are_not_counted(device: Device, dtype:
         controller.step(pairs, rule, NONE, NO_CLIPPING, Incoming(scale, device.array(np.float32(flag))))
         for number in chosen if not flag else ():
             used[number].append(gradients[number].astype(np.float64))
-    controller.settle()
+    controller.guards.settle()
     assert [int(each.steps[0]) for each in cohorts] == [len(gradients_of) for gradients_of in used] == [16, 13]
     for each, variable, gradients_of in zip(cohorts, variables, used, strict=True):
         sign = -1.0 if each.cohort.flavour.maximize else 1.0

@@ -275,7 +275,7 @@ def test_a_guarded_step_of_cohorts_waits_for_nothing(gpu: Device, emulation: Any
     scale, good, bad = (gpu.array(np.float32(number)) for number in (8, 0, 1))
     for found in (good, good, bad):
         controller.step(pairs, rule, numbers, NO_CLIPPING, Incoming(scale, found))
-    controller.settle()
+    controller.guards.settle()
     emulation.reset()
     with emulation.asynchronous():
         for found in (good, bad, bad, good, bad):
@@ -284,7 +284,7 @@ def test_a_guarded_step_of_cohorts_waits_for_nothing(gpu: Device, emulation: Any
         assert counters.syncs == []
         assert not counters.array_functions
         assert counts.tolist() == [7, 7, 7]
-        controller.settle()
+        controller.guards.settle()
         assert counts.tolist() == [4, 4, 4]
 
 
@@ -365,7 +365,7 @@ def test_a_scale_on_the_device_that_is_none(gpu: Device) -> None:
 
 
 @pytest.mark.parametrize("mode", GUARDED)
-def test_a_guarded_step_is_not_captured(gpu: Device, mode: str) -> None:
+def test_a_guarded_step_in_a_graph_of_the_users_is_refused(gpu: Device, mode: str) -> None:
     stream, graphs = gpu.xp.cuda.Stream(non_blocking=True), list[Any]()
     gpu.xp.cuda.Device().synchronize()
     with stream:
@@ -373,7 +373,7 @@ def test_a_guarded_step_is_not_captured(gpu: Device, mode: str) -> None:
         given = {} if GUARDED[mode] else {"grad_scale": gpu.array(np.float32(8))}
         pairs = work.pairs(1)
         optimizer.apply_gradients(pairs, **given)
-        words = "must do without skip_nonfinite"
+        words = r"a step captured in a graph must do without skip_nonfinite, .*; use Adam.capture, or"
         with unchanged(optimizer, *work.variables), pytest.raises(ArgumentValueError, match=words):  # noqa: SIM117
             with captured(stream, graphs):
                 optimizer.apply_gradients(pairs, **given)

@@ -2,136 +2,21 @@
 
 import contextlib
 import gc
-import importlib
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
+from captures import HOST, Case, assert_same_state, captured, context_of, state
 from reference import Array, assert_same_bits
 
 import gpu_adam
-from gpu_adam import IndexedSlices, Variable, devices
+from gpu_adam import IndexedSlices, Variable
 from gpu_adam.devices import Device
 from gpu_adam.errors import ArgumentTypeError, ArgumentValueError
 from gpu_adam.step.replays import CapturedFunction
-
-HOST = devices.HostDevice(threads=1)
-
-
-def context_of(device: Device, seed: int | None = None) -> contextlib.AbstractContextManager[Any]:
-    """A stream that may be captured; on the emulated GPU work runs as late as can be, or by lot, with a seed."""
-    stack = contextlib.ExitStack()
-    if device.name != "host":
-        if getattr(device.xp, "__emulated__", False):
-            asynchronous = importlib.import_module("cupy._emulation").asynchronous
-            stack.enter_context(asynchronous() if seed is None else asynchronous(seed=seed))
-        stack.enter_context(device.activate())
-        device.xp.cuda.Device().synchronize()
-        stack.enter_context(device.xp.cuda.Stream(non_blocking=True))
-    return stack
-
-
-class Work:
-    """Variables whose gradients are computed from a batch that lies still; the same numbers on every device.
-
-    Args:
-        device: where.
-        kind: "dense", "sparse" or "both".
-        dtypes: of the dense variables, by turns.
-        constraint: of each variable.
-    """
-
-    def __init__(self, device: Device, kind: str, dtypes: Sequence[str] = ("float32",), constraint: Any = None) -> None:
-        self.device = device
-        rng = np.random.default_rng(5)
-        shapes = [(3,), (17, 5), (4097,), ()] if kind != "sparse" else []
-        self.variables = [
-            Variable(rng.standard_normal(shape).astype(dtypes[k % len(dtypes)]), device=device, constraint=constraint)
-            for k, shape in enumerate(shapes)
-        ]
-        self.batch = [device.array(variable.numpy()) for variable in self.variables]
-        self.table = None
-        if kind != "dense":
-            self.table = Variable(rng.standard_normal((9, 5)).astype(np.float32), device=device, name="table")
-            self.rows = device.array(np.array([1, 7, 1, 0, 8, 7]))
-            self.values = device.array(rng.standard_normal((6, 5)).astype(np.float32))
-
-    def next_batch(self, seed: int) -> None:
-        """Other numbers in the same memory."""
-        rng = np.random.default_rng(seed)
-        with self.device.activate():
-            for array in self.batch:
-                array[...] = self.device.array(rng.standard_normal(array.shape).astype(array.dtype))
-            if self.table is not None:
-                self.rows[...] = self.device.array(rng.integers(0, 9, 6))
-                self.values[...] = self.device.array(rng.standard_normal((6, 5)).astype(np.float32))
-
-    def pairs(self) -> list[tuple[Any, Variable]]:
-        """Gradients, new arrays of operations that have the same bits everywhere."""
-        found: list[tuple[Any, Variable]] = [
-            ((variable.value - array) * array.dtype.type(1.5), variable)
-            for variable, array in zip(self.variables, self.batch, strict=True)
-        ]
-        if self.table is not None:
-            found.append((IndexedSlices(self.values * np.float32(0.5), self.rows), self.table))
-        return found
-
-    @property
-    def all(self) -> list[Variable]:
-        """All variables."""
-        return [*self.variables, *([] if self.table is None else [self.table])]
-
-
-def state(optimizer: gpu_adam.Adam, work: Work) -> dict[str, Array]:
-    """All variables and weights, waited for."""
-    numbers = {f"variable {number}": variable.numpy() for number, variable in enumerate(work.all)}
-    return {**numbers, **optimizer.export()}
-
-
-def assert_same_state(actual: dict[str, Array], expected: dict[str, Array]) -> None:
-    assert actual.keys() == expected.keys()
-    for name, array in expected.items():
-        assert_same_bits(actual[name], array, name)
-
-
-class Case:
-    """An optimizer with its work on a device.
-
-    Args:
-        device: where.
-        config: of the optimizer; a learning rate "callable" looks at the count, "schedule" is one.
-        kind, dtypes, constraint: as for Work.
-        groups: whether variables have numbers of their own.
-    """
-
-    def __init__(
-        self,
-        device: Device,
-        *,
-        config: dict[str, Any],
-        kind: str = "dense",
-        dtypes: Sequence[str] = ("float32",),
-        constraint: Any = None,
-        groups: bool = False,
-    ) -> None:
-        self.work = Work(device, kind, dtypes, constraint)
-        rates: dict[str, Any] = {
-            "callable": lambda: 0.1 / (1 + int(self.optimizer.iterations)),
-            "schedule": gpu_adam.ExponentialDecay(0.1, decay_steps=10, decay_rate=0.9),
-        }
-        rate = config.get("learning_rate", 0.05)
-        self.optimizer: gpu_adam.Adam = gpu_adam.Adam(**{**config, "learning_rate": rates.get(rate, rate)})
-        if groups:
-            self.optimizer.exclude_from_weight_decay(self.work.variables[1])
-            self.optimizer.set_group(self.work.variables[2], learning_rate_multiplier=3.0, beta_1=0.5)
-
-    def step(self) -> int | None:
-        """One step of all variables."""
-        return self.optimizer.apply_gradients(self.work.pairs())
-
 
 CASES: dict[str, dict[str, Any]] = {
     "schedule, groups": {"config": {"learning_rate": "schedule", "weight_decay": 0.01}, "groups": True},
@@ -326,6 +211,8 @@ def test_a_graph_keeps_its_optimizer(device: Device, kind: str) -> None:
         own = Case(device, config={"learning_rate": "schedule", "clipnorm": 1.0}, kind=kind)
         graph, values = own.optimizer.capture(own.step), [variable.value for variable in own.work.all]
         batch = own.work
+        for each in (batch, eager.work):
+            each.next_batch(1)
         del own
         gc.collect()
         if device.name != "host":
@@ -337,6 +224,24 @@ def test_a_graph_keeps_its_optimizer(device: Device, kind: str) -> None:
         for value, variable in zip(values, eager.work.all, strict=True):
             assert_same_bits(device.numpy(value), variable.numpy())
         del batch
+
+
+def test_what_a_function_builds_is_no_part_of_its_graph(gpu: Device) -> None:
+    """Else each replay would create the slots again, full of zeros."""
+    eager = Case(HOST, config={"amsgrad": True})
+    with context_of(gpu):
+        own = Case(gpu, config={"amsgrad": True})
+
+        def step() -> None:
+            own.optimizer.build(own.work.all)
+            own.step()
+
+        graph = own.optimizer.capture(step)
+        for number in range(3):
+            for each in (own, eager):
+                each.work.next_batch(number)
+            assert graph.replay() == eager.step()
+        assert_same_state(state(own.optimizer, own.work), state(eager.optimizer, eager.work))
 
 
 def test_a_graph_is_given_back_at_once(gpu: Device) -> None:
@@ -387,17 +292,6 @@ def test_nodes_of_a_captured_function(
 
 
 # Graphs that the user captured by other means: each launch takes what was staged last.
-
-
-@contextlib.contextmanager
-def captured(device: Device, graphs: list[Any], mode: int = 0) -> Iterator[None]:
-    """Capture the current stream, in the mode "global", which torch.cuda.graph has too."""
-    stream = device.xp.cuda.get_current_stream()
-    stream.begin_capture(mode)
-    try:
-        yield
-    finally:
-        graphs.append(stream.end_capture())
 
 
 def given(case: Case) -> int | None:

@@ -45,6 +45,7 @@ def mirrors(dtype: str) -> dict[str, np.dtype[Any]]:
         "MeasuredSums": kernels.MEASURED_SUMS,
         "Guard": kernels.GUARD,
         "GuardPlace": kernels.GUARD_PLACE,
+        "Candidates": kernels.CANDIDATES,
         "GuardRows": kernels.GUARD_ROWS,
         "LossScale": kernels.LOSS_SCALE,
     }

@@ -369,7 +369,7 @@ def test_steps_that_are_left_out(device: Device, tmp_path: Path, monkeypatch: py
     """They do not count, and the device is asked only where a save would be due if they did."""
     adam, variable, _ = training(device, skip_nonfinite=True)
     manager, asked = CheckpointManager(tmp_path, adam, every_steps=4), 0
-    settle, saved = adam._controller.settle, []
+    settle, saved = adam._controller.guards.settle, []
 
     def count() -> None:
         nonlocal asked
@@ -380,7 +380,7 @@ def test_steps_that_are_left_out(device: Device, tmp_path: Path, monkeypatch: py
         gradient = np.full(5, np.nan if number in (1, 2) else 1, np.float32)
         adam.apply_gradients([(device.array(gradient), variable)])
         with monkeypatch.context() as patch:
-            patch.setattr(adam._controller, "settle", count)
+            patch.setattr(adam._controller.guards, "settle", count)
             path = manager.step()
         if path is not None:
             saved.append(path.name)

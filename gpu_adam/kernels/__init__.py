@@ -13,6 +13,7 @@ from gpu_adam.kernels.dtypes import COMPLEX_MODES, DTYPES, HALVES, MIXING, Dtype
 from gpu_adam.kernels.slot_specs import SLOT_SPECS, SlotSpec, slot_spec, slots_of
 from gpu_adam.kernels.sources import Kernel, Source, directory, kernel_names
 from gpu_adam.kernels.structs import (
+    CANDIDATES,
     EMBEDDING_TABLE,
     GUARD,
     GUARD_PLACE,
@@ -56,6 +57,7 @@ from gpu_adam.kernels.variants import (
 __all__ = [
     "ACCUMULATION",
     "BLOCK_SIZE",
+    "CANDIDATES",
     "CHUNK",
     "COMPLEX_MODES",
     "DIGIT_BITS",

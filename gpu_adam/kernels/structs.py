@@ -75,6 +75,9 @@ GUARD = np.dtype(
 MEASURED_SUMS = np.dtype([("update", _POINTER), ("theta", _POINTER)], align=True)
 """``MeasuredSums`` of memory.cuh."""
 
+CANDIDATES = np.dtype([(name, _INTEGER) for name in ("first", "number")], align=True)
+"""``Candidates`` of guard.cu."""
+
 GUARD_ROWS = np.dtype(
     [(name, _POINTER) for name in ("candidates", "row", "places")] + [(name, _INTEGER) for name in ("words", "count")],
     align=True,

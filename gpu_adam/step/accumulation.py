@@ -2,13 +2,17 @@
 
 A sum is updated by the kernels of a step, of the rule that adds the gradient to theta and does nothing else: any number
 of sums in one launch, dense gradients and rows, in float32 for gradients of 16 bits.
+
+A captured function has sums of its own, which it begins and uses: over how many calls they go is part of its graph.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import Any
+from weakref import WeakSet
 
 from gpu_adam.devices import Device
 from gpu_adam.errors import ArgumentTypeError, ArgumentValueError
@@ -18,6 +22,7 @@ from gpu_adam.state.adam_state import AdamState
 from gpu_adam.step import request as requests
 from gpu_adam.step.controller import Controller
 from gpu_adam.step.gradients import AS_THEY_ARE, Incoming
+from gpu_adam.step.replays import current_recording, own_sums
 from gpu_adam.uninterrupted import Call
 from gpu_adam.variables import Variable
 
@@ -41,6 +46,18 @@ class Accumulator:
         self._sums: dict[Variable, Variable] = {}
         self._targets: dict[Variable, Any] = {}  # the variables of these sums, as they were passed
         self._begin = 0
+        self._of_captures = WeakSet[Accumulator]()
+
+    def now(self) -> Accumulator:
+        """The sums to work with: in a captured function its own ones, else these."""
+        sums = own_sums.get()
+        if sums is None:
+            return self
+        if self._state not in sums:
+            sums[self._state] = own = Accumulator(self._state)
+            self._of_captures.add(own)
+        found: Accumulator = sums[self._state]
+        return found
 
     @property
     def calls(self) -> int:
@@ -59,7 +76,7 @@ class Accumulator:
             Over how many calls the sums go now.
 
         Raises:
-            As Controller.step; ArgumentValueError too where a graph is being captured.
+            As Controller.step; ArgumentValueError too where a graph of the user's is being captured.
         """
         request = requests.read(requests.listed(pairs), self._state.registry)
         if request.news or not all(map(self._state.has_slots, request.variables)):
@@ -88,13 +105,16 @@ class Accumulator:
         return self.calls
 
     def _have_sums(self, variables: list[Variable]) -> None:
-        """Make the sums that are missing."""
+        """Make the sums that are missing, outside of a graph, whose replays would make them again."""
         kinds: dict[tuple[Device, Any], list[Variable]] = {}
         for variable in variables:
             if variable not in self._sums:
                 kinds.setdefault((variable.device, variable.dtype), []).append(variable)
+        recording = current_recording.get()
         for (device, dtype), missing in kinds.items():
-            arrays = device.zeros_beside([each.value for each in missing], dtype_named(DTYPES[dtype.name].wide_dtype))
+            wide = dtype_named(DTYPES[dtype.name].wide_dtype)
+            with nullcontext() if recording is None else recording.outside():
+                arrays = device.zeros_beside([each.value for each in missing], wide)
             for variable, array in zip(missing, arrays, strict=True):
                 self._sums[variable] = Variable.over(array, device, variable.name, trainable=False)
 
@@ -103,7 +123,7 @@ class Accumulator:
 
         Raises:
             ArgumentTypeError: there are none.
-            ArgumentValueError: a graph is being captured.
+            ArgumentValueError: a graph of the user's is being captured.
         """
         pairs = [(self._sums[v].value, target) for v, target in self._targets.items() if self._state.has_slots(v)]
         if not self.calls or not pairs:
@@ -123,12 +143,16 @@ class Accumulator:
     def check_errors(self) -> None:
         """Raise what the kernels have noted. Waits for the device."""
         self._controller.check_errors()
+        for own in self._of_captures:
+            own.check_errors()
 
 
 def _refuse_in_graph(variables: Iterable[Variable]) -> None:
-    """Raise ArgumentValueError where what is enqueued now would be done again by each replay of a graph."""
+    """Raise ArgumentValueError in a graph of the user's, which would not know whose sums it adds to."""
+    if current_recording.get() is not None:
+        return
     if any(device.is_capturing() for device in {variable.device for variable in variables}):
-        rule, remedy = "must not accumulate gradients, or use those that were", "do so outside of the graph"
+        rule, remedy = "must not accumulate gradients, or use those that were", "use Adam.capture"
         raise ArgumentValueError("a step captured in a graph", rule, "such a call", remedy)
 
 

@@ -47,9 +47,9 @@ CAPTURED = Use(staged=2, write_scalars=_write_at_replays, write_addresses=_write
 """A graph of the user's, every replay of which repeats the step with its scalars, or takes those that were staged."""
 
 
-def replayed(write_addresses: Writer) -> Use:
-    """A graph of ours, whose scalars are staged before each replay, and whose addresses are written but once."""
-    return Use(staged=1, write_scalars=_write_now, write_addresses=write_addresses)
+def replayed(write_addresses: Writer, *, is_constant: bool = False) -> Use:
+    """A graph of ours, whose addresses are written but once; scalars are staged before each replay, or are constant."""
+    return Use(staged=int(not is_constant), write_scalars=_write_now, write_addresses=write_addresses)
 
 
 class UpdateArguments:

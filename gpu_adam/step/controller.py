@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,8 @@ from gpu_adam.state.transaction import Transaction
 from gpu_adam.step import request as requests
 from gpu_adam.step.capture import Graph, Graphs, check_capturable
 from gpu_adam.step.gradients import AS_THEY_ARE, Incoming, OtherDtypeError
-from gpu_adam.step.guard import GUARDING, Guard, Telemetry
+from gpu_adam.step.guard import GUARDING, Guard, Guards
+from gpu_adam.step.launches import LaunchScalars
 from gpu_adam.step.memos import Found, Memo, Memos
 from gpu_adam.step.plan import Plan, check_updatable
 from gpu_adam.step.replays import (
@@ -58,6 +60,9 @@ class Controller:
         flavour: what they do besides plain Adam.
         configuration: a weak reference to what gives the optimizer's present configuration; without one no captured
             function can have its steps.
+
+    Attributes:
+        guards: what is known of its guarded steps.
     """
 
     def __init__(
@@ -71,9 +76,7 @@ class Controller:
         self._memos = Memos(state)
         self._captured: dict[Plan, CapturedStep] = {}
         self._promised: tuple[int, int] | None = None
-        self._guards: dict[Device, Guard] = {}
-        self._guard: Guard | None = None  # of the last guarded step
-        self._evaluates = False
+        self.guards = Guards(state)
 
     @stage("step")
     def step(
@@ -108,7 +111,7 @@ class Controller:
             if memo is None or addresses is None:
                 pairs, memo, addresses, request = self._memos.resolve(pairs, rule)
             if (recording := current_recording.get()) is not None:
-                return self._record(recording, Found(pairs, memo, addresses, request), clip, incoming)
+                return self._record(recording, Found(pairs, memo, addresses, request), hyper, clip, incoming)
             with self._graphs.step(memo.plan.devices) as graph:
                 if graph is not None:
                     check_capturable(pairs, is_first=memo.plan.own_launches is None)
@@ -118,30 +121,31 @@ class Controller:
                     pairs, memo, addresses, request = self._memos.resolve_anew(pairs, rule)
                     gradients = _checked_anew(pairs, memo, addresses, graph)
                 plan = memo.plan
-                guard = self._guard_of(plan, graph) if rule.guarded or self._guard is not None else None
+                guard = self._guard_of(plan, graph) if rule.guarded or self.guards.last is not None else None
                 done = check_countable(state.counter)
                 now = Scalars(hyper, done, self._flavour) if guard is None else self._evaluated(hyper, done)
                 if now.are_called:
                     done = self._checked_after_calls(pairs, memo, addresses)
                 if guard is None:
                     now.iterations = done
-                    scalars: Sequence[Any] = plan.scalars(now, clip, incoming.divisor)
+                    scalars: LaunchScalars = plan.scalars(now, clip, incoming.divisor)
                 else:
-                    done, scalars = self._candidates(plan, now, hyper["learning_rate"], clip, incoming, guard)
+                    aim, counts = guard.aim(incoming, self._flavour), guard.counts(state.counter)
+                    done, scalars = counts[-1], plan.candidates(now, hyper["learning_rate"], clip, aim.number, counts)
                 if request is not None and request.without:
                     _warn(request.without)
                 with Transaction(state) as change:
-                    if request is not None:
-                        self._make_fit(change, request, rule)
+                    if request is not None or guard is not None:
+                        self._make_fit(change, request, rule, guard)
                     launches = plan.launches(state, graph, gradients, guard)
                     change.note(plan.index_errors)
                     launches.bind(pairs, gradients)
                     launches.set_scalars(scalars)
                     count = functools.partial(state.counter._value.fill, done + 1)
-                    report = [] if guard is None else guard.report_calls(state.own, plan.cohorts)
+                    report = [] if guard is None else guard.done_calls(plan.cohorts, aim)
                     calls = [*launches.calls(clip), *self._overwriting(plan, done + 1, graph)]
-                    counts = [count, *plan.counts, *incoming.taken]
-                    _enqueue([*calls, *report, *memo.written_calls, *counts, *change.commit])
+                    ending = [*report, *memo.written_calls, count, *plan.counts, *incoming.taken]
+                    _enqueue([*calls, *ending, *change.commit])
                 if graph is None:
                     launches.release()
                 else:
@@ -159,87 +163,34 @@ class Controller:
             raise _overwriting_in_graph()
         return self._state.overwriting_calls(plan.variables)
 
-    def _candidates(
-        self, plan: Plan, now: Scalars, rate: Any, clip: Clip, incoming: Incoming, guard: Guard
-    ) -> tuple[int, Sequence[Any]]:
-        """How many steps are done, at most, and for each number that may be done the scalars of the next step."""
-        target = guard.aim(self._state.counter, incoming, self._flavour)
-        return target.most, [
-            plan.scalars(now.at(count, rate), clip, target.number, target.most - count) for count in target.counts
-        ]
-
     def _ensure_own(self, change: Transaction, device: Device | None) -> None:
         """Create what belongs to no variable: the counter, and a loss scale on the device if there is one."""
         change.ensure_counter()
         if self._flavour.loss_scale is not None and device is not None:
             change.ensure_loss_scale(device, self._flavour.loss_scale.initial)
 
-    def _make_fit(self, change: Transaction, request: Request, rule: UpdateRule) -> None:
-        """Let the state have what a step needs."""
-        self._ensure_own(change, request.variables[0].device)
-        change.adopt(request.news)
-        change.ensure_slots(request.variables, rule)
+    def _make_fit(self, change: Transaction, request: Request | None, rule: UpdateRule, guard: Guard | None) -> None:
+        """Let the state have what a step needs, unless one like it was done before, and the guard find it."""
+        if request is not None:
+            self._ensure_own(change, request.variables[0].device)
+            change.adopt(request.news)
+            change.ensure_slots(request.variables, rule)
+        if guard is not None:
+            guard.find_loss_scale(self._state.own)
 
     def _guard_of(self, plan: Plan, graph: Graph | None) -> Guard | None:
-        """The guard of a step, if it has one.
-
-        The steps that may have been left out are waited for where another one was the last step's, or none is this
-        one's, or where the cohorts are other ones: all that took part in such steps are corrected alike.
-        """
-        guard = None
-        if plan.rule.guarded:
-            if graph is not None:
-                raise _guarded_in_graph()
-            device = plan.devices[0]
-            guard = self._guards.get(device)
-            if guard is None:
-                guard = self._guards[device] = Guard(device)
-        last = self._guard
-        if last is not None and last.is_unsure and (last is not guard or last.cohorts != plan.cohorts):
-            last.bounds(self._state.counter, waits=True)
-        self._guard = guard
-        if guard is not None:
-            guard.bounds(self._state.counter)
+        """The guard of a step that begins, if it has one."""
+        if plan.rule.guarded and graph is not None:
+            rule, remedy = f"must do without {GUARDING}", "use Adam.capture, or do it outside of the graph"
+            raise ArgumentValueError("a step captured in a graph", rule, "one of them", remedy)
+        guard = self.guards.of(plan.devices[0]) if plan.rule.guarded else None
+        self.guards.begin(guard, plan.cohorts)
         return guard
 
     def _evaluated(self, hyper: dict[str, Any], done: int) -> Scalars:
-        """The scalars of a guarded step; a callable among the hyperparameters may ask for `iterations`."""
-        self._evaluates = True
-        try:
+        """The scalars of a guarded step."""
+        with self.guards.evaluating():
             return Scalars(hyper, done, self._flavour)
-        finally:
-            self._evaluates = False
-
-    def settle(self) -> None:
-        """Let the counter hold the number of steps done. Waits for the device where it has not told yet."""
-        guard = self._guard
-        if guard is None or not guard.is_unsure:
-            return
-        if self._evaluates:
-            guard.bounds(self._state.counter, waits=True)
-        else:
-            with self._state.alone(is_brief=True):
-                guard.bounds(self._state.counter, waits=True)
-
-    def settle_inside(self) -> None:
-        """The same for a call of the optimizer that is at work."""
-        if self._guard is not None and self._guard.is_unsure:
-            self._guard.bounds(self._state.counter, waits=True)
-
-    def skipped(self) -> int:
-        """How many steps were left out. Waits for the device."""
-        with self._state.alone():
-            for guard in self._guards.values():
-                guard.bounds(self._state.counter, waits=True)
-            return sum(int(guard.report["skipped"]) for guard in self._guards.values())
-
-    def telemetry(self) -> Telemetry | None:
-        """The numbers of the last guarded step that the device has finished; None before there is one. Never waits."""
-        with self._state.alone(is_brief=True):
-            if self._guard is None:
-                return None
-            self._guard.bounds(self._state.counter)
-            return self._guard.telemetry
 
     def loss_scale(self) -> Variable:
         """The scale of an optimizer with a loss scale; on its variables' device or, before it has any, the default one.
@@ -251,7 +202,7 @@ class Controller:
         if found is not None:
             return found
         variables = self._state.variables
-        with self._state.alone(is_brief=True), Transaction(self._state) as change:
+        with self._state.alone(is_brief=True), self._outside(), Transaction(self._state) as change:
             self._ensure_own(change, variables[0].device if variables else get_device())
         return self._state.own[SCALE]
 
@@ -279,11 +230,12 @@ class Controller:
                 if self._promised is not None and self._promised[1] == state.steps_done:
                     state.counter._value.fill(self._promised[0])
                 asked = stepper.next_step()
-                if stepper.overwrites:
+                asked.be_counted()
+                if stepper.flavour.overwrites_at(state.steps_done):
                     raise _overwriting_in_graph()
                 # Where some graphs fit no more, the user has captured others.
-                fitting = [step for step in steps if step.misfit(asked, state.layout) is None] or steps[-1:]
-                scalars = [step.scalars(asked, state.layout) for step in fitting]
+                fitting = [step for step in steps if step.misfit(asked) is None] or steps[-1:]
+                scalars = [step.scalars(asked) for step in fitting]
                 for step, own in zip(fitting, scalars, strict=True):
                     step.launches.stage(own)
                 make_all([*(call for step in fitting for call in step.written_calls), counting.done])
@@ -297,43 +249,66 @@ class Controller:
             raise ArgumentValueError("the captured function", rule, f"one of {self._state.name!r}", remedy)
         configuration = self._configuration()
         assert configuration is not None, "the optimizer is at work"
-        return Stepper(self._state, self._flavour, configuration)
+        return Stepper(self._state, self._flavour, configuration, self.guards)
 
-    def _record(self, recording: Recording, found: Found, clip: Clip, incoming: Incoming) -> int:
+    def _record(
+        self, recording: Recording, found: Found, hyper: dict[str, Any], clip: Clip, incoming: Incoming
+    ) -> int | None:
         """Enqueue a step for the replays of a captured function, and count nothing; the number that it will have.
 
-        What is created for it, like slots, is no part of the graph.
+        What is created for it, like slots, is no part of the graph. A call that adds to sums is counted: the sums are
+        the function's own, and its replays count only steps that use them.
         """
-        state, stepper = self._state, self.stepper()
-        recording.check(stepper, found.memo.plan.devices)
-        if found.memo.rule.guarded:
-            raise _guarded_in_graph()
-        check_capturable(found.pairs, is_first=False)
-        pairs, memo, addresses, request = found
-        try:
-            gradients = memo.plan.check(pairs, addresses)
-        except OtherDtypeError:
-            pairs, memo, addresses, request = self._memos.resolve_anew(pairs, memo.rule)
-            gradients = _checked_anew(pairs, memo, addresses, None)
-        plan = memo.plan
-        check_countable(state.counter)
+        state, plan = self._state, found.memo.plan
+        stepper = None if plan.rule.accumulates else self.stepper()
+        recording.check(plan, stepper)
+        pairs, memo, gradients, request = self._checked_for_graph(found)
+        plan, done = memo.plan, check_countable(state.counter)
         if request is not None and request.without:
             _warn(request.without)
-        if plan.own_launches is None:
-            recording.note(state, self._memos.forget)
-        with Transaction(state) as change:
+        guard = aim = None
+        if plan.rule.guarded:
             with recording.outside():
-                if request is not None:
-                    self._make_fit(change, request, plan.rule)
-                launches = plan.launches_for_replays(state, clip, incoming.divisor, recording.write_outside)
+                guard = self.guards.of(plan.devices[0])
+            aim = guard.aim(incoming, self._flavour)  # within: a flag or scale is cast anew at each replay
+        with Transaction(state) as change:
+            with self._outside():
+                self._make_fit(change, request, plan.rule, guard)
+                launches = plan.launches_for_replays(state, guard, clip, incoming.divisor, recording.write_outside)
                 change.note(plan.index_errors)
             launches.bind(pairs, gradients)
-            make_all([*launches.calls(clip), *change.commit])
-        step = CapturedStep(plan, launches, memo.written_calls, clip, incoming.divisor, state.layout)
-        number = recording.add(stepper, step)
+            ending = [*incoming.taken, *change.commit]
+            if stepper is None:
+                launches.set_scalars(plan.scalars(Scalars(hyper, done), clip, incoming.divisor))
+                ending.append(functools.partial(state.counter._value.fill, done + 1))
+            make_all([*launches.calls(clip), *ending])
+        if stepper is None:
+            recording.kept.append(launches)
+            number = done + 1
+        else:
+            step = CapturedStep(plan, launches, memo.written_calls, clip, incoming.divisor, state.layout, aim)
+            number = recording.add(stepper, step)
         plan.constrain()
         self._memos.remember(memo, request)
-        return number
+        return None if aim is not None and aim.may_be_left_out else number
+
+    def _checked_for_graph(self, found: Found) -> tuple[Sequence[Any], Memo, list[Any], Request | None]:
+        """What is known of a step, with its gradients, ready to bind."""
+        pairs, memo, addresses, request = found
+        check_capturable(pairs, is_first=False)
+        try:
+            return pairs, memo, memo.plan.check(pairs, addresses), request
+        except OtherDtypeError:
+            pairs, memo, addresses, request = self._memos.resolve_anew(pairs, memo.rule)
+            return pairs, memo, _checked_anew(pairs, memo, addresses, None), request
+
+    def _outside(self) -> AbstractContextManager[Any]:
+        """A context in which what is created is no part of a captured function, which undoes it where it fails."""
+        recording = current_recording.get()
+        if recording is None:
+            return nullcontext()
+        recording.note(self._state, self._memos.forget)
+        return recording.outside()
 
     def _checked_after_calls(self, pairs: Sequence[Any], memo: Memo, addresses: np.ndarray) -> int:
         """The number of steps done, once callables have been called, which may have changed it.
@@ -406,7 +381,7 @@ class Controller:
                 find(obj, f"{argument}[{number}]", news) for number, obj in enumerate(_in_order(objects, argument))
             ]
             check_updatable(found, news.moved, rule)
-            with Transaction(self._state) as change:
+            with self._outside(), Transaction(self._state) as change:
                 self._ensure_own(change, found[0].device if found else None)
                 change.adopt(news)
                 change.ensure_slots(found, rule)
@@ -496,11 +471,6 @@ def _checked_anew(pairs: Sequence[Any], memo: Memo, addresses: np.ndarray, graph
     if graph is not None:
         check_capturable(pairs, is_first=memo.plan.own_launches is None)
     return memo.plan.check(pairs, addresses)
-
-
-def _guarded_in_graph() -> ArgumentValueError:
-    rule, remedy = f"must do without {GUARDING}", "do it outside of the graph"
-    return ArgumentValueError("a step captured in a graph", rule, "one of them", remedy)
 
 
 def _overwriting_in_graph() -> ArgumentValueError:

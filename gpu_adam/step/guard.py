@@ -1,16 +1,18 @@
 """Guarded steps: their scalars are chosen on the device, which alone knows the gradients' scale and how many are done.
 
 A guarded step is the ordinary one with two short kernels around its pass over the gradients (guard.cu). They choose the
-scalars among those of every number of steps that may have been done, and say whether the step is applied. The host
-waits for none of it: it learns from reports, which the device copies to pinned memory, how many steps were left out.
-The further the host runs ahead, the more rows of scalars it computes for a step, so that it slows down by itself.
+scalars among those of every number of steps that may have been done (candidates.py), and say whether the step is
+applied. The host waits for none of it: it learns from reports, which the device copies to pinned memory, how many steps
+were left out. The further the host runs ahead, the more rows of scalars it computes for a step, so that it slows down
+by itself.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,15 +20,12 @@ import numpy as np
 from gpu_adam import kernels
 from gpu_adam.conversion import place_of
 from gpu_adam.devices import Array, Device
-from gpu_adam.devices.base import StagedArray
 from gpu_adam.errors import ArgumentTypeError, ArgumentValueError
 from gpu_adam.hyperparameters import Cohort, Flavour, counting
 from gpu_adam.loss_scale import LossScale
 from gpu_adam.rules import Rule, real_number
-from gpu_adam.state.adam_state import GOOD_STEPS, SCALE
-from gpu_adam.step.arguments import UpdateArguments
+from gpu_adam.state.adam_state import GOOD_STEPS, SCALE, AdamState
 from gpu_adam.step.gradients import Incoming, on_device
-from gpu_adam.step.norms import NormPass
 from gpu_adam.uninterrupted import Call, make_all
 from gpu_adam.variables import Variable
 
@@ -34,9 +33,6 @@ _SCALE = Rule("must be > 0 and finite", lambda x: 0 < x < float("inf"), "pass wh
 
 GUARDING = "skip_nonfinite, loss_scale, telemetry or a grad_scale on the device"
 """What makes a step a guarded one, in the words of messages."""
-
-Candidates = Sequence[Sequence[Sequence[tuple[Any, ...]]]]
-"""Scalars for each number of steps that may have been done, for each update, for each of its settings."""
 
 
 def checked_scale(value: Any) -> Any:
@@ -112,7 +108,8 @@ class Guard:
         report: the last report, of kernels.GUARD; zeros before the first one.
         measures: whether the report is to have the norm of the gradients.
         cohorts: those of the last step, and of all steps of which it is not known whether they were left out.
-        state, known, first, scale, wide, number, skips, found_inf, loss: arguments of the kernels.
+        state, scale, wide, number, skips, found_inf, loss: arguments of the kernels, which a graph has as they are when
+            it is captured.
     """
 
     def __init__(self, device: Device) -> None:
@@ -126,14 +123,13 @@ class Guard:
         # which number `_unsure` is the last one that may have been left out.
         self._count = self._since = self._read = self._enqueued = self._unsure = 0
         self.state = kernels.pointer(device.address(self._memory))
-        self.known, self.first = kernels.scalar(-1), kernels.scalar(0)
         self.scale, self.wide, self.number = kernels.pointer(0), kernels.scalar(0), kernels.scalar(1, np.float64)
         self.skips, self.found_inf = kernels.scalar(0), kernels.pointer(0)
         self.loss = kernels.struct(kernels.LOSS_SCALE, 0, 0, 1)
         self.measures = self._follows = False
         self.cohorts: Sequence[Cohort] = ()
         self._loss_scale: LossScale | None = None
-        self._kept: tuple[Array | None, ...] = ()
+        self._kept: Sequence[Array | None] = ()
 
     def address(self, field: str) -> int:
         """Where a field of kernels.GUARD lies on the device."""
@@ -160,6 +156,11 @@ class Guard:
     def is_unsure(self) -> bool:
         """Whether fewer steps may be done than the counter says."""
         return self._unsure > self._since
+
+    @property
+    def made(self) -> int:
+        """How many steps were enqueued."""
+        return self._enqueued
 
     def bounds(self, counter: Variable, *, waits: bool = False) -> tuple[int, int]:
         """How many steps are done, at least and at most, by the reports that have come; the counter then says the most.
@@ -190,11 +191,22 @@ class Guard:
     def _most(self) -> int:
         return self._count + self._enqueued - self._since
 
-    def aim(self, counter: Variable, incoming: Incoming, flavour: Flavour) -> Target:
-        """Let the kernels' next launches be those of a step.
+    def counts(self, counter: Variable, room: int | None = None) -> range:
+        """The numbers of steps that may be done before the next one.
 
         Args:
             counter: of the optimizer.
+            room: for how many of them there is memory; where there are more, the host waits for the device.
+        """
+        first, most = self.bounds(counter)
+        if room is not None and most - first >= room:
+            first, most = self.bounds(counter, waits=True)
+        return range(first, most + 1)
+
+    def aim(self, incoming: Incoming, flavour: Flavour) -> Aim:
+        """Let the kernels' next launches be those of a step.
+
+        Args:
             incoming: what its gradients are multiples of.
             flavour: of the optimizer.
 
@@ -214,119 +226,135 @@ class Guard:
         self.wide[0] = array is not None and array.dtype.itemsize == 8
         self.found_inf[0] = 0 if flag is None else self.device.address(flag)
         self.skips[0], self.measures = flavour.skips, flavour.telemetry
-        self._kept, self._follows = (array, flag), incoming.scale is None
-        self._loss_scale = flavour.loss_scale
-        first, most = self.bounds(counter)
-        self.known[0], self.first[0] = most if first == most else -1, first
-        return Target(incoming.divisor, first, most)
+        self._follows, self._loss_scale = incoming.scale is None, flavour.loss_scale
+        aim = Aim(self, incoming.divisor, flavour.skips or flag is not None, (array, flag))
+        self._kept = aim.kept
+        return aim
 
-    def report_calls(self, own: Mapping[str, Variable], cohorts: Sequence[Cohort]) -> list[Call]:
-        """The calls that count the step aimed at and enqueue its report; to be made with its launches.
+    def find_loss_scale(self, own: Mapping[str, Variable]) -> None:
+        """Let the kernels of the step aimed at read the loss scale, where the optimizer has one, and change it.
 
         Args:
-            own: the loss scale's numbers, where the optimizer has one.
-            cohorts: among the step's variables.
+            own: has its numbers, which exist by now.
         """
-        if self._loss_scale is not None:
-            scale, good = (self.device.address(own[name]._value) for name in (SCALE, GOOD_STEPS))
-            self.loss[0] = scale, good, self._loss_scale.growth_interval
-            if self._follows:
-                self.scale[0] = scale
+        if self._loss_scale is None:
+            return
+        scale, good = (self.device.address(own[name]._value) for name in (SCALE, GOOD_STEPS))
+        self.loss[0] = scale, good, self._loss_scale.growth_interval
+        if self._follows:
+            self.scale[0] = scale
+
+    def done_calls(self, cohorts: Sequence[Cohort], aim: Aim) -> list[Call]:
+        """The calls that count a step and enqueue its report; to be made with its launches.
+
+        Args:
+            cohorts: among its variables.
+            aim: of the step.
+        """
         number = self._enqueued + 1
         assign = functools.partial(functools.partial, setattr, self)
         calls = [*self._reports.calls(), assign("_enqueued", number), assign("cohorts", cohorts)]
-        if self.skips[0] or self.found_inf[0]:
+        if aim.may_be_left_out:
             calls.append(assign("_unsure", number))
         return calls
 
 
-class Target(NamedTuple):
-    """A guarded step.
+class Aim(NamedTuple):
+    """How a guarded step is decided.
 
     Attributes:
-        number: what its gradients are divided by; 1 where the device knows.
-        first, most: how many steps are done before it, at least and at most.
+        guard: decides.
+        number: what its gradients are divided by, besides a scale that the device knows.
+        may_be_left_out: whether the device may find that the step changes nothing.
+        kept: arrays that the kernels read when they run.
     """
 
+    guard: Guard
     number: float
-    first: int
-    most: int
-
-    @property
-    def counts(self) -> range:
-        """The numbers of steps that may be done before it."""
-        return range(self.first, self.most + 1)
+    may_be_left_out: bool
+    kept: Sequence[Array | None]
 
 
-class GuardedScalars:
-    """The scalars of guarded updates: rows of candidates, and the row on the device that the updates read.
+class Guards:
+    """What is known of an optimizer's guarded steps: a guard for each device, and which one had the last step.
 
     Args:
-        guard: chooses the row.
-        updates: the updates' arguments, which are told where their scalars lie.
-        searched: whether elements that are not finite are counted.
+        state: of the optimizer.
+
+    Attributes:
+        last: the guard of the last step, if that was a guarded one.
     """
 
-    def __init__(self, guard: Guard, updates: Sequence[UpdateArguments], *, searched: bool) -> None:
-        self._guard, device = guard, guard.device
-        parts = np.dtype([(str(n), (u.scalars_dtype, (u.settings,))) for n, u in enumerate(updates)], align=True)
-        fields = parts.fields
-        assert fields is not None
-        offsets = [fields[name][1] for name in fields]
-        words = -(-parts.itemsize // 8)
-        formats = [fields[name][0] for name in fields]
-        self._dtype = np.dtype({"names": list(fields), "formats": formats, "offsets": offsets, "itemsize": 8 * words})
-        self._row = device.array(np.zeros(words, np.int64))
-        places = np.concatenate([_places(update, offset) for update, offset in zip(updates, offsets, strict=True)])
-        self._places = device.array(places.view(np.uint8))
-        row, table = device.address(self._row), device.address(self._places)
-        self._rows = kernels.struct(kernels.GUARD_ROWS, 0, row, table, words, len(places))
-        for update, offset in zip(updates, offsets, strict=True):
-            update.staged[0] = row + offset
-            update.found[0] = guard.address("found") if searched else 0
-        self._have_room_for(1)
-        self._begin = device.prepare(
-            kernels.guard("guard_begin"),
-            [guard.state, self._rows, guard.known, guard.first, guard.scale, guard.wide, guard.number],
-        )
-        self._end = device.prepare(
-            kernels.guard("guard_end"), [guard.state, self._rows, guard.skips, guard.found_inf, guard.loss]
-        )
+    def __init__(self, state: AdamState) -> None:
+        self._state = state
+        self._by_device: dict[Device, Guard] = {}
+        self.last: Guard | None = None
+        self._is_evaluating = False
 
-    def _have_room_for(self, rows: int) -> None:
-        self._candidates = np.zeros(rows, self._dtype)
-        self._table: StagedArray = self._guard.device.staged(rows, self._dtype)
-        self._rows["candidates"] = self._table.address
+    def of(self, device: Device) -> Guard:
+        """The guard of steps on a device."""
+        if device not in self._by_device:
+            self._by_device[device] = Guard(device)
+        return self._by_device[device]
 
-    def write(self, candidates: Candidates) -> None:
-        """Let the next step's scalars be chosen among these."""
-        if len(candidates) > len(self._candidates):
-            self._have_room_for(2 * len(candidates))
-        for number, name in enumerate(self._dtype.names or ()):
-            column = self._candidates[name]
-            column[: len(candidates)] = [scalars[number] for scalars in candidates]
-        self._table.write(self._candidates)
+    def begin(self, guard: Guard | None, cohorts: Sequence[Cohort]) -> None:
+        """Let the next step be one of this guard, or of none.
 
-    def begin(self) -> list[Call]:
-        """The calls that enqueue the choice of a step's scalars."""
-        return [self._begin.call(1)]
+        The steps that may have been left out are waited for where another guard had the last step, or where the cohorts
+        are other ones: all that took part in such steps are corrected alike.
+        """
+        last = self.last
+        if last is not None and last.is_unsure and (last is not guard or last.cohorts != cohorts):
+            last.bounds(self._state.counter, waits=True)
+        self.last = guard
+        if guard is not None:
+            guard.bounds(self._state.counter)
 
-    def end(self, norms: Sequence[NormPass]) -> list[Call]:
-        """The calls that enqueue the decision, behind the passes over the gradients."""
-        calls: list[Call] = []
-        if self._guard.measures:
-            for norm in norms:
-                calls += norm.total(self._guard.address("square_sum"))
-        return [*calls, self._end.call(1)]
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """A context, within a call of the optimizer, of callable hyperparameters, which may ask for `iterations`."""
+        self._is_evaluating = True
+        try:
+            yield
+        finally:
+            self._is_evaluating = False
 
+    @property
+    def is_unsure(self) -> bool:
+        """Whether fewer steps may be done than the counter says."""
+        return self.last is not None and self.last.is_unsure
 
-def _places(update: UpdateArguments, offset: int) -> np.ndarray:
-    """Where the members of an update's StepScalars lie in a row: one GUARD_PLACE for each of its settings."""
-    fields = update.scalars_dtype.fields
-    assert fields is not None
-    places = np.zeros(update.settings, kernels.GUARD_PLACE)
-    begins = offset + update.scalars_dtype.itemsize * np.arange(update.settings)
-    for name in ("unscale", "apply"):
-        places[name] = begins + fields[name][1]
-    places["size"] = fields["apply"][0].itemsize
-    return places
+    @property
+    def made(self) -> int:
+        """How many guarded steps were made, those that were left out among them."""
+        return sum(guard.made for guard in self._by_device.values())
+
+    def settle(self) -> None:
+        """Let the counter hold the number of steps done. Waits for the device where it has not told yet."""
+        if not self.is_unsure:
+            return
+        if self._is_evaluating:
+            self.settle_inside()
+        else:
+            with self._state.alone(is_brief=True):
+                self.settle_inside()
+
+    def settle_inside(self) -> None:
+        """The same for a call of the optimizer that is at work."""
+        if self.last is not None and self.last.is_unsure:
+            self.last.bounds(self._state.counter, waits=True)
+
+    def skipped(self) -> int:
+        """How many steps were left out. Waits for the device."""
+        with self._state.alone():
+            for guard in self._by_device.values():
+                guard.bounds(self._state.counter, waits=True)
+            return sum(int(guard.report["skipped"]) for guard in self._by_device.values())
+
+    def telemetry(self) -> Telemetry | None:
+        """The numbers of the last guarded step that the device has finished; None before there is one. Never waits."""
+        with self._state.alone(is_brief=True):
+            if self.last is None:
+                return None
+            self.last.bounds(self._state.counter)
+            return self.last.telemetry

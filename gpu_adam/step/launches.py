@@ -14,9 +14,10 @@ from gpu_adam.hyperparameters import Clip
 from gpu_adam.kernels import UpdateRule
 from gpu_adam.state.adam_state import AdamState
 from gpu_adam.step.arguments import CAPTURED, Use, Writer, replayed
+from gpu_adam.step.candidates import ROOM, Candidates, GuardedScalars
 from gpu_adam.step.dense import DenseLaunch, DenseTable, rows_of
 from gpu_adam.step.groups import DenseGroup, SparseGroup
-from gpu_adam.step.guard import Guard, GuardedScalars
+from gpu_adam.step.guard import Guard
 from gpu_adam.step.index_errors import IndexErrors
 from gpu_adam.step.norms import UpdateNorms, norm_passes
 from gpu_adam.step.overlap import Intervals, memory_of
@@ -24,6 +25,9 @@ from gpu_adam.step.scalars import reciprocal
 from gpu_adam.step.sparse import EmbeddingTable, SparseLaunch
 from gpu_adam.uninterrupted import Call
 from gpu_adam.variables import Variable
+
+LaunchScalars = Sequence[Sequence[tuple[Any, ...]]] | Candidates
+"""The scalars of a step, for each update, for each of its settings; of a guarded one, its candidates."""
 
 
 class Launches:
@@ -39,6 +43,7 @@ class Launches:
         captures: whether the launches of a graph are made ready.
         pools: where memory of the updates' own comes from; kept as well.
         guard: of a guarded step.
+        room: for how many candidates of a guarded step there is memory.
     """
 
     def __init__(
@@ -51,8 +56,9 @@ class Launches:
         captures: bool,
         pools: Sequence[Any] = (),
         guard: Guard | None = None,
+        room: int = 1,
     ) -> None:
-        self._updates, self._written, self._rule = list(updates), written, rule
+        self._updates, self._written, self._rule, self._guard = list(updates), written, rule, guard
         self._kept, self._pools = [*kept, *pools], list(pools)
         self._norms = norm_passes(self._updates, rule)
         self._bound: Sequence[Any] | None = None
@@ -62,7 +68,7 @@ class Launches:
         self._update_norms: UpdateNorms | None = None
         if guard is not None:
             arguments = [update.arguments for update in self._updates]
-            self._guarded = GuardedScalars(guard, arguments, searched=rule.searched)
+            self._guarded = GuardedScalars(guard, arguments, searched=rule.searched, room=room)
             if rule.measured:
                 self._update_norms = UpdateNorms(self._updates, rule, guard.update_totals)
 
@@ -146,14 +152,14 @@ class Launches:
             return self._again(CAPTURED, pools)
 
     def for_replays(self, clip: Clip, divisor: float, write: Writer) -> Launches:
-        """The same launches for a captured graph whose scalars are staged before each replay.
+        """The same launches for a captured graph whose scalars are staged before each replay; those of sums stay.
 
         Args:
             clip: the bounds, which the kernels of a norm take as arguments.
             divisor: by which gradients are divided, which they take too.
             write: gives an array other contents that are no part of the graph.
         """
-        launches = self._again(replayed(write))
+        launches = self._again(replayed(write, is_constant=self._rule.accumulates))
         for update in launches._updates:
             numbers = update.arguments.scalars
             real_dtype = numbers["clip_value"].dtype.name
@@ -162,7 +168,8 @@ class Launches:
 
     def _again(self, use: Use, pools: Sequence[Any] = ()) -> Launches:
         updates = [update.for_graph(use) for update in self._updates]
-        launches = Launches(updates, self._written, self._rule, self._kept, captures=False, pools=pools)
+        shared = self._written, self._rule, self._kept
+        launches = Launches(updates, *shared, captures=False, pools=pools, guard=self._guard, room=ROOM)
         for norm, own in zip(launches._norms, self._norms, strict=True):
             norm.reserve(own.capacity)
         return launches
@@ -206,21 +213,20 @@ class Launches:
             for update in self._updates:
                 update.release()
 
-    def set_scalars(self, scalars: Sequence[Any]) -> None:
-        """Let the next step use these scalars.
-
-        Args:
-            scalars: for each update, for each of its settings; in a guarded step that for each number of steps that may
-                have been done.
-        """
-        if self._guarded is not None:
+    def set_scalars(self, scalars: LaunchScalars) -> None:
+        """Let the next step use these scalars."""
+        if isinstance(scalars, Candidates):
+            assert self._guarded is not None
             self._guarded.write(scalars)
             return
         for number, update in enumerate(self._updates):
             update.arguments.set_scalars(scalars[number])
 
-    def stage(self, scalars: Sequence[Sequence[tuple[Any, ...]]]) -> None:
-        """Let the graphs of these launches use these scalars of each group from now on."""
+    def stage(self, scalars: LaunchScalars) -> None:
+        """Let the graphs of these launches use these scalars from now on."""
+        if isinstance(scalars, Candidates):
+            self.set_scalars(scalars)
+            return
         for update, own in zip(self._updates, scalars, strict=True):
             update.arguments.stage(own)
 

@@ -16,6 +16,7 @@ from gpu_adam.kernels import MIXING, UpdateRule, dtype_row
 from gpu_adam.nvtx import stage
 from gpu_adam.state.adam_state import AdamState
 from gpu_adam.step.arguments import Writer
+from gpu_adam.step.candidates import Candidates
 from gpu_adam.step.capture import Graph
 from gpu_adam.step.groups import DenseGroup, SparseGroup
 from gpu_adam.step.guard import GUARDING, Guard
@@ -201,6 +202,19 @@ class Plan:
             by_kind[kind] = computed[key]
         return [[by_kind[kind] for kind in kinds] for kinds in self._kinds]
 
+    def candidates(self, now: Scalars, rate: Any, clip: Clip, scale: float, counts: range) -> Candidates:
+        """The scalars of a guarded step for each number of steps that may be done before it.
+
+        Args:
+            now: the hyperparameters' values.
+            rate: the stored learning rate.
+            clip: how gradients are clipped.
+            scale: by which the gradients are to be divided.
+            counts: these numbers; the largest one is what the counters say.
+        """
+        rows = [self.scalars(now.at(count, rate), clip, scale, counts[-1] - count) for count in counts]
+        return Candidates(counts[0], rows)
+
     def constrain(self) -> None:
         """Apply the variables' constraints, one after the other."""
         for variable in self.constrained:
@@ -231,9 +245,19 @@ class Plan:
         graph.kept.append(launches)
         return launches
 
-    def launches_for_replays(self, state: AdamState, clip: Clip, divisor: float, write: Writer) -> Launches:
-        """New launches for a graph whose scalars are staged before each replay; arguments as for `for_replays`."""
-        return (self._launches or self._make_launches(state, None)).for_replays(clip, divisor, write)
+    def launches_for_replays(
+        self, state: AdamState, guard: Guard | None, clip: Clip, divisor: float, write: Writer
+    ) -> Launches:
+        """New launches for a graph whose scalars are staged before each replay.
+
+        Args:
+            state: has the slots.
+            guard: as for `launches`.
+            clip: as the following ones, see `Launches.for_replays`.
+            divisor: see there.
+            write: see there.
+        """
+        return (self._launches or self._make_launches(state, guard)).for_replays(clip, divisor, write)
 
     def _make_launches(self, state: AdamState, guard: Guard | None) -> Launches:
         for group in self.groups:

@@ -8,7 +8,7 @@ stream, so that neither the host nor the graph waits for them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from contextvars import ContextVar
 from functools import partial
@@ -26,7 +26,9 @@ from gpu_adam.state.adam_state import AdamState
 from gpu_adam.state.counter import check_countable
 from gpu_adam.state.transaction import Transaction
 from gpu_adam.step.arguments import Writer
-from gpu_adam.step.launches import Launches
+from gpu_adam.step.candidates import ROOM
+from gpu_adam.step.guard import GUARDING, Aim, Guard, Guards
+from gpu_adam.step.launches import Launches, LaunchScalars
 from gpu_adam.step.plan import Plan
 from gpu_adam.step.scalars import Scalars
 from gpu_adam.uninterrupted import Call, make_all
@@ -42,38 +44,47 @@ class Stepper(NamedTuple):
         state: what its steps change.
         flavour: what they do besides plain Adam.
         configuration: gives the present one.
+        guards: what is known of its guarded steps.
     """
 
     state: AdamState
     flavour: Flavour
     configuration: Callable[[], Configuration]
+    guards: Guards
 
     def next_step(self) -> NextStep:
-        """The hyperparameters, each evaluated once for the next step, which is counted.
+        """What the optimizer is to do next, its hyperparameters each evaluated once.
 
         Raises:
             ArgumentTypeError, ArgumentValueError: a value breaks its rule, or no step can be counted.
         """
         rule, hyper, clip = self.configuration()
-        counter = self.state.counter
-        now = Scalars(hyper, check_countable(counter), self.flavour)
-        if now.are_called:  # by code that may have set the counter
-            now.iterations = check_countable(counter)
-        counter._value.fill(now.iterations + 1)
-        return NextStep(rule, now, clip)
-
-    @property
-    def overwrites(self) -> bool:
-        """Whether the step that was counted last overwrites variables by their averages."""
-        return self.flavour.overwrites_at(self.state.steps_done)
+        now = Scalars(hyper, check_countable(self.state.counter), self.flavour)
+        return NextStep(self.state, rule, hyper["learning_rate"], now, clip)
 
 
 class NextStep(NamedTuple):
-    """What an optimizer is to do next: which update, by which hyperparameters, within which bounds."""
+    """What an optimizer is to do next.
 
+    Attributes:
+        state: of the optimizer.
+        rule: which update.
+        rate: the stored learning rate.
+        now: the hyperparameters' values.
+        clip: the bounds.
+    """
+
+    state: AdamState
     rule: UpdateRule
+    rate: Any
     now: Scalars
     clip: Clip
+
+    def be_counted(self) -> None:
+        """Count the step."""
+        counter = self.state.counter
+        self.now.iterations = done = check_countable(counter)  # a callable may have set the counter
+        counter._value.fill(done + 1)
 
 
 class CapturedStep(NamedTuple):
@@ -86,6 +97,7 @@ class CapturedStep(NamedTuple):
         clip: the bounds, which the kernels of a norm have as part of a graph.
         divisor: by which the gradients are divided.
         layout: of the state, while a graph fits it.
+        aim: of a guarded step.
     """
 
     plan: Plan
@@ -94,17 +106,26 @@ class CapturedStep(NamedTuple):
     clip: Clip
     divisor: float
     layout: object
+    aim: Aim | None = None
 
-    def misfit(self, asked: NextStep, layout: object) -> ArgumentValueError | None:
+    @property
+    def guard(self) -> Guard | None:
+        """Decides about a guarded step."""
+        return None if self.aim is None else self.aim.guard
+
+    def misfit(self, asked: NextStep) -> ArgumentValueError | None:
         """What is wrong where the kernels of a graph are not those that are asked for.
 
         Kernels that clip by value or adjust are given neutral numbers where that is no longer asked for.
         """
-        own, rule = self.plan.rule, asked.rule
+        own, rule, layout = self.plan.rule, asked.rule, asked.state.layout
         if rule is own and asked.clip == self.clip and layout is self.layout:
             return None
         covered = rule._replace(
-            adjusts=rule.adjusts or own.adjusts, bounded=rule.bounded or own.bounded, scaled=own.scaled
+            adjusts=rule.adjusts or own.adjusts,
+            bounded=rule.bounded or own.bounded,
+            scaled=own.scaled,
+            guarded=own.guarded,
         )
         changed = [name for name, one, other in zip(own._fields, own, covered, strict=True) if one != other]
         if own.norm is not None and asked.clip != self.clip:
@@ -116,16 +137,29 @@ class CapturedStep(NamedTuple):
         rule_of_replays = "must be replayed with the variables and the kind of update that it was captured with"
         return ArgumentValueError("a captured step", rule_of_replays, f"other {', '.join(changed)}", "capture it again")
 
-    def scalars(self, asked: NextStep, layout: object) -> list[list[tuple[Any, ...]]]:
-        """The scalars of each group, ready to be staged.
+    def scalars(self, asked: NextStep) -> LaunchScalars:
+        """The scalars of the next step, ready to be staged: of one that has been counted, unless it is a guarded one.
 
         Raises:
             ArgumentValueError: the graph does not fit; a value breaks its rule in some dtype.
         """
-        wrong = self.misfit(asked, layout)
+        wrong = self.misfit(asked)
         if wrong is not None:
             raise wrong
-        return self.plan.scalars(asked.now, asked.clip, self.divisor)
+        if self.guard is None:
+            return self.plan.scalars(asked.now, asked.clip, self.divisor)
+        counts = self.guard.counts(asked.state.counter, ROOM)
+        return self.plan.candidates(asked.now, asked.rate, asked.clip, self.divisor, counts)
+
+    def done_calls(self, state: AdamState, number: int) -> list[Call]:
+        """The calls that end step t, to be made with the launch.
+
+        Args:
+            state: of the optimizer.
+            number: t, if no step before it was left out.
+        """
+        report = [] if self.aim is None else self.aim.guard.done_calls(self.plan.cohorts, self.aim)
+        return [*report, *self.written_calls, partial(state.counter._value.fill, number)]
 
 
 class Counting:
@@ -160,29 +194,42 @@ class Recording:
 
     Attributes:
         steps: those that the function has made so far.
+        kept: what else the graph reads and writes.
         undoing: a context that undoes, after an error, what the steps had to create.
     """
 
     def __init__(self, capture: Capture, device: Device) -> None:
         self._capture, self._device = capture, device
         self.steps: list[tuple[Stepper, CapturedStep]] = []
+        self.kept: list[Launches] = []
         self.undoing = ExitStack()
         self._noted: list[AdamState] = []
 
-    def check(self, stepper: Stepper, devices: Iterable[Device]) -> None:
-        """Raise ArgumentValueError for a step that cannot be captured."""
-        places = [device.name for device in devices]
+    def check(self, plan: Plan, stepper: Stepper | None) -> None:
+        """Raise ArgumentValueError for a step that cannot be captured.
+
+        Args:
+            plan: of the step.
+            stepper: the optimizer; None for a call that adds to sums.
+        """
+        places = [device.name for device in plan.devices]
         if places != [self._device.name] or not self._device.is_capturing():
             rule = f"must be enqueued on the stream of {self._device.name} that is current when the function is called"
             raise ArgumentValueError(
                 "a captured step", rule, f"one on {', '.join(places)}", "capture steps of other streams apart"
             )
-        if stepper.flavour.ema_overwrite_frequency is not None and self._made_by(stepper):
-            rule = "must make one step of an optimizer with ema_overwrite_frequency"
+        if stepper is None:
+            return
+        before = self._made_by(stepper)
+        # Whether a guarded step is left out shows when the graph runs: too late for what is computed for the second.
+        is_guarded = any(each.rule.guarded for each in (plan, *(step.plan for step in before)))
+        overwrites = stepper.flavour.ema_overwrite_frequency is not None
+        if before and (is_guarded or overwrites):
+            rule = f"must make one step of an optimizer with {'ema_overwrite_frequency' if overwrites else GUARDING}"
             raise ArgumentValueError("the captured function", rule, "a second one", "capture each step apart")
 
-    def _made_by(self, stepper: Stepper) -> int:
-        return sum(other.state is stepper.state for other, _ in self.steps)
+    def _made_by(self, stepper: Stepper) -> list[CapturedStep]:
+        return [step for other, step in self.steps if other.state is stepper.state]
 
     def note(self, state: AdamState, forget: Callable[[], None]) -> None:
         """Let an error undo what is created in this state from now on; `forget` is what is told then."""
@@ -194,7 +241,7 @@ class Recording:
     def add(self, stepper: Stepper, step: CapturedStep) -> int:
         """Note a step; the number that it has in the first replay."""
         self.steps.append((stepper, step))
-        return stepper.state.steps_done + self._made_by(stepper)
+        return stepper.state.steps_done + len(self._made_by(stepper))
 
     def outside(self) -> AbstractContextManager[Any]:
         """A context in which one works as if there were no capture."""
@@ -211,6 +258,40 @@ def _write_outside(capture: Capture, array: StagedArray, values: np.ndarray) -> 
         array.write(values)
 
 
+class Sums(Protocol):
+    """Sums of the gradients of several calls."""
+
+    @property
+    def calls(self) -> int:
+        """Over how many calls the sums go that no step has used yet."""
+
+
+own_sums: ContextVar[dict[AdamState, Any] | None] = ContextVar("own_sums", default=None)
+"""The sums of the captured function that is called, by optimizer: it begins them, and uses them."""
+
+
+def _call(function: Callable[[], object], sums: dict[AdamState, Sums]) -> None:
+    """Call a function that has sums of its own.
+
+    Raises:
+        ArgumentValueError: it leaves some of them unused.
+        And whatever the function raises.
+    """
+    token = own_sums.set(sums)
+    try:
+        function()
+        for state, each in sums.items():
+            if each.calls:
+                rule = f"must use the gradients that it accumulates for optimizer {state.name!r}"
+                got = f"sums over {each.calls} calls that no step uses"
+                raise ArgumentValueError("the captured function", rule, got, "call apply_gradients() at its end")
+    except BaseException:
+        sums.clear()
+        raise
+    finally:
+        own_sums.reset(token)
+
+
 current_recording: ContextVar[Recording | None] = ContextVar("current_recording", default=None)
 """What the steps of this thread are captured for; None outside of `Adam.capture`."""
 
@@ -218,8 +299,8 @@ current_recording: ContextVar[Recording | None] = ContextVar("current_recording"
 class Replayable(Protocol):
     """What `Adam.capture` gives."""
 
-    def replay(self) -> int:
-        """Do what the function does; the optimizer's steps done."""
+    def replay(self) -> int | None:
+        """Do what the function does; the optimizer's steps done, None where the host does not know."""
 
 
 class CapturedFunction:
@@ -230,20 +311,26 @@ class CapturedFunction:
         recording: the steps in it.
         device: where it runs.
         stepper: whose count a replay returns.
+        sums: those of the function.
     """
 
-    def __init__(self, capture: Capture, recording: Recording, device: Device, stepper: Stepper) -> None:
+    def __init__(
+        self, capture: Capture, recording: Recording, device: Device, stepper: Stepper, sums: Mapping[AdamState, Sums]
+    ) -> None:
         self._capture, self._steps, self._device, self._stepper = capture, recording.steps, device, stepper
-        self._states = list(dict.fromkeys(stepper.state for stepper, _ in recording.steps))
+        self._guards = {stepper.state: stepper.guards for stepper, _ in recording.steps}
+        self._kept = recording.kept, sums
 
-    def replay(self) -> int:
+    def replay(self) -> int | None:
         """Do all of the function's steps on the current stream, as calls of the function would.
 
         Learning rates and other hyperparameters are those of now: numbers, schedules and callables, each evaluated
-        once per step. Every optimizer that made a step in the function counts. The host waits for nothing.
+        once per step, before the graph is launched. Every optimizer that made a step in the function counts. The host
+        waits for nothing, but where 64 steps or more may have been left out of which it has not heard.
 
         Returns:
-            The steps done by the optimizer that captured, these included.
+            The steps done by the optimizer that captured, these included; None where the device may have left out one
+            of them, as by `apply_gradients`.
 
         Raises:
             ArgumentTypeError, ArgumentValueError: as `apply_gradients` for hyperparameters; `amsgrad`, groups, the
@@ -253,27 +340,42 @@ class CapturedFunction:
         """
         refuse_in_loss("replay")
         refuse_in_capture(self._device, "replay")
-        for state in self._states:
+        for state in self._guards:
             state.raise_error_of_save()
         with ExitStack() as inside:
-            for state in self._states:
+            for state in self._guards:
                 inside.enter_context(state.alone())
-            scalars, ending = list[Any](), list[Call]()
-            with Counting(self._states) as counting:
-                for stepper, step in self._steps:
-                    asked = stepper.next_step()
-                    scalars.append(step.scalars(asked, stepper.state.layout))
+            for stepper, step in self._steps:
+                stepper.guards.begin(step.guard, step.plan.cohorts)
+            # What a guard has learned of the steps before this one stays, whatever happens.
+            with Counting(stepper.state for stepper, step in self._steps if step.guard is None) as counting:
+                scalars, numbers = self._next_steps()
                 for (_, step), own in zip(self._steps, scalars, strict=True):
                     step.launches.stage(own)
-                for stepper, step in self._steps:
-                    ending += step.written_calls
-                    if stepper.overwrites:
+                ending, overwriting = list[Call](), list[CapturedStep]()
+                for (stepper, step), number in zip(self._steps, numbers, strict=True):
+                    ending += step.done_calls(stepper.state, number)
+                    if stepper.flavour.overwrites_at(number):
                         ending += stepper.state.overwriting_calls(step.plan.variables)
+                        overwriting.append(step)
                 make_all([self._capture.launch_call(), *ending, counting.done])
+            for step in overwriting:
+                step.plan.constrain()
+            return None if self._stepper.guards.is_unsure else self._stepper.state.steps_done
+
+    def _next_steps(self) -> tuple[list[LaunchScalars], list[int]]:
+        """The scalars of each step, and its number t; guarded ones are not counted yet."""
+        scalars, numbers = list[LaunchScalars](), list[int]()
+        with ExitStack() as evaluating:
+            for guards in self._guards.values():
+                evaluating.enter_context(guards.evaluating())
             for stepper, step in self._steps:
-                if stepper.overwrites:
-                    step.plan.constrain()
-            return self._stepper.state.steps_done
+                asked = stepper.next_step()
+                if step.guard is None:
+                    asked.be_counted()
+                scalars.append(step.scalars(asked))
+                numbers.append(stepper.state.steps_done + (step.guard is not None))
+        return scalars, numbers
 
 
 class CalledFunction:
@@ -285,24 +387,24 @@ class CalledFunction:
     """
 
     def __init__(self, function: Callable[[], object], stepper: Stepper) -> None:
-        self._function, self._stepper = function, stepper
+        self._function, self._stepper, self._sums = function, stepper, dict[AdamState, Sums]()
 
-    def replay(self) -> int:
+    def replay(self) -> int | None:
         """Call the function.
 
         Returns:
-            The steps done by the optimizer that captured, these included.
+            The steps done by the optimizer that captured, these included; None as by `apply_gradients`.
 
         Raises:
-            ArgumentValueError: the function made no step.
+            ArgumentValueError: the function made no step, or did not use gradients that it accumulated.
             And whatever the function raises.
         """
-        state = self._stepper.state
-        before = state.steps_done
-        self._function()
-        if state.steps_done == before:
+        state, guards = self._stepper.state, self._stepper.guards
+        before = state.steps_done, guards.made
+        _call(self._function, self._sums)
+        if (state.steps_done, guards.made) == before:
             raise _without_step(state)
-        return state.steps_done
+        return None if guards.is_unsure else state.steps_done
 
 
 def captured(function: Any, stepper: Stepper) -> Replayable:
@@ -320,16 +422,16 @@ def captured(function: Any, stepper: Stepper) -> Replayable:
         raise ArgumentValueError(f"optimizer {stepper.state.name!r}", rule, places, "take one optimizer for each")
     ((device, capture),) = captures
     refuse_in_capture(device, "capture")
-    recording = Recording(capture, device)
+    recording, sums = Recording(capture, device), dict[AdamState, Sums]()
     with recording.undoing:
         token = current_recording.set(recording)
         try:
-            capture.run(function)
+            capture.run(partial(_call, function, sums))
         finally:
             current_recording.reset(token)
         if not any(other.state is stepper.state for other, _ in recording.steps):
             raise _without_step(stepper.state)
-    return CapturedFunction(capture, recording, device, stepper)
+    return CapturedFunction(capture, recording, device, stepper, sums)
 
 
 def refuse_in_capture(device: Device, method: str) -> None:

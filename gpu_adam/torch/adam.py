@@ -125,7 +125,7 @@ class Adam(torch.optim.Optimizer):  # type: ignore[misc]
     @property
     def state(self) -> Any:
         """What is known of each parameter, as torch has it. Waits until it is known which steps the device left out."""
-        self._controller.settle()
+        self._controller.guards.settle()
         return self._entries
 
     @state.setter

@@ -1,0 +1,319 @@
+"""Captured functions whose steps the device decides about: replays have the bits of calls, and wait for nothing."""
+
+import gc
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+from captures import HOST, Case, assert_same_state, context_of, state
+from reference import assert_same_bits
+
+import gpu_adam
+from gpu_adam import LossScale, Variable
+from gpu_adam.devices import Device
+from gpu_adam.errors import ArgumentValueError
+from gpu_adam.step import launches, replays
+from gpu_adam.step.candidates import ROOM
+
+SCALE = LossScale(2.0**10, growth_interval=20)
+SMALL = LossScale(2.0, growth_interval=50)  # the products with gradients stay in float16's range
+CASES: dict[str, dict[str, Any]] = {
+    "schedule, loss scale, global norm, both": {
+        "config": {"learning_rate": "schedule", "loss_scale": SCALE, "global_clipnorm": 1.0, "telemetry": True},
+        "kind": "both",
+    },
+    "callable, loss scale, amsgrad, averages": {
+        "config": {"learning_rate": "callable", "loss_scale": SCALE, "amsgrad": True, "use_ema": True, "decay": 0.01},
+    },
+    "number, skipping, norm of each, dtypes, groups": {
+        "config": {"skip_nonfinite": True, "clipnorm": 1.0, "weight_decay": 0.01, "telemetry": True},
+        "dtypes": ("float32", "float64", "complex64"),
+        "groups": True,
+    },
+    "16 bits, masters, schedule, loss scale": {
+        "config": {"master_weights": True, "learning_rate": "schedule", "loss_scale": SMALL, "clipvalue": 0.5},
+        "dtypes": ("float16",),
+    },
+    "sparse, skipping": {"config": {"learning_rate": "schedule", "skip_nonfinite": True}, "kind": "sparse"},
+    "telemetry, averages that overwrite": {
+        "config": {"telemetry": True, "use_ema": True, "ema_overwrite_frequency": 7, "learning_rate": "schedule"},
+    },
+}
+BAD = (0, 57)
+"""In which steps of 200 gradients are not finite, in cases that leave such steps out."""
+
+
+def change(optimizer: gpu_adam.Adam, number: int) -> None:
+    """What a user assigns between steps."""
+    if number == 70:
+        optimizer.beta_2 = 0.99
+    if number == 90:
+        optimizer.iterations = 30
+    if number == 120:
+        optimizer.learning_rate = lambda: 0.5 / (3 + int(optimizer.iterations))
+
+
+def assert_same_telemetry(one: Case, other: Case) -> None:
+    """But for the last bits of the norms of updates and variables, where these are on two devices."""
+    found, expected = (case.optimizer.read_telemetry() for case in (one, other))
+    assert found is not None
+    assert expected is not None
+    if one.work.device is not other.work.device:
+        np.testing.assert_allclose(found[-2:], expected[-2:], rtol=1e-12)
+        found = found._replace(update_norm=expected.update_norm, param_norm=expected.param_norm)
+    assert found == expected
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_replays_have_the_bits_of_calls(device: Device, case: str, seed: int) -> None:
+    """Of 200 steps, two of them left out, some of them eager ones in between; counts, scale and telemetry too."""
+    eager = Case(HOST, **CASES[case])
+    with context_of(device, seed):
+        own = Case(device, **CASES[case])
+        for each in (own, eager):
+            each.step()
+        graph = own.optimizer.capture(own.step)
+        assert_same_state(state(own.optimizer, own.work), state(eager.optimizer, eager.work))
+        skips = own.optimizer.flavour.skips
+        for number in range(200):
+            for each in (own, eager):
+                each.work.next_batch(number, is_bad=skips and number in BAD)
+                change(each.optimizer, number)
+            done = own.step() if number % 25 == 3 else graph.replay()
+            assert done == eager.step()
+            if own.optimizer.flavour.telemetry and number % 20 in (0, 17):
+                own.optimizer.synchronize()
+                assert_same_telemetry(own, eager)
+        assert own.optimizer.skipped_steps == eager.optimizer.skipped_steps == (len(BAD) if skips else 0)
+        assert_same_state(state(own.optimizer, own.work), state(eager.optimizer, eager.work))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_first_step_may_be_captured(device: Device, case: str) -> None:
+    """And be left out; the loss scale, which the function reads, is created outside of the graph."""
+    eager = Case(HOST, **CASES[case])
+    with context_of(device):
+        own = Case(device, **CASES[case])
+        graph = own.optimizer.capture(own.step)
+        assert own.optimizer.iterations == 0
+        for number in range(6):
+            for each in (own, eager):
+                each.work.next_batch(number, is_bad=each.optimizer.flavour.skips and number % 3 == 0)
+            assert graph.replay() == eager.step()
+        assert own.optimizer.iterations == eager.optimizer.iterations
+        assert_same_state(state(own.optimizer, own.work), state(eager.optimizer, eager.work))
+
+
+def test_telemetry_of_replays_and_of_calls(device: Device) -> None:
+    """On one device they are the same numbers."""
+    config = {"loss_scale": SCALE, "telemetry": True, "clipvalue": 0.5, "learning_rate": "schedule"}
+    with context_of(device, 1):
+        own, eager = (Case(device, config=config, kind="both", dtypes=("float32", "float64")) for _ in range(2))
+        graph = own.optimizer.capture(own.step)
+        for number in range(8):
+            for each in (own, eager):
+                each.work.next_batch(number, is_bad=number in (2, 5))
+            graph.replay()
+            eager.step()
+            for each in (own, eager):
+                each.optimizer.synchronize()
+            assert_same_telemetry(own, eager)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_a_scale_on_the_device(device: Device, dtype: str) -> None:
+    """Is read by each replay as it is then; eager steps without one, or with another one, may come in between."""
+    results = []
+    for where in (device, HOST):
+        with context_of(where):
+            case = Case(where, config={"learning_rate": "schedule"}, kind="both")
+            scale = Variable(np.asarray(2.0, dtype), device=where)
+
+            def step(case: Case = case, scale: Variable = scale) -> int | None:
+                return case.optimizer.apply_gradients(case.work.pairs(), grad_scale=scale)
+
+            step()
+            replay = step if where is HOST else case.optimizer.capture(step).replay
+            for number in range(12):
+                case.work.next_batch(number)
+                scale.assign(np.asarray(number % 5 + 1, dtype))
+                if number % 4 == 2:
+                    case.optimizer.apply_gradients(case.work.pairs(), grad_scale=None if number % 8 == 2 else 3.0)
+                assert replay() == case.optimizer.iterations
+            results.append(state(case.optimizer, case.work))
+    assert_same_state(*results)
+
+
+def test_optimizers_that_step_together(device: Device) -> None:
+    """Each with its own guard, or none; the rate of one looks at the count of the other."""
+    results = []
+    for where in (device, HOST):
+        with context_of(where):
+            one = Case(where, config={"loss_scale": SCALE, "learning_rate": "schedule"})
+            two = Case(where, config={"skip_nonfinite": True})
+            plain = Case(where, config={})
+            two.optimizer.learning_rate = partial(lambda one: 0.1 / (1 + int(one.optimizer.iterations)), one)
+            cases = (two, one, plain)
+
+            def step(cases: tuple[Case, ...] = cases) -> None:
+                for each in cases:
+                    each.step()
+
+            step()
+            graph = plain.optimizer.capture(step)
+            for number in range(12):
+                for place, case in enumerate(cases):
+                    case.work.next_batch(number + place, is_bad=case is not plain and number % 5 == place)
+                assert graph.replay() == number + 2
+            assert [int(case.optimizer.iterations) for case in cases] == [10, 10, 13]
+            results.append([state(case.optimizer, case.work) for case in cases])
+    for actual, expected in zip(*results, strict=True):
+        assert_same_state(actual, expected)
+
+
+@pytest.mark.parametrize(("room", "waits"), [(8, True), (ROOM, False)])
+def test_a_replay_waits_where_its_room_ends(
+    gpu: Device, emulation: Any, monkeypatch: pytest.MonkeyPatch, room: int, waits: bool
+) -> None:
+    """And nowhere else. The device is about as many steps behind as it has done here."""
+    for module in (replays, launches):
+        monkeypatch.setattr(module, "ROOM", room)
+    eager = Case(HOST, config={"learning_rate": "schedule", "loss_scale": SCALE})
+    with context_of(gpu):
+        own = Case(gpu, config={"learning_rate": "schedule", "loss_scale": SCALE})
+        graph = own.optimizer.capture(own.step)
+        gpu.synchronize()
+        emulation.reset()
+        for number in range(60):
+            for each in (own, eager):
+                each.work.next_batch(number, is_bad=number % 10 == 5)
+            assert graph.replay() is None
+            eager.step()
+        assert bool(emulation.counters.syncs) == waits
+        assert_same_state(state(own.optimizer, own.work), state(eager.optimizer, eager.work))
+
+
+@pytest.mark.parametrize(
+    ("config", "nodes"),
+    [
+        ({"skip_nonfinite": True}, ["square_sums"]),
+        ({"loss_scale": SCALE, "global_clipnorm": 1.0}, ["square_sums", "clip_by_global_norm"]),
+        ({"telemetry": True}, ["square_sums", *["add_square_sum"] * 3]),
+    ],
+)
+def test_nodes_of_a_guarded_step(gpu: Device, emulation: Any, config: dict[str, Any], nodes: list[str]) -> None:
+    """Two kernels decide; the candidates come in one copy outside of the graph, and the report goes in another."""
+    with context_of(gpu):
+        case = Case(gpu, config=config)
+        pairs = list(zip(case.work.batch, case.work.variables, strict=True))
+        emulation.reset()
+        graph = case.optimizer.capture(lambda: case.optimizer.apply_gradients(pairs))
+        assert sorted(emulation.counters.graph_nodes[0]) == sorted(["guard_begin", *nodes, "guard_end", "dense"])
+        for _ in range(3):
+            with emulation.uncounted():
+                gpu.synchronize()
+            emulation.reset()
+            graph.replay()
+            assert emulation.counters.syncs == []
+            assert emulation.counters.allocations == emulation.counters.device_allocations == 0
+            with emulation.uncounted():
+                gpu.synchronize()
+            assert (emulation.counters.h2d, emulation.counters.d2h) == (1, 1)
+
+
+def test_a_graph_keeps_what_decides(gpu: Device) -> None:
+    """The guard, the loss scale and what was passed as a scale live on when the optimizer is gone."""
+    eager = Case(HOST, config={"loss_scale": SCALE})
+    with context_of(gpu):
+        own = Case(gpu, config={"loss_scale": SCALE})
+        scale = gpu.array(np.float64(SCALE.initial))
+        step = partial(lambda own, scale: own.optimizer.apply_gradients(own.work.pairs(scale), grad_scale=scale))
+        graph = own.optimizer.capture(partial(step, own, scale))
+        for each in (own, eager):
+            each.work.next_batch(1)
+        variables, batch = own.work.variables, own.work.batch
+        del own, scale
+        gc.collect()
+        gpu.xp.get_default_memory_pool().free_all_blocks()
+        scratch = [gpu.array(np.full(n, np.nan)) for n in (1, 2, 9, 30) for _ in range(20)]
+        for _ in range(3):
+            graph.replay()
+            eager.step()
+        for variable, expected in zip(variables, eager.work.variables, strict=True):
+            assert_same_bits(variable.numpy(), expected.numpy())
+        del scratch, batch
+
+
+# What is refused; nothing has changed then.
+
+
+@pytest.mark.parametrize("config", [{"skip_nonfinite": True}, {"telemetry": True}, {}])
+def test_a_second_step_is_refused(gpu: Device, config: dict[str, Any]) -> None:
+    """Also one without a guard behind one with."""
+    with context_of(gpu):
+        case, scale = Case(gpu, config=config), gpu.array(np.float32(8))
+        case.optimizer.apply_gradients(case.work.pairs())
+        before = state(case.optimizer, case.work)
+
+        def twice() -> None:
+            case.optimizer.apply_gradients(case.work.pairs(), grad_scale=None if config else scale)
+            case.step()
+
+        words = r"the captured function must make one step of an optimizer with skip_nonfinite, .* \(got a second one\)"
+        with pytest.raises(ArgumentValueError, match=words):
+            case.optimizer.capture(twice)
+        assert_same_state(state(case.optimizer, case.work), before)
+        case.step()
+        assert case.optimizer.iterations == 2
+
+
+def test_a_replay_that_fails_forgets_no_report(device: Device) -> None:
+    """What the host learns of steps that were left out stays, where a callable raises behind that."""
+    with context_of(device):
+        case, eager = (Case(where, config={"skip_nonfinite": True}) for where in (device, HOST))
+        graph = case.optimizer.capture(case.step)
+        for number in range(3):
+            for each in (case, eager):
+                each.work.next_batch(number, is_bad=number == 1)
+            graph.replay()
+            eager.step()
+
+        def fails() -> float:
+            assert case.optimizer.iterations == 2
+            raise KeyError("x")
+
+        case.optimizer.beta_1 = fails
+        for _ in range(2):
+            with pytest.raises(KeyError):
+                graph.replay()
+        assert case.optimizer.iterations == 2
+        case.optimizer.beta_1 = 0.9
+        graph.replay()
+        eager.step()
+        assert case.optimizer.iterations == 3
+        assert_same_state(state(case.optimizer, case.work), state(eager.optimizer, eager.work))
+
+
+def test_a_failed_capture_leaves_no_loss_scale(gpu: Device) -> None:
+    with context_of(gpu):
+        case = Case(gpu, config={"loss_scale": SCALE})
+
+        def fails() -> None:
+            case.step()
+            raise KeyError("x")
+
+        with pytest.raises(KeyError):
+            case.optimizer.capture(fails)
+        assert list(case.optimizer.export()) == []
+        case.step()
+        assert case.optimizer.iterations == 1
+
+
+def test_a_bad_scale_is_refused(gpu: Device) -> None:
+    with context_of(gpu):
+        case, scale = Case(gpu, config={}), gpu.array(np.ones(1, np.float32))
+        with pytest.raises(ArgumentValueError, match=r"grad_scale must be a 0-d array"):
+            case.optimizer.capture(lambda: case.optimizer.apply_gradients(case.work.pairs(), grad_scale=scale))
+        assert case.optimizer.weights == []
