@@ -150,6 +150,22 @@ def plan_of(optimizer: Any) -> Any:
     return optimizer._controller._memos._last.plan
 
 
+def test_other_parameters_at_every_step() -> None:
+    """A random half each time: soon every parameter has a history of its own."""
+    results, counts = [], []
+    for of in (torch.optim, ours):
+        params, rng = made([(3,)] * 40), np.random.default_rng(0)
+        optimizer = of.AdamW([{"params": params[:30]}, {"params": params[30:], "lr": 0.02}], LR)
+        for step in range(20):
+            give(torch.Generator().manual_seed(step), params, but=set(rng.permutation(40)[:20].tolist()))
+            optimizer.step()
+        results.append(params)
+        counts.append(steps_of(optimizer))
+    assert counts[0] == counts[1]
+    assert len(set(counts[0])) > 4
+    assert_near(results[0], results[1], allowed(20, torch.float32, results[0], 0.02))
+
+
 def test_one_launch_for_all_groups() -> None:
     params = made([(3,)] * 6)
     groups = [{"params": params[n : n + 2], "lr": 0.1 + n, "betas": (0.1 * n, 0.9), "eps": 1.0 + n} for n in (0, 2, 4)]

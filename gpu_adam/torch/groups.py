@@ -12,13 +12,16 @@ import torch
 from gpu_adam.hyperparameters import Cohort
 from gpu_adam.torch.numbers import Numbers
 
+_FEW = 8  # parameters of a cohort, on the average
+
 
 class Group:
     """A parameter group of an optimizer, as a step sees it.
 
     torch counts the steps of each parameter: one without a gradient is not updated, and not counted. Parameters that
     have been updated equally often, and in the same steps, are a cohort. Cohorts are divided where a step updates some
-    of their parameters and others not, or somebody has written a count; they are never united.
+    of their parameters and others not, or somebody has written a count; they are never united. Where they have become
+    small each parameter is one.
 
     Args:
         group: the optimizer's, with a list of parameters.
@@ -93,6 +96,9 @@ class Group:
         """Make cohorts of the parameters with equal columns of `keys`."""
         _, self._firsts, inverse = np.unique(keys, axis=1, return_index=True, return_inverse=True)
         self._cohort_of = inverse.reshape(-1)
+        if _FEW * len(self._firsts) > len(self.params) > _FEW:
+            # The cohorts are going to be divided to the end, and every division makes launches anew.
+            self._firsts = self._cohort_of = np.arange(len(self.params))
         members = [np.flatnonzero(self._cohort_of == number) for number in range(len(self._firsts))]
         self._cohorts = [Cohort(self._counts, each) for each in members]
         self._is_told = np.zeros(len(self.params), bool)
