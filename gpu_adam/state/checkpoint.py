@@ -13,7 +13,6 @@ from pathlib import PurePath
 from types import ModuleType
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from gpu_adam.errors import ArgumentTypeError, ArgumentValueError, CheckpointError
@@ -114,5 +113,9 @@ def _plain(array: np.ndarray) -> np.ndarray:
 
 def _check_numbers(name: str, dtype: np.dtype) -> None:
     is_known = dtype.kind in _NUMBERS and dtype.name not in ("longdouble", "clongdouble", "float128", "complex256")
-    if not is_known and dtype != getattr(ml_dtypes, dtype.name, None):
+    if is_known:
+        return
+    import ml_dtypes  # noqa: PLC0415  (not for `import gpu_adam`)
+
+    if dtype != getattr(ml_dtypes, dtype.name, None):
         raise ArgumentTypeError(f'arrays["{name}"]', "must hold numbers", dtype, "convert it to a numeric dtype")
