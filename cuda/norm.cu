@@ -1,17 +1,22 @@
-// Norms of gradients for clipping, in two passes; the result stays on the device as factors that the updates apply.
+// Norms of gradients for clipping, in one pass; the result stays on the device as factors that the updates apply.
 //
-//     pass 1  square_sums (all dense gradients of a dtype) or square_sums_of (one array): sums over chunks
-//     pass 2  clip_by_norm (each tensor's own norm) or clip_by_global_norm (one norm over everything)
+//     square_sums     of all dense gradients of a dtype: the sum of squares of each chunk
+//     square_sums_of  of one array
 //
-// With GPU_ADAM_STAGED pass 1 belongs to a step that guard.cu decides about: it takes the scalars from where `staged`
+// The block that writes the last sum of a norm adds the sums and writes the factor: `Norm` tells whether there is a norm for
+// each tensor or one over all gradients, or whether the sums alone are asked for. Where several launches write the sums of
+// one norm, clip_by_global_norm follows them: counted sums of a step whose second launch fails would be left over.
+//
+// With GPU_ADAM_STAGED the pass belongs to a step that guard.cu decides about: it takes the scalars from where `staged`
 // points, and adds to `found`, unless that is null, how many elements of the gradients are not finite. They are integers,
 // so that the order of the blocks changes nothing. add_square_sum adds the sums of one array of sums to a total.
 //
 // Launch   any grid, any block of at most 256 threads in x.
 // Order    fixed by the element's index, not by the launch: within a chunk element i is added to lane i % 1024 in order of
 //          i, then the lanes are added as a binary tree, lane k taking lane k + 512, k + 256, ... A tensor's or the
-//          global sum adds the chunks' sums the same way. All in float64, so the same bits everywhere.
-// Result   pass 2's sums are valid in thread 0. Empty: norm 0, which clips to factors that leave zeros zeros.
+//          global sum adds the chunks' sums the same way, whichever block does it. All in float64, so the same bits
+//          everywhere.
+// Result   Empty gradients have no chunk, and no factor: nothing reads it.
 // NaN      a norm that is NaN or infinite makes its factors NaN, and thereby every gradient that the factors clip.
 #include "memory.cuh"
 #include "tensor_table.cuh"
@@ -123,35 +128,6 @@ struct Partials {
     }
 };
 
-// sums[chunk] of every dense gradient.
-extern "C" __global__ void __launch_bounds__(256)
-square_sums(const TensorTable table, const StepScalars scalars, const StepScalars* staged, double* sums,
-            unsigned long long* found) {
-    const StepScalars step = STAGED ? *staged : scalars;
-    __shared__ double lanes[LANES];
-    for (long long index = blockIdx.x; index < table.chunks; index += gridDim.x) {
-        const Chunk chunk = chunk_at(table, index);
-        const Gradient* const g = in_global_memory(table.gradients[chunk.tensor]) + chunk.begin;
-        const double sum = sum_of_squares(g, chunk.size, step, found, lanes);
-        if (threadIdx.x == 0) sums[index] = sum;
-    }
-}
-
-// sums[chunk] of one array: the values of a sparse gradient, before duplicates are summed.
-extern "C" __global__ void __launch_bounds__(256)
-square_sums_of(const Gradient* values, const long long size, const StepScalars scalars, const StepScalars* staged,
-               double* sums, unsigned long long* found) {
-    const StepScalars step = STAGED ? *staged : scalars;
-    __shared__ double lanes[LANES];
-    for (long long index = blockIdx.x; index * GPU_ADAM_CHUNK < size; index += gridDim.x) {
-        const long long begin = index * GPU_ADAM_CHUNK;
-        const long long left = size - begin;
-        const int size_here = static_cast<int>(left < GPU_ADAM_CHUNK ? left : GPU_ADAM_CHUNK);
-        const double sum = sum_of_squares(values + begin, size_here, step, found, lanes);
-        if (threadIdx.x == 0) sums[index] = sum;
-    }
-}
-
 // min(1, c / n), the factor that takes a gradient of norm n to at most c; 0 where c / n is denormal, NaN where n is not
 // finite.
 __device__ inline double clip_factor(double norm, double clipnorm) {
@@ -159,17 +135,75 @@ __device__ inline double clip_factor(double norm, double clipnorm) {
     return norm - norm == 0.0 ? (ratio < 1.0 ? ratio : 1.0) : norm - norm;
 }
 
-// factors[t] for n = ||g||_2 of each tensor. Tensor t's sums are [chunk_ends[t - 1], chunk_ends[t]), one
-// for each chunk; null chunk_ends mean one tensor with `count` sums.
+// What becomes of the sums. Mirrored by gpu_adam.kernels.NORM.
+struct Norm {
+    double* factors;              // of each norm; null where the sums alone are asked for
+    unsigned long long* written;  // how many of its sums are there: zero before a launch, and after it
+    long long stride;             // 1 where each tensor has a norm of its own, 0 where there is one
+    double limit;                 // of a norm
+};
+
+// The sums that make norm number `which`.
+struct Sums {
+    double* begin;
+    long long count, which;
+};
+
+// Write a chunk's sum to `place` and, where it is the last one of its norm, the factor.
+__device__ inline void write_sum(double* place, double sum, const Sums& sums, const Norm& norm, double* lanes,
+                                 bool& is_last) {
+    if (threadIdx.x == 0) *place = sum;
+    if (!norm.factors) return;
+    if (threadIdx.x == 0) {
+        __threadfence();  // the sum is there before it is counted
+        is_last = atomicAdd(norm.written + sums.which, 1ULL) + 1 == static_cast<unsigned long long>(sums.count);
+        __threadfence();  // all are counted before they are read
+    }
+    __syncthreads();
+    if (!is_last) return;
+    const double length = sqrt(ordered_sum(sums.count, Partials{sums.begin}, lanes));
+    if (threadIdx.x == 0) {
+        norm.factors[sums.which] = clip_factor(length, norm.limit);
+        norm.written[sums.which] = 0;
+    }
+}
+
+// The sums of one tensor.
+__device__ inline Sums sums_of(const TensorTable& table, int t, double* sums) {
+    const Tensor& tensor = table.tensors[t];
+    return {sums + tensor.first_chunk, (tensor.size + GPU_ADAM_CHUNK - 1) / GPU_ADAM_CHUNK, t};
+}
+
+// sums[chunk] of every dense gradient.
 extern "C" __global__ void __launch_bounds__(256)
-clip_by_norm(const double* sums, const long long* chunk_ends, const long long tensors, const long long count,
-             const double clipnorm, double* factors) {
+square_sums(const TensorTable table, const StepScalars scalars, const StepScalars* staged, double* sums,
+            unsigned long long* found, const Norm norm) {
+    const StepScalars step = STAGED ? *staged : scalars;
     __shared__ double lanes[LANES];
-    for (long long t = blockIdx.x; t < tensors; t += gridDim.x) {
-        const long long begin = t == 0 ? 0 : chunk_ends[t - 1];
-        const long long end = chunk_ends ? chunk_ends[t] : count;
-        const double norm = sqrt(ordered_sum(end - begin, Partials{sums + begin}, lanes));
-        if (threadIdx.x == 0) factors[t] = clip_factor(norm, clipnorm);
+    __shared__ bool is_last;
+    for (long long index = blockIdx.x; index < table.chunks; index += gridDim.x) {
+        const Chunk chunk = chunk_at(table, index);
+        const Gradient* const g = in_global_memory(table.gradients[chunk.tensor]) + chunk.begin;
+        const double sum = sum_of_squares(g, chunk.size, step, found, lanes);
+        const Sums all = {sums, table.chunks, 0};
+        write_sum(sums + index, sum, norm.stride ? sums_of(table, chunk.tensor, sums) : all, norm, lanes, is_last);
+    }
+}
+
+// sums[chunk] of one array: the values of a sparse gradient, before duplicates are summed.
+extern "C" __global__ void __launch_bounds__(256)
+square_sums_of(const Gradient* values, const long long size, const StepScalars scalars, const StepScalars* staged,
+               double* sums, unsigned long long* found, const Norm norm) {
+    const StepScalars step = STAGED ? *staged : scalars;
+    __shared__ double lanes[LANES];
+    __shared__ bool is_last;
+    for (long long index = blockIdx.x; index * GPU_ADAM_CHUNK < size; index += gridDim.x) {
+        const long long begin = index * GPU_ADAM_CHUNK;
+        const long long left = size - begin;
+        const int size_here = static_cast<int>(left < GPU_ADAM_CHUNK ? left : GPU_ADAM_CHUNK);
+        const double sum = sum_of_squares(values + begin, size_here, step, found, lanes);
+        const Sums all = {sums, (size + GPU_ADAM_CHUNK - 1) / GPU_ADAM_CHUNK, 0};
+        write_sum(sums + index, sum, all, norm, lanes, is_last);
     }
 }
 

@@ -69,7 +69,9 @@ int main() {
     TensorTable table = dense_table();
     double* sums = ones<double>(CHUNKS);
     static const unsigned long long* found = nullptr;
-    void* arguments[] = {&table, &scalars, &staged, &sums, &found};
+    Norm norm = {ones<double>(1), ones<unsigned long long>(1), 0, 1};
+    *norm.written = 0;
+    void* arguments[] = {&table, &scalars, &staged, &sums, &found, &norm};
     volatile Entry entry = square_sums_entry;  // a call that is not inlined, for callgrind to see
     entry(arguments, 0, CHUNKS, CHUNKS, 1);
 }

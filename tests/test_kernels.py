@@ -43,6 +43,7 @@ def mirrors(dtype: str) -> dict[str, np.dtype[Any]]:
         "Keys": kernels.KEYS,
         "IndexErrors": kernels.INDEX_ERRORS,
         "MeasuredSums": kernels.MEASURED_SUMS,
+        "Norm": kernels.NORM,
         "Guard": kernels.GUARD,
         "GuardPlace": kernels.GUARD_PLACE,
         "Candidates": kernels.CANDIDATES,
@@ -101,7 +102,8 @@ def output_of(statements: list[str], rule: kernels.UpdateRule, dtype: str, folde
     program = [
         *(f"#define {define.replace('=', ' ', 1)}" for define in kernels.sparse(dtype, rule).source.defines),
         "#define GPU_ADAM_PACK_BYTES 16",
-        '#include <stdio.h>\n#include "fast.h"\n#include "dense.cu"\n#include "sparse.cu"\n#include "guard.cu"',
+        "#include <stdio.h>",
+        *(f'#include "{file}"' for file in ("fast.h", "dense.cu", "norm.cu", "sparse.cu", "guard.cu")),
         "int main() {",
         *statements,
         "}",
@@ -707,8 +709,10 @@ BOTH_MODES = {"fast": FAST, "faithful": LAUNCHES["blocks of 96, 2 of them"]}
 ULP = 2.0**-53  # largest relative error of one rounding
 
 
-def chunk_sums(device: HostDevice, gradients: list[Array], bound: float = np.inf) -> list[Array]:
-    """Pass 1 for each gradient: over the table and over one array, which must agree."""
+def factors(
+    device: HostDevice, gradients: list[Array], limit: float, bound: float = np.inf, *, is_global: bool = False
+) -> Array:
+    """A factor for each gradient, or one for all, by the pass over the table and over each array, which must agree."""
     dtype = gradients[0].dtype.name
     chunks = [-(-gradient.size // kernels.CHUNK) for gradient in gradients]
     first = np.cumsum([0, *chunks])
@@ -721,41 +725,46 @@ def chunk_sums(device: HostDevice, gradients: list[Array], bound: float = np.inf
     scalars = np.zeros(1, kernels.step_scalars(kernels.DTYPES[dtype].real_dtype))
     scalars["clip_value"] = bound
     null = kernels.pointer(0)
+    rule = kernels.UpdateRule(bounded=bool(np.isfinite(bound)))
+
+    def norm_struct(out: Array) -> Array:
+        return kernels.struct(kernels.NORM, out.ctypes.data, written.ctypes.data, int(len(out) > 1), limit)
 
     sums, alone = (np.full(first[-1] + 1, -7.0) for _ in range(2))
-    arguments = [table, scalars, null, kernels.pointer(sums.ctypes.data), null]
-    rule = kernels.UpdateRule(bounded=bool(np.isfinite(bound)))
-    device.prepare(kernels.norm(dtype, "square_sums", rule), arguments)(int(first[-1]))
-    for gradient, begin, count in zip(gradients, first, chunks, strict=False):
+    out = np.full(1 if is_global else len(gradients), np.nan)
+    written = np.zeros(len(out), np.uint64)
+    arguments = [table, scalars, null, kernels.pointer(sums.ctypes.data), null, norm_struct(out)]
+    launch = device.prepare(kernels.norm(dtype, "square_sums", rule), arguments)
+    for _ in range(2):  # the second one finds the counters as the first one did
+        launch(int(first[-1]))
+        assert not written.any()
+    for number, (gradient, begin, count) in enumerate(zip(gradients, first, chunks, strict=False)):
         place = kernels.pointer(alone.ctypes.data + 8 * int(begin))
-        values, size = kernels.pointer(gradient.ctypes.data), kernels.scalar(gradient.size)
-        device.prepare(kernels.norm(dtype, "square_sums_of", rule), [values, size, scalars, null, place, null])(count)
+        values, size, own = kernels.pointer(gradient.ctypes.data), kernels.scalar(gradient.size), np.full(1, np.nan)
+        arguments = [values, size, scalars, null, place, null, norm_struct(own)]
+        device.prepare(kernels.norm(dtype, "square_sums_of", rule), arguments)(count)
+        if not is_global:
+            assert_same_bits(own, out[number : number + 1], "square_sums_of and square_sums")
     assert_same_bits(alone, sums, "square_sums_of and square_sums")
     assert sums[-1] == -7
-    return np.split(sums[:-1], first[1:-1])
+    if is_global:
+        assert_same_bits(global_factor(device, dtype, sums[:-1], limit), out, "the last block and clip_by_global_norm")
+    return out
 
 
-def factors(device: HostDevice, dtype: str, sums: list[Array], clipnorm: float, *, global_norm: bool = False) -> Array:
-    """Pass 2: the factor of each tensor, or of all."""
-    flat = np.concatenate(sums)
-    ends = np.cumsum([len(part) for part in sums])
-    out = np.full(1 if global_norm else len(sums), np.nan)
-    limit, count = np.array([clipnorm]), kernels.scalar(len(flat))
-    pointer = kernels.pointer(flat.ctypes.data)
-    if global_norm:
-        arguments = [pointer, count, limit, kernels.pointer(out.ctypes.data)]
-        device.prepare(kernels.norm(dtype, "clip_by_global_norm"), arguments)(1)
-    else:
-        ends_pointer = kernels.pointer(ends.ctypes.data if len(sums) > 1 else 0)
-        arguments = [pointer, ends_pointer, kernels.scalar(len(sums)), count, limit, kernels.pointer(out.ctypes.data)]
-        device.prepare(kernels.norm(dtype, "clip_by_norm"), arguments)(len(sums))
+def global_factor(device: HostDevice, dtype: str, sums: Array, limit: float) -> Array:
+    """The factor of one norm from its sums."""
+    out = np.full(1, np.nan)
+    begin, end = kernels.pointer(sums.ctypes.data), kernels.pointer(out.ctypes.data)
+    arguments = [begin, kernels.scalar(len(sums)), np.array([limit]), end]
+    device.prepare(kernels.norm(dtype, "clip_by_global_norm"), arguments)(1)
     return out
 
 
 def norms(device: HostDevice, gradients: list[Array], bound: float = np.inf) -> Array:
     """The norm of each gradient, from its factor when everything is clipped: 2 roundings more, tiny / (tiny / norm)."""
     tiny = 2.0**-100
-    return np.asarray(tiny / factors(device, gradients[0].dtype.name, chunk_sums(device, gradients, bound), tiny))
+    return np.asarray(tiny / factors(device, gradients, tiny, bound))
 
 
 def parts(x: Array) -> Array:
@@ -798,8 +807,7 @@ def test_norms_have_the_same_bits_whatever_the_launch_and_the_address(dtype: str
         assert_same_bits(norms(device, gradients, bound), expected, launch)
         for number in (0, 7):  # one by one, without ends
             assert_same_bits(norms(device, [gradients[number]], bound), expected[number : number + 1], launch)
-        sums = chunk_sums(device, gradients, bound)
-        total, fast_total = (factors(d, dtype, sums, 1.0, global_norm=True).view(np.float64) for d in (device, FAST))
+        total, fast_total = (factors(d, gradients, 1.0, bound, is_global=True) for d in (device, FAST))
         assert_same_bits(total, fast_total, f"global norm, {launch}")
 
 
@@ -810,7 +818,7 @@ def test_norms_are_right(dtype: str) -> None:
         assert norm == pytest.approx(exact_norm(gradient), rel=tolerance(gradient.size), abs=0)
     total = sum(gradient.size for gradient in gradients)
     everything = np.concatenate(gradients)
-    scale = factors(FAST, dtype, chunk_sums(FAST, gradients), 0.25, global_norm=True)[0]
+    scale = factors(FAST, gradients, 0.25, is_global=True)[0]
     assert scale == pytest.approx(0.25 / exact_norm(everything), rel=tolerance(total), abs=0)
 
 
@@ -819,7 +827,7 @@ def test_a_norm_of_many_chunks(dtype: str) -> None:
     rng = np.random.default_rng(13)
     sums = rng.random(3 * 1024 + 5)
     expected = math.sqrt(math.fsum(sums))
-    results = [1 / factors(device, dtype, [sums], 1.0)[0] for device in (FAST, *LAUNCHES.values())]
+    results = [1 / global_factor(device, dtype, sums, 1.0)[0] for device in (FAST, *LAUNCHES.values())]
     assert len(set(results)) == 1
     assert results[0] == pytest.approx(expected, rel=1.01 * ((4 + 10) / 2 + 4) * ULP, abs=0)
 
@@ -834,10 +842,9 @@ def test_factors_of_small_and_large_norms(dtype: str, launch: str) -> None:
     """min(1, c / n): nothing happens to what is short enough."""
     device = BOTH_MODES[launch]
     gradients = [np.array([3, 4], dtype), np.array([0, 0, 0], dtype), np.array([0.25], dtype)]
-    sums = chunk_sums(device, gradients)
-    assert factors(device, dtype, sums, 2.0).tolist() == [2 / 5, 1, 1]
-    assert factors(device, dtype, sums[1:], 2.0, global_norm=True).tolist() == [1]
-    assert factors(device, dtype, sums[:2], 2.0, global_norm=True).tolist() == [2 / 5]
+    assert factors(device, gradients, 2.0).tolist() == [2 / 5, 1, 1]
+    assert factors(device, gradients[1:], 2.0, is_global=True).tolist() == [1]
+    assert factors(device, gradients[:2], 2.0, is_global=True).tolist() == [2 / 5]
 
 
 @pytest.mark.parametrize("launch", BOTH_MODES)
@@ -856,8 +863,7 @@ def test_a_norm_that_is_not_finite_makes_its_factors_nan(dtype: str, launch: str
     device = BOTH_MODES[launch]
     gradients = [np.ones(5000, dtype), np.ones(3, dtype)]
     gradients[0][4097] = bad
-    sums = chunk_sums(device, gradients)
-    first, second = factors(device, dtype, sums, 1.0)
+    first, second = factors(device, gradients, 1.0)
     assert np.isnan(first)
     assert second == 1 / math.sqrt(3)
-    assert np.isnan(factors(device, dtype, sums, 1.0, global_norm=True)).all()
+    assert np.isnan(factors(device, gradients, 1.0, is_global=True)).all()

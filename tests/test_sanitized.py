@@ -89,6 +89,12 @@ MUTANTS = {
         "norm",
         WRONG,
     ),
+    "a norm's barrier before the last block is known": without_barrier(
+        "norm.cu", "norm", "__threadfence();  // all are counted before they are read\n    }\n    ", "\n"
+    ),
+    "a count that goes on in the next launch": Mutant(
+        "norm.cu", "norm.written[sums.which] = 0;", "norm.written[sums.which] = MUTANT;", "norm", WRONG
+    ),
     "a pack too early": Mutant("memory.cuh", "PACK - past;", "PACK - past - MUTANT;", "dense", MISALIGNED),
     "a tail too late": Mutant("memory.cuh", "tail + j - head, ", "tail + j - head + MUTANT, ", "dense", OVERRUN),
     "an element twice": Mutant(

@@ -49,6 +49,7 @@ static inline int __popc(unsigned x) { return __builtin_popcount(x); }
 static inline unsigned long long atomicAdd(unsigned long long* place, unsigned long long x) {
     return __atomic_fetch_add(place, x, __ATOMIC_RELAXED);
 }
+static inline void __threadfence() { __atomic_thread_fence(__ATOMIC_ACQ_REL); }
 // Of shared memory only: threads of one block never run at a time here.
 static inline void atomicAdd(unsigned* place, unsigned x) { *place += x; }
 static inline void atomicOr(unsigned* place, unsigned x) { *place |= x; }

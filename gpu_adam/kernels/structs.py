@@ -72,6 +72,9 @@ GUARD = np.dtype(
 )
 """``Guard`` of guard.cu."""
 
+NORM = np.dtype([("factors", _POINTER), ("written", _POINTER), ("stride", _INTEGER), ("limit", np.float64)], align=True)
+"""``Norm`` of norm.cu."""
+
 MEASURED_SUMS = np.dtype([("update", _POINTER), ("theta", _POINTER)], align=True)
 """``MeasuredSums`` of memory.cuh."""
 

@@ -73,6 +73,7 @@ class UpdateArguments:
         factors: address of the clip factors, null where gradients are not clipped by norm.
         factor_stride: 1 where each tensor has a factor of its own, 0 where one factor serves all.
         sums: address of the partial sums of squares.
+        norm: what becomes of these sums, NORM; nothing but the sums by default.
         found: address of the number of elements that are not finite, null where nobody asks.
         measured: addresses of what a measured update adds up, MEASURED_SUMS; else null.
     """
@@ -113,6 +114,7 @@ class UpdateArguments:
             self.live.write(self._bytes)
         _noise, *numbers = self.scalars_dtype.names or ("",)
         self.sums, self.found = kernels.pointer(0), kernels.pointer(0)
+        self.norm = np.zeros(1, kernels.NORM)
         self.measured = kernels.struct(kernels.MEASURED_SUMS, 0, 0)
         # A third of the time of an assignment to NumPy's struct.
         form = struct.Struct(f"=Q{len(numbers)}{np.dtype(real_dtype).char}")

@@ -11,6 +11,7 @@ from gpu_adam.devices import Array
 from gpu_adam.devices.base import StagedArray
 from gpu_adam.step.arguments import EAGER, UpdateArguments, Use
 from gpu_adam.step.groups import DenseGradients, DenseGroup
+from gpu_adam.step.norms import norm_counters
 from gpu_adam.uninterrupted import Call
 
 
@@ -42,18 +43,17 @@ class DenseTable:
         rows: as above.
         struct: the TensorTable, without gradients.
         chunks: how many chunks there are.
-        chunk_ends: device array with the end of each tensor's chunks.
+        counters: of its norms, if it has any.
     """
 
     def __init__(self, group: DenseGroup, rows: np.ndarray) -> None:
         device, filled, self.rows = group.device, group.filled, rows
         table = rows[filled]
         chunks = -(-table["size"] // kernels.CHUNK)
-        ends = np.cumsum(chunks)
-        table["first_chunk"] = ends - chunks
+        table["first_chunk"] = np.cumsum(chunks) - chunks
         table["group"] = group.setting_numbers[filled]
-        self.chunks = int(ends[-1]) if len(ends) else 0
-        self.chunk_ends = device.array(ends)
+        self.chunks = int(chunks.sum())
+        self.counters = norm_counters(device, group.rule, len(filled))
         self._tensors = device.array(table.view(np.uint8))
         self._chunk_tensor = device.array(np.repeat(np.arange(len(filled), dtype=np.int32), chunks))
         self.struct = (device.address(self._tensors), 0, device.address(self._chunk_tensor), self.chunks, 0)
@@ -72,7 +72,7 @@ class DenseLaunch:
     def __init__(self, group: DenseGroup, table: DenseTable, use: Use = EAGER, live: StagedArray | None = None) -> None:
         self.group, self.table, self._write = group, table, use.write_addresses
         self.device, self.gradient = group.device, group.layout.gradient
-        self.tensors, self.chunk_ends = len(group.filled), table.chunk_ends
+        self.tensors, self.counters = len(group.filled), table.counters
         self._tensor_table = tensor_table = kernels.struct(kernels.TENSOR_TABLE, *table.struct)
         self._read_from(group.device.staged(max(1, self.tensors), np.dtype(np.uint64)))
         self.arguments = arguments = UpdateArguments(
@@ -90,7 +90,7 @@ class DenseLaunch:
         if group.rule.sums_squares:
             self._square_sums = self.device.prepare(
                 kernels.norm(self.gradient, "square_sums", group.rule),
-                [tensor_table, arguments.scalars, arguments.staged, arguments.sums, arguments.found],
+                [tensor_table, arguments.scalars, arguments.staged, arguments.sums, arguments.found, arguments.norm],
             )
         self._bound: DenseGradients | None = None
 

@@ -236,8 +236,7 @@ class Launches:
         if self._guarded is not None:
             calls += self._guarded.begin()
         for norm in self._norms:
-            calls += norm.sums()
-            calls += norm.factors(clip.limit)
+            calls += norm.calls(clip.limit)
         if self._guarded is not None:
             calls += self._guarded.end(self._norms)
         for update in self._updates:

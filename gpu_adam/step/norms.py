@@ -15,13 +15,24 @@ from gpu_adam.step.arguments import UpdateArguments
 from gpu_adam.uninterrupted import Call
 
 
+def norm_counters(device: Device, rule: UpdateRule, tensors: int) -> Array | None:
+    """For each norm of a launch how many of its sums are written; None where it has no norm.
+
+    They are zeros between two launches. So those of graphs have the same ones: a copy of zeros would become a part of a
+    graph.
+    """
+    if rule.norm is None:
+        return None
+    return device.array(np.zeros(max(1, tensors) if rule.norm == "each" else 1, np.uint64))
+
+
 class Normed(Protocol):
     """A launch whose gradients have a norm, and what it adds to its variables."""
 
     device: Device
     gradient: str
     tensors: int
-    chunk_ends: Array | None
+    counters: Array | None
     arguments: UpdateArguments
 
     @property
@@ -66,7 +77,7 @@ class UpdateNorms:
 class NormPass:
     """One norm over the gradients of some launches, or one for each tensor of a launch, or their partial sums alone.
 
-    The two halves are apart so that partial sums of other machines can come in between.
+    A launch that has a norm to itself finishes it; where several have one together, another kernel does.
 
     Args:
         launches: whose gradients; of one device. Their clip factors are read from where this pass writes them.
@@ -76,32 +87,30 @@ class NormPass:
 
     def __init__(self, launches: Sequence[Normed], rule: UpdateRule) -> None:
         self._launches, self._device = list(launches), launches[0].device
-        is_global, norm = rule.norm == "global", functools.partial(kernels.norm, rule=rule)
+        norm = functools.partial(kernels.norm, launches[0].gradient, rule=rule)
         self._sums = self._device.empty(0, np.dtype(np.float64))
         self._sums_pointer, self._count = kernels.pointer(0), kernels.scalar(0)
         self._limit, self._total = kernels.scalar(0, np.float64), kernels.pointer(0)
-        self._clips = rule.norm is not None
+        self._finish = None
         if rule.searched:
             arguments = [self._sums_pointer, self._count, self._total]
-            self._add = self._device.prepare(norm(launches[0].gradient, "add_square_sum"), arguments)
-        if not self._clips:
+            self._add = self._device.prepare(norm("add_square_sum"), arguments)
+        if rule.norm is None:
             return
-        self._blocks = 1 if is_global else launches[0].tensors
-        self._factors = self._device.empty(max(1, self._blocks), np.dtype(np.float64))
-        factors = kernels.pointer(self._device.address(self._factors))
+        stride = int(rule.norm == "each")
+        norms = max(1, launches[0].tensors) if stride else 1
+        self._factors = self._device.empty(norms, np.dtype(np.float64))
+        factors = self._device.address(self._factors)
         for launch in launches:
-            launch.arguments.factors[0] = self._device.address(self._factors)
-            launch.arguments.factor_stride[0] = 0 if is_global else 1
-        if is_global:
-            kernel = norm(launches[0].gradient, "clip_by_global_norm")
-            arguments = [self._sums_pointer, self._count, self._limit, factors]
+            launch.arguments.factors[0], launch.arguments.factor_stride[0] = factors, stride
+        counters = launches[0].counters
+        if len(launches) == 1 and counters is not None:
+            own = launches[0].arguments.norm
+            own["factors"], own["written"], own["stride"] = factors, self._device.address(counters), stride
+            self._limit = own["limit"]
         else:
-            self._chunk_ends = launches[0].chunk_ends
-            ends = kernels.pointer(0 if self._chunk_ends is None else self._device.address(self._chunk_ends))
-            kernel = norm(launches[0].gradient, "clip_by_norm")
-            tensors = kernels.scalar(self._blocks)
-            arguments = [self._sums_pointer, ends, tensors, self._count, self._limit, factors]
-        self._launch = self._device.prepare(kernel, arguments)
+            arguments = [self._sums_pointer, self._count, self._limit, kernels.pointer(factors)]
+            self._finish = self._device.prepare(norm("clip_by_global_norm"), arguments)
 
     def bind(self) -> None:
         """Make room for the partial sums of the gradients bound last."""
@@ -119,26 +128,24 @@ class NormPass:
         """Make room for exactly so many partial sums."""
         self._sums = self._device.empty(capacity, np.dtype(np.float64))
 
-    def sums(self) -> list[Call]:
-        """The calls that enqueue the partial sums of squares, launch after launch and chunk after chunk."""
+    def calls(self, limit: float | None) -> list[Call]:
+        """The calls that enqueue the partial sums of squares, launch after launch and chunk after chunk.
+
+        Args:
+            limit: by which the factors that they enqueue too bound the norms; None where there are none.
+        """
+        if limit is not None:
+            self._limit[0] = limit
         calls, address = [], int(self._sums_pointer[0])
         for launch in self._launches:
             calls += launch.square_sum_calls(address)
             address += 8 * launch.sum_count
-        return calls
+        return calls if self._finish is None else [*calls, self._finish.call(1)]
 
     def total(self, address: int) -> list[Call]:
         """The calls that enqueue the addition of the partial sums to the float64 number at `address`."""
         self._total[0] = address
         return [self._add.call(1)]
-
-    def factors(self, limit: float | None) -> list[Call]:
-        """The calls that enqueue the sum of the partial sums, and the factors that bound the norms by `limit`."""
-        if not self._clips:
-            return []
-        assert limit is not None
-        self._limit[0] = limit
-        return [self._launch.call(self._blocks)] if self._blocks else []
 
 
 def norm_passes(launches: Sequence[Normed], rule: UpdateRule) -> list[NormPass]:

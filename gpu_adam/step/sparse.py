@@ -12,6 +12,7 @@ from gpu_adam.devices.base import PACK_BYTES, StagedArray
 from gpu_adam.step.arguments import EAGER, UpdateArguments, Use
 from gpu_adam.step.groups import SparseGradient, SparseGroup
 from gpu_adam.step.index_errors import IndexErrors
+from gpu_adam.step.norms import norm_counters
 from gpu_adam.step.row_sort import RowSorter
 from gpu_adam.uninterrupted import Call
 
@@ -27,6 +28,7 @@ class EmbeddingTable:
     Attributes:
         struct: the kernel argument.
         tiles: how many there are.
+        counters: of its norm, if it has one.
     """
 
     def __init__(self, group: SparseGroup, slots: Mapping[str, Sequence[Array]], place: int) -> None:
@@ -39,6 +41,7 @@ class EmbeddingTable:
         if rows_per_tile > PACK_BYTES:
             rows_per_tile -= rows_per_tile % PACK_BYTES  # so that tiles of an aligned variable begin aligned
         self.tiles = pieces * -(-rows // rows_per_tile) if row_size else 0
+        self.counters = norm_counters(device, group.rule, 1)
         self.struct = np.zeros(1, kernels.EMBEDDING_TABLE)
         arrays = {"theta": variable.value, **{name: array for name, (array,) in slots.items()}}
         for name, array in arrays.items():
@@ -59,7 +62,7 @@ class SparseLaunch:
         live: where a graph of the user's finds staged scalars.
     """
 
-    tensors, chunk_ends = 1, None
+    tensors = 1
 
     def __init__(
         self,
@@ -69,7 +72,7 @@ class SparseLaunch:
         use: Use = EAGER,
         live: StagedArray | None = None,
     ) -> None:
-        self.group, self.table = group, table
+        self.group, self.table, self.counters = group, table, table.counters
         self.device, self.gradient = group.device, group.layout.gradient
         self._errors = errors
         self.arguments = arguments = UpdateArguments(
@@ -91,7 +94,7 @@ class SparseLaunch:
                 kernels.norm(self.gradient, "square_sums_of", group.rule),
                 [
                     *(self._values, self._size, arguments.scalars, arguments.staged),
-                    *(arguments.sums, arguments.found),
+                    *(arguments.sums, arguments.found, arguments.norm),
                 ],
             )
         self._gradient: SparseGradient | None = None

@@ -458,15 +458,29 @@ static void test_norm() {
     for (int shift = 0; shift < 2; ++shift) {
         Tensors all(shift);
         const long long chunks = all.table.chunks;
-        Buffer<double> sums(chunks);
-        Buffer<unsigned long long> found(1);
+        Buffer<double> sums(chunks), factors(TENSORS), factor(1);
+        Buffer<unsigned long long> found(1), written(TENSORS);
         found[0] = 0;
-        launch(chunks, square_sums, all.table, SCALARS, STAGED_STEP, sums.data, found.data);
+        for (int t = 0; t < TENSORS; ++t) written[t] = 0;
+        const Norm one = {factor.data, written.data, 0, 2.0}, each = {factors.data, written.data, 1, 2.0}, none = {};
+        launch(chunks, square_sums, all.table, SCALARS, STAGED_STEP, sums.data, found.data, one);
+        compare(factor[0], factor_of(sums.data, chunks, 2.0), "the norm of square_sums", chunks, 0);
+        launch(chunks, square_sums, all.table, SCALARS, STAGED_STEP, sums.data, found.data, each);
+        for (int t = 0; t < TENSORS; ++t) {
+            const long long first = all.tensors[t].first_chunk;
+            const double expected = factor_of(sums.data + first, all.ends[t] - first, 2.0);
+            compare(factors[t], expected, "the norms of square_sums", TENSORS, t);
+            compare(static_cast<double>(written[t]), 0.0, "written", TENSORS, t);
+        }
+        launch(1, clip_by_global_norm, sums.data, chunks, 2.0, factor.data);
+        compare(factor[0], factor_of(sums.data, chunks, 2.0), "clip_by_global_norm", chunks, 0);
         for (int t = shift; t < TENSORS; t += 2) {
             const Buffer<Gradient>& gradient = *all.gradients[t];
             const long long first = all.tensors[t].first_chunk;
             Buffer<double> alone(all.ends[t] - first);
-            launch(alone.size, square_sums_of, gradient.data, gradient.size, SCALARS, STAGED_STEP, alone.data, found.data);
+            const Norm& norm = t < 2 ? none : one;
+            launch(alone.size, square_sums_of, gradient.data, gradient.size, SCALARS, STAGED_STEP, alone.data, found.data,
+                   norm);
             for (long long c = 0; c < alone.size; ++c) {
                 const long long left = gradient.size - c * GPU_ADAM_CHUNK;
                 const long long size = left < GPU_ADAM_CHUNK ? left : GPU_ADAM_CHUNK;
@@ -475,33 +489,23 @@ static void test_norm() {
                 compare(sums[first + c], sum, "square_sums", gradient.size, c);
                 compare(alone[c], sum, "square_sums_of", gradient.size, c);
             }
-            Buffer<double> factor(1);
-            launch(1, clip_by_norm, alone.data, nullptr, 1, alone.size, 2.0, factor.data);
-            compare(factor[0], factor_of(alone.data, alone.size, 2.0), "clip_by_norm", gradient.size, 0);
+            if (norm.factors) {
+                compare(factor[0], factor_of(alone.data, alone.size, 2.0), "the norm of square_sums_of", gradient.size, 0);
+            }
         }
         compare(static_cast<double>(found[0]), 0.0, "found", chunks, 0);
-        Buffer<double> factors(TENSORS), factor(1);
-        launch(TENSORS, clip_by_norm, sums.data, all.ends.data, TENSORS, chunks, 2.0, factors.data);
-        for (int t = 0; t < TENSORS; ++t) {
-            const long long first = all.tensors[t].first_chunk;
-            const double expected = factor_of(sums.data + first, all.ends[t] - first, 2.0);
-            compare(factors[t], expected, "clip_by_norm with ends", TENSORS, t);
-        }
-        launch(1, clip_by_global_norm, sums.data, chunks, 2.0, factor.data);
-        compare(factor[0], factor_of(sums.data, chunks, 2.0), "clip_by_global_norm", chunks, 0);
     }
     // More sums than lanes, and none.
     Buffer<double> many(2 * 1024 + 77), none(0);
     for (long long i = 0; i < many.size; ++i) many[i] = random_number() + 1.0;
     Buffer<double> factor(1);
-    launch(1, clip_by_norm, many.data, nullptr, 1, many.size, 1e-3, factor.data);
-    compare(factor[0], factor_of(many.data, many.size, 1e-3), "clip_by_norm", many.size, 0);
-    launch(1, clip_by_norm, none.data, nullptr, 1, 0, 2.0, factor.data);
-    compare(factor[0], 1.0, "clip_by_norm", 0, 0);
+    launch(1, clip_by_global_norm, many.data, many.size, 1e-3, factor.data);
+    compare(factor[0], factor_of(many.data, many.size, 1e-3), "clip_by_global_norm", many.size, 0);
     launch(1, clip_by_global_norm, none.data, 0, 2.0, factor.data);
     compare(factor[0], 1.0, "clip_by_global_norm", 0, 0);
-    launch(2, square_sums, TensorTable{nullptr, nullptr, nullptr, 0, nullptr}, SCALARS, STAGED_STEP, nullptr, nullptr);
-    launch(2, square_sums_of, nullptr, 0, SCALARS, STAGED_STEP, nullptr, nullptr);
+    const Norm norm = {factor.data, nullptr, 0, 2.0};
+    launch(2, square_sums, TensorTable{nullptr, nullptr, nullptr, 0, nullptr}, SCALARS, STAGED_STEP, nullptr, nullptr, norm);
+    launch(2, square_sums_of, nullptr, 0, SCALARS, STAGED_STEP, nullptr, nullptr, norm);
 }
 
 int main(int count, char** arguments) {
