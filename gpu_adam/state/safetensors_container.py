@@ -1,6 +1,11 @@
 """Checkpoints as `.safetensors` files, for programs that read those; the manifest is `meta.json` in `__metadata__`.
 
-The library of that name writes and reads them. It takes memory as it lies, so that it must be C-contiguous.
+    the header's size in 8 bytes; the header, JSON with spaces up to a multiple of 8 bytes; the arrays
+
+The library of that name reads them. It is not asked to write: it makes a file of its own, or one block of memory that
+holds all arrays once more, and takes memory as it lies, C-contiguous or not.
+
+Reference: https://github.com/huggingface/safetensors#format
 """
 
 from __future__ import annotations
@@ -28,6 +33,7 @@ _DTYPES = {
     "F8_E5M2": "float8_e5m2",
 }
 """The format's names of dtypes, and NumPy's."""
+_CODES = {name: code for code, name in _DTYPES.items()}
 _BEGIN = b'{"__metadata__":'
 
 
@@ -48,7 +54,18 @@ def write(file: BinaryIO, arrays: Mapping[str, np.ndarray], entries: Mapping[str
         entries: what the manifest says of them.
         text: the manifest.
     """
-    file.write(_library().numpy.save(dict(arrays), {manifest.NAME: text}))
+    header: dict[str, Any] = {"__metadata__": {manifest.NAME: text}}
+    end = 0
+    # The largest elements first, so that all are aligned for readers that map the file into memory.
+    ordered = sorted(arrays.items(), key=lambda item: -item[1].itemsize)
+    for name, array in ordered:
+        begin, end = end, end + array.nbytes
+        header[name] = {"dtype": _CODES[array.dtype.name], "shape": array.shape, "data_offsets": (begin, end)}
+    content = json.dumps(header, separators=(",", ":")).encode()
+    content += b" " * (-len(content) % 8)
+    file.write(len(content).to_bytes(8, "little") + content)
+    for _, array in ordered:
+        file.write(memoryview(array.reshape(-1).view(np.uint8)))  # type: ignore[arg-type]
 
 
 def read(file: BinaryIO, title: str) -> tuple[Manifest, dict[str, np.ndarray]]:
