@@ -12,9 +12,9 @@ from typing import Any, Protocol
 
 Step = Callable[[], Any]
 _LONGEST_BURST = 10_000
-_SLEEP = 0.001
-_SLEEPS = 50
-_SHORT = 0.02  # beyond it does not matter what waking threads takes
+_TICKS = 0.012  # at ticks, every 1 to 10 ms, systems note the time of threads that run, and spread them over processors
+_SLEEPS = 5
+_SHORT = 0.1  # beyond it does not matter what waking threads takes
 
 
 class Clock(Protocol):
@@ -140,9 +140,12 @@ class Candidate:
     def settle(self) -> None:
         """Let the threads of the candidate before go to sleep, and wake one's own: each is timed as if alone."""
         _until_threads_sleep()
+        before = self.executed
         if self._turn is not None and self.samples and self.samples[-1] < _SHORT:
-            self.clock(next(self._turn))
-            self.executed += 1
+            start = time.perf_counter()
+            while self.executed == before or time.perf_counter() - start < _TICKS:
+                self.clock(next(self._turn))
+                self.executed += 1
 
     def measure(self) -> None:
         """Take one sample."""
@@ -170,7 +173,7 @@ def _until_threads_sleep() -> None:
     """Wait until no thread of this process works: OpenMP's spin after theirs, torch's for up to 10 ms."""
     for _ in range(_SLEEPS):
         wall, worked = time.perf_counter(), time.process_time()
-        time.sleep(_SLEEP)
+        time.sleep(_TICKS)
         if time.process_time() - worked < 0.1 * (time.perf_counter() - wall):
             break
 
