@@ -140,11 +140,10 @@ class Candidate:
     def settle(self) -> None:
         """Let the threads of the candidate before go to sleep, and wake one's own: each is timed as if alone."""
         _until_threads_sleep()
-        before = self.executed
         if self._turn is not None and self.samples and self.samples[-1] < _SHORT:
-            start = time.perf_counter()
-            while self.executed == before or time.perf_counter() - start < _TICKS:
-                self.clock(next(self._turn))
+            spent = 0.0
+            while spent < _TICKS:
+                spent += self.clock(next(self._turn))
                 self.executed += 1
 
     def measure(self) -> None:
