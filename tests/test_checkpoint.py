@@ -458,6 +458,7 @@ def _changed_field(good: bytes, dice: random.Random) -> bytes:
     return good[:field] + value.to_bytes(width, "little") + good[field + width :]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("seed", range(3))
 def test_generated_damage_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int, wide: bool) -> None:

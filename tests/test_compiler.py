@@ -161,6 +161,7 @@ def expected() -> str:
     return printed
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "options",
     [

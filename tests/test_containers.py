@@ -203,6 +203,7 @@ def test_every_flipped_byte_is_noticed(tmp_path: Path, suffix: str, flip: int) -
         assert position not in text or error is not None, position
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_generated_damage_is_noticed(tmp_path: Path, suffix: str, seed: int) -> None:

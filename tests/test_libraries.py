@@ -20,6 +20,8 @@ from processes import STEP, compiler_script
 from gpu_adam.devices import compiler, libraries
 from gpu_adam.devices.libraries import directory
 
+pytestmark = pytest.mark.thorough
+
 WARNED = "RuntimeWarning: the kernel cache must be a directory that only you can write to, and from which code may run"
 WARNED_STEP = "import warnings\nwarnings.simplefilter('always')\n" + STEP
 NOBODY = 65534

@@ -43,6 +43,7 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("small")
 def test_bench_prints_writes_and_compares(device: Device, capsys: pytest.CaptureFixture[str]) -> None:
     where = ("--device", device.name)

@@ -124,6 +124,7 @@ def test_another_file_is_refused(tmp_path: Path, text: str) -> None:
         Report.load(tmp_path / "r.json")
 
 
+@pytest.mark.thorough
 def test_costs_beside_the_kernels(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host_costs, "COUNTS", (1, 3))
     overhead = host_costs.python_overhead(device, LITTLE)
