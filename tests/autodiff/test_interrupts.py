@@ -98,7 +98,7 @@ def dense(result: Any) -> Any:
 @pytest.mark.parametrize("name", ["value_and_grad", "get_gradients", "callable variables", "an error"])
 @pytest.mark.parametrize(
     ("interrupt", "event"),
-    [(raised, "line"), (signalled, "line"), (raised, "opcode")],
+    [(raised, "line"), (signalled, "line"), pytest.param(raised, "opcode", marks=pytest.mark.thorough)],
     ids=["raised", "signal", "opcode"],
 )
 def test_no_tracer_stays_set(name: str, interrupt: Callable[[], None], event: str) -> None:
