@@ -144,13 +144,13 @@ struct Norm {
 };
 
 // The sums that make norm number `which`.
-struct Sums {
+struct NormSums {
     double* begin;
     long long count, which;
 };
 
 // Write a chunk's sum to `place` and, where it is the last one of its norm, the factor.
-__device__ inline void write_sum(double* place, double sum, const Sums& sums, const Norm& norm, double* lanes,
+__device__ inline void write_sum(double* place, double sum, const NormSums& sums, const Norm& norm, double* lanes,
                                  bool& is_last) {
     if (threadIdx.x == 0) *place = sum;
     if (!norm.factors) return;
@@ -169,7 +169,7 @@ __device__ inline void write_sum(double* place, double sum, const Sums& sums, co
 }
 
 // The sums of one tensor.
-__device__ inline Sums sums_of(const TensorTable& table, int t, double* sums) {
+__device__ inline NormSums sums_of(const TensorTable& table, int t, double* sums) {
     const Tensor& tensor = table.tensors[t];
     return {sums + tensor.first_chunk, (tensor.size + GPU_ADAM_CHUNK - 1) / GPU_ADAM_CHUNK, t};
 }
@@ -185,7 +185,7 @@ square_sums(const TensorTable table, const StepScalars scalars, const StepScalar
         const Chunk chunk = chunk_at(table, index);
         const Gradient* const g = in_global_memory(table.gradients[chunk.tensor]) + chunk.begin;
         const double sum = sum_of_squares(g, chunk.size, step, found, lanes);
-        const Sums all = {sums, table.chunks, 0};
+        const NormSums all = {sums, table.chunks, 0};
         write_sum(sums + index, sum, norm.stride ? sums_of(table, chunk.tensor, sums) : all, norm, lanes, is_last);
     }
 }
@@ -202,7 +202,7 @@ square_sums_of(const Gradient* values, const long long size, const StepScalars s
         const long long left = size - begin;
         const int size_here = static_cast<int>(left < GPU_ADAM_CHUNK ? left : GPU_ADAM_CHUNK);
         const double sum = sum_of_squares(values + begin, size_here, step, found, lanes);
-        const Sums all = {sums, (size + GPU_ADAM_CHUNK - 1) / GPU_ADAM_CHUNK, 0};
+        const NormSums all = {sums, (size + GPU_ADAM_CHUNK - 1) / GPU_ADAM_CHUNK, 0};
         write_sum(sums + index, sum, all, norm, lanes, is_last);
     }
 }

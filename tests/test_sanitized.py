@@ -89,9 +89,6 @@ MUTANTS = {
         "norm",
         WRONG,
     ),
-    "a norm's barrier before the last block is known": without_barrier(
-        "norm.cu", "norm", "__threadfence();  // all are counted before they are read\n    }\n    ", "\n"
-    ),
     "a count that goes on in the next launch": Mutant(
         "norm.cu", "norm.written[sums.which] = 0;", "norm.written[sums.which] = MUTANT;", "norm", WRONG
     ),

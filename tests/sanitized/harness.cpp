@@ -129,7 +129,7 @@ static const StepScalars GROUPS[] = {NOTHING, STEP};  // tensors are of the seco
 static const StepScalars* const STAGED_GROUPS = STAGED ? GROUPS : nullptr;
 static const StepScalars* const STAGED_STEP = STAGED ? &STEP : nullptr;
 
-template <typename T> static T times(T x, double factor) { return static_cast<T>(static_cast<double>(x) * factor); }
+template <typename T> static T times(T x, double factor) { return x * static_cast<T>(factor); }
 template <typename T> static Complex<T> times(Complex<T> x, double f) { return {times(x.re, f), times(x.im, f)}; }
 
 static Wide clipped_reference(Gradient g, double factor) {
