@@ -1,7 +1,7 @@
 // A guarded step: its scalars depend on numbers that only the device knows, and it may turn out to change nothing.
 //
 //     guard_begin            the scalars of the step that is due, among those of all steps that may be
-//     pass 1 of norm.cu      counts the elements of the gradients that are not finite
+//     the pass of norm.cu    counts the elements of the gradients that are not finite
 //     guard_end              whether the step is applied; counts it, and lets the loss scale follow
 //     the updates            with GPU_ADAM_STAGED, which look at `apply`
 //     add_square_sum         of norm.cu, twice, where the updates measure

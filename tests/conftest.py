@@ -10,6 +10,7 @@ marks are asked for on the command line: `pytest -m ""` runs every test.
 
 import importlib
 import os
+import tempfile
 from collections.abc import Iterator
 from typing import Any
 
@@ -114,6 +115,15 @@ def one_torch_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def keras() -> Any:
+    """Keras 3 on NumPy, without a file of settings in the user's home."""
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as home:
+        patch.setenv("KERAS_BACKEND", "numpy")
+        patch.setenv("KERAS_HOME", home)
+        return pytest.importorskip("keras", minversion="3", reason="Keras 3 is not installed (extra: peers)")
 
 
 @pytest.fixture(autouse=True)

@@ -25,6 +25,7 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import pytest
+from damage import damaged
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -429,25 +430,8 @@ def outcome(path: Path, content: bytes) -> dict[str, npt.NDArray[Any]] | None:
         return None
 
 
-def damages(good: bytes, dice: random.Random) -> bytes:
-    """One piece of damage: bytes that change, vanish, come twice, change places; fields with values of their own."""
-    size = len(good)
-    a, b = sorted(dice.sample(range(size + 1), 2))
-    end = a + dice.choice((1, 2, 4, 8, 30))
-    kinds: list[bytes] = [
-        good[:a] + bytes([good[a] ^ 1 << dice.randrange(8)]) + good[a + 1 :],
-        good[:a] + good[b:],
-        good[:b] + good[a:],
-        good[:a] + bytes(b - a) + good[b:],
-        good[:a] + dice.randbytes(dice.randrange(1, 40)) + good[a:],
-        dice.randbytes(a % 50) + good,
-        good[:a] + good[b : b + end - a] + good[end:],
-        _changed_field(good, dice),
-    ]
-    return kinds[dice.randrange(len(kinds))]
-
-
-def _changed_field(good: bytes, dice: random.Random) -> bytes:
+def _changed_field(good: bytes, dice: random.Random, begin: int, end: int) -> bytes:
+    """A field of the archive with a value of its own."""
     size = len(good)
     signature = dice.choice((b"PK\1\2", b"PK\3\4", b"PK\5\6"))
     places = [found.start() for found in re.finditer(re.escape(signature), good)]
@@ -471,7 +455,7 @@ def test_generated_damage_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyP
     tracemalloc.start()
     try:
         for _ in range(1000):
-            bad = damages(good, dice)
+            bad = damaged(good, dice, _changed_field)
             arrays = outcome(tmp_path / "bad", bad)
             if arrays is None:
                 noticed += 1

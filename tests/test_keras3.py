@@ -12,7 +12,6 @@ differs.
 Keras computes with NumPy here, where it takes its steps at once; it has no float64 there, nor with JAX.
 """
 
-import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -30,15 +29,6 @@ EXACT: dict[str, Any] = {"beta_1": 0.875, "beta_2": 0.9375}
 NAMES = ["scale", "bias", "kernel", "table"]
 SHAPES: list[tuple[int, ...]] = [(), (7,), (3, 5), (1100,)]
 Arrays = list[np.ndarray]
-
-
-@pytest.fixture(scope="module")
-def keras() -> Any:
-    """Keras 3 on NumPy, without a file of settings in the user's home."""
-    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as home:
-        patch.setenv("KERAS_BACKEND", "numpy")
-        patch.setenv("KERAS_HOME", home)
-        return pytest.importorskip("keras", minversion="3", reason="Keras 3 is not installed (extra: peers)")
 
 
 def initial() -> Arrays:

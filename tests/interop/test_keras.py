@@ -3,7 +3,6 @@
 Keras computes with NumPy here, in which it has no float64.
 """
 
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +28,6 @@ CHOICES: dict[str, dict[str, Any]] = {
     "amsgrad, averages, decay": {"amsgrad": True, "use_ema": True, "ema_momentum": 0.75, "weight_decay": 0.25},
 }
 NAMES = {"m": "momentum", "v": "velocity", "vhat": "velocity_hat", "average": "average"}
-
-
-@pytest.fixture(scope="module")
-def keras() -> Any:
-    """Keras 3 on NumPy, without a file of settings in the user's home."""
-    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as home:
-        patch.setenv("KERAS_BACKEND", "numpy")
-        patch.setenv("KERAS_HOME", home)
-        return pytest.importorskip("keras", minversion="3", reason="Keras 3 is not installed (extra: peers)")
 
 
 class Theirs:
