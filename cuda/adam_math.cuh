@@ -60,6 +60,16 @@ struct StepScalars {
 constexpr bool ADJUSTS = GPU_ADAM_ADJUST > 0;
 constexpr bool SCALED = GPU_ADAM_ADJUST > 1;
 
+// The two moving averages.
+__device__ inline Value first_moment(Value m, Value g, const StepScalars& step) {
+    return m + (g - m) * real(step.one_minus_beta_1);
+}
+__device__ inline Real second_moment(Real v, Value g, const StepScalars& step) {
+    return v + (squared(g) - v) * real(step.one_minus_beta_2);
+}
+
+// MOVES: false where g is 0 and it is known that the quotient is too small to move theta, and what v will be (replay.cuh).
+template <bool MOVES = true>
 __device__ inline Element adam(Element e, Value g, const StepScalars& step, unsigned noise) {
     if constexpr (ACCUMULATES) {
         e.theta = step.decay == 0 ? g : e.theta + g;  // 0 begins a new sum: the old one may be infinite
@@ -71,15 +81,14 @@ __device__ inline Element adam(Element e, Value g, const StepScalars& step, unsi
         g = g * real(step.sign);
         if (step.l2 != 0) g = g + e.theta * real(step.l2);
     }
-    e.m = e.m + (g - e.m) * real(step.one_minus_beta_1);
-    e.v = e.v + (squared(g) - e.v) * real(step.one_minus_beta_2);
-    Real second_moment = e.v;
-    if constexpr (AMSGRAD) {
-        e.vhat = maximum(e.vhat, e.v);
-        second_moment = e.vhat;
-    }
+    e.m = first_moment(e.m, g, step);
     if constexpr (ADJUSTS) e.theta = e.theta * real(step.decay);
-    e.theta = e.theta - (e.m * real(step.alpha)) / (square_root(second_moment) + real(step.epsilon));
+    if constexpr (MOVES) {
+        e.v = second_moment(e.v, g, step);
+        Real s = e.v;
+        if constexpr (AMSGRAD) s = e.vhat = maximum(e.vhat, e.v);
+        e.theta = e.theta - (e.m * real(step.alpha)) / (square_root(s) + real(step.epsilon));
+    }
     if constexpr (MEASURES) e.moved = e.theta - before;
     if constexpr (MASTER) e.master = e.theta;
     if constexpr (ROUNDS && !MASTER && (EMA || STOCHASTIC || MEASURES)) e.theta = as_stored(e.theta, noise);

@@ -24,6 +24,14 @@ def step_scalars(real_dtype: str) -> np.dtype:
     return np.dtype([("noise", np.uint64), *((name, real_dtype) for name in (*adam, *others))], align=True)
 
 
+@functools.cache
+def logged_step(real_dtype: str) -> np.dtype:
+    """``LoggedStep`` of replay.cuh, for a dtype whose real numbers are of `real_dtype`."""
+    extremes = [(name, real_dtype) for name in ("largest_alpha", "smallest_epsilon", "smallest_decay")]
+    others = [("decays", np.int32), ("penalized", np.int32), ("steady_since", _INTEGER)]
+    return np.dtype([("scalars", step_scalars(real_dtype)), *extremes, *others], align=True)
+
+
 SLOT_POINTERS = np.dtype([(name, _POINTER) for name in ("theta", *(spec.name for spec in SLOT_SPECS))], align=True)
 """``Slots`` of slots.cuh: where a variable and its slots lie; a slot that the rule has not is null."""
 
@@ -45,6 +53,17 @@ EMBEDDING_TABLE = np.dtype(
     align=True,
 )
 """``EmbeddingTable`` of sparse.cu."""
+
+DEFERRED_TABLE = np.dtype(
+    [("slots", SLOT_POINTERS)]
+    + [(name, _INTEGER) for name in ("rows", "row_size", "rows_per_tile", "place")]
+    + [(name, _POINTER) for name in ("last_step", "log")],
+    align=True,
+)
+"""``DeferredTable`` of deferred.cu."""
+
+STEP_LOG = np.dtype([("count", _INTEGER), ("blocks", np.uint64), ("steps", _POINTER)], align=True)
+"""``StepLog`` of replay.cuh."""
 
 INDICES = np.dtype([("data", _POINTER), ("wide", _INTEGER), ("count", _INTEGER), ("rows", _INTEGER)], align=True)
 """``Indices`` of sort.cuh."""

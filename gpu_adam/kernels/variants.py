@@ -142,6 +142,12 @@ def sparse(dtype_name: str, rule: UpdateRule, *, gradient: str | None = None, st
     return _update("sparse", dtypes, rule.of(dtype_name).switches, staged or int(rule.guarded))
 
 
+def deferred(dtype_name: str, rule: UpdateRule, *, gradient: str | None = None, staged: int = 0) -> Kernel:
+    """The update of the rows of one variable that have a gradient. Arguments as for dense."""
+    dtypes = dtype_name, gradient or dtype_name, rule.slot_dtype
+    return _update("deferred", dtypes, rule.of(dtype_name).switches, staged or int(rule.guarded))
+
+
 def _types(dtype_name: str, gradient: str, slot_dtype: str | None) -> tuple[str, ...]:
     """The definitions of the types: a row of the dtype table, and what lies beside the variable."""
     row = DTYPES[dtype_name]
@@ -157,7 +163,9 @@ def _update(
     dtype_name = dtypes[0]
     defines = (*_types(*dtypes), *_definitions(*switches, ("STAGED", staged)))
     if name == "sparse":
-        defines += (f"GPU_ADAM_TILE={tile_size(dtype_name)}", *_SORT_DEFINES)
+        defines += (f"GPU_ADAM_TILE={tile_size(dtype_name)}",)
+    if name != "dense":
+        defines += _SORT_DEFINES
     return Kernel(Source(f"{name}.cu", defines), name)
 
 

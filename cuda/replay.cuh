@@ -1,0 +1,243 @@
+// Steps that a row has missed, made up for in registers: the same operations in the same order as if each step had moved
+// the row with a gradient of zeros, hence the same bits. deferred.md has the mathematics at length.
+//
+// With g = 0 a step is, each operation rounded:
+//
+//     m     <- m + (0 - m) c1                     c1 = 1 - beta_1, c2 = 1 - beta_2, both in (0, 1]
+//     v     <- v + (0 - v) c2
+//     theta <- theta decay - (m alpha) / (sqrt(s) + epsilon)          s = v, or vhat <- max(vhat, v)
+//
+// 1. v does not depend on m and theta: it is computed first, for all missed steps. For c2 in (0, 1] rounding, which is
+//    monotone, keeps v from growing, so that this last v is a lower bound of every v on the way. (vhat does not change after
+//    the first missed step: v does not grow, so vhat >= every later v.)
+// 2. The full recurrence, until theta cannot change any more. |m| does not grow either. With A the largest |alpha| and E
+//    the smallest epsilon of all logged steps, and s the bound of point 1, every later quotient is, all roundings and
+//    flushes being monotone, at most
+//
+//        Q = (|m| A) / (sqrt(s) + E)              computed by the same operations
+//
+//    theta - q rounds to theta where |q| <= 2^-25 |theta| (float64: 2^-54): half of the distance to the nearer neighbour,
+//    and a tie goes to theta, whose mantissa is even where that neighbour is the nearer one. Where Q is below the smallest
+//    normal number, every q is a zero, which changes no theta but -0.
+//    With decay |theta| shrinks to not less than |theta| (1 - n (1 - d)) (1 - 2^-24)^n in the n steps that are left, d
+//    being the smallest decay: then half of the bound, for this number, is asked for. A theta of 16 bits without master
+//    is rounded in each step, may lose more than that, and goes through the full recurrence.
+// 3. m (with theta decay and the average, where there are such), until it stands still: m does not reach 0 but stops where
+//    the product m c1 is flushed, near 2^-126 / c1. v stops, too, near 2^-126 / c2.
+//
+// NaN and infinities make these comparisons false, and go through the full recurrence. So does l2: its gradient is not 0.
+//
+// A strip has consecutive elements of one row, as a thread of a GPU, or in the host's fast mode of several short rows, so
+// that points 1 and 3 are vector code across rows: their steps are counted from each row's first missed one, and a row that
+// missed fewer waits for the others.
+#pragma once
+#include "memory.cuh"
+
+// A step in the log of a variable. The others' numbers are of this step and all before. Mirrored by
+// gpu_adam.kernels.logged_step.
+struct LoggedStep {
+    StepScalars scalars;
+    StoredReal largest_alpha;     // of their absolute values
+    StoredReal smallest_epsilon;
+    StoredReal smallest_decay;    // at most 1
+    int decays;                   // whether some decay is not 1
+    int penalized;                // whether some l2 is not 0
+    long long steady_since;       // from this entry on beta_1 and beta_2 are what they are now
+};
+
+// The steps since all rows of a variable were last up to date. Steps that were left out are not among them. Mirrored by
+// gpu_adam.kernels.STEP_LOG.
+struct StepLog {
+    long long count;
+    unsigned long long blocks;  // of a launch that is at work, which are done
+    LoggedStep* steps;
+};
+
+constexpr int LANES = GPU_ADAM_ONE_THREAD ? GPU_ADAM_STRIP : PACK;  // elements of a strip
+constexpr int STRIP_ROWS = GPU_ADAM_ONE_THREAD ? LANES : 1;        // rows, at most
+constexpr int PATIENCE = 16;                                       // steps between two looks whether a phase is over
+constexpr bool WIDE_REAL = sizeof(Real) == sizeof(double);
+
+__device__ inline bool is_minus_zero(float x) { return __float_as_uint(x) == 0x80000000u; }
+__device__ inline bool is_minus_zero(Double x) { return __double_as_longlong(x.x) == static_cast<long long>(1ULL << 63); }
+__device__ inline bool is_plus_zero(float x) { return __float_as_uint(x) == 0; }
+__device__ inline bool is_plus_zero(Double x) { return __double_as_longlong(x.x) == 0; }
+__device__ inline bool equal(float a, float b) { return a == b; }
+__device__ inline bool equal(Double a, Double b) { return a.x == b.x; }
+template <typename T>
+__device__ inline bool equal(Complex<T> a, Complex<T> b) { return equal(a.re, b.re) && equal(a.im, b.im); }
+
+// Rows of a strip: where each begins among the lanes, and which steps it has missed.
+struct StripRows {
+    int rows;                  // > 0
+    int columns;               // lanes of each
+    long long from[STRIP_ROWS];  // first missed step of each
+    long long now;             // the number of steps in the log
+};
+
+// What point 2 compares with.
+struct Bounds {
+    Real alpha, epsilon, share, smallest;
+    bool decays;
+
+    // Of the steps of a log that are left, `left` of them, for rows that miss them all.
+    __device__ Bounds(const LoggedStep& last, long long left) {
+        alpha = real(last.largest_alpha);
+        epsilon = real(last.smallest_epsilon);
+        decays = ADJUSTS && last.decays;
+        double kept = 1;
+        if (decays) kept = ROUNDS && !MASTER ? 0 : (1 - left * (1 - static_cast<double>(last.smallest_decay))) / 2;
+        if (!(kept > 0) || (ADJUSTS && last.penalized)) kept = 0;
+        share = real(static_cast<StoredReal>(kept * (WIDE_REAL ? 0x1p-54 : 0x1p-25)));
+        smallest = real(static_cast<StoredReal>(kept > 0 ? (WIDE_REAL ? 0x1p-1022 : 0x1p-126) : 0));
+    }
+
+    // Whether theta stays, but for its decay, whatever of these steps comes.
+    __device__ bool keep(Real theta, Real m, Real divisor) const {
+        const Real quotient = (magnitude(m) * alpha) / divisor;
+        const bool is_small = quotient < magnitude(theta) * share;
+        return is_small || (quotient < smallest && (decays ? is_plus_zero(theta) : !is_minus_zero(theta)));
+    }
+    template <typename T>
+    __device__ bool keep(Complex<T> theta, Complex<T> m, Real divisor) const {
+        return keep(theta.re, m.re, divisor) && keep(theta.im, m.im, divisor);
+    }
+};
+
+// Let lanes [begin, end) take a step with a gradient of zeros. In a strip of one row all lanes do: those that it has no
+// element for are zeros.
+template <bool MOVES>
+__device__ __forceinline__ void step_lanes(SlotPacks<LANES>& packs, int begin, int end, const StepScalars& step,
+                                           unsigned long long noise, long long first) {
+    const StepScalars own = step;
+    const int from = STRIP_ROWS == 1 ? 0 : begin, to = STRIP_ROWS == 1 ? LANES : end;
+#pragma unroll
+    GPU_ADAM_INDEPENDENT
+    for (int k = from; k < to; ++k) {
+        Element e = {};
+#define READ(slot, Memory, Register, present) \
+    if constexpr (present) e.slot = Converted<Register>::from(packs.slot.x[k]);
+        GPU_ADAM_SLOTS(READ)
+#undef READ
+        e = adam<MOVES>(e, value(Gradient{}), own, noise_at(noise, first, k - from));
+#define WRITE(slot, Memory, Register, present) \
+    if constexpr (present) store(packs.slot.x[k], e.slot);
+        GPU_ADAM_SLOTS(WRITE)
+#undef WRITE
+    }
+}
+
+// Let one slot of every lane take so many steps of its own, `most` at most, by constant scalars; until no lane moves.
+template <typename Register, typename Memory, typename Advance>
+__device__ __forceinline__ void advance_together(Pack<Memory, LANES>& slot, const int* left, int most, Advance advance) {
+    for (int i = 0; i < most;) {
+        int moving = 0;
+#pragma unroll
+        GPU_ADAM_INDEPENDENT
+        for (int k = 0; k < LANES; ++k) {
+            Memory next = slot.x[k];
+            const Register before = Converted<Register>::from(next);
+            store(next, advance(before));
+            const bool takes = STRIP_ROWS == 1 || i < left[k];
+            moving |= takes && !equal(before, Converted<Register>::from(next));
+            slot.x[k] = takes ? next : slot.x[k];
+        }
+        if (!moving) return;
+        ++i;
+        for (const int end = i + PATIENCE < most ? i + PATIENCE : most; i < end; ++i) {
+#pragma unroll
+            GPU_ADAM_INDEPENDENT
+            for (int k = 0; k < LANES; ++k) {
+                Memory next = slot.x[k];
+                store(next, advance(Converted<Register>::from(next)));
+                slot.x[k] = STRIP_ROWS == 1 || i < left[k] ? next : slot.x[k];
+            }
+        }
+    }
+}
+
+// How many steps each lane has left, and the most, where its row has missed all from `from` on.
+__device__ inline int count_left(const StripRows& rows, int* left) {
+    int most = 0;
+    for (int r = 0; r < rows.rows; ++r) {
+        const int missed = static_cast<int>(rows.now - rows.from[r]);
+        if (missed > most) most = missed;
+        for (int k = 0; STRIP_ROWS > 1 && k < rows.columns; ++k) left[r * rows.columns + k] = missed;
+    }
+    return most;
+}
+
+// Let every row take the steps that it has missed. `firsts` are the indices of the rows' first elements in the variable.
+__device__ inline void replay(SlotPacks<LANES>& packs, StripRows& rows, const long long* firsts, const LoggedStep* log,
+                              long long place) {
+    if constexpr (ACCUMULATES) return;
+    alignas(64) int left[STRIP_ROWS > 1 ? LANES : 1] = {};
+    int most = count_left(rows, left);
+    if (most == 0) return;
+    const LoggedStep& last = log[rows.now - 1];
+    bool steady = true;
+    for (int r = 0; r < rows.rows; ++r) steady = steady && rows.from[r] >= last.steady_since;
+
+    auto v = packs.v;  // as it is going to be
+    if (steady) {
+        const StepScalars step = last.scalars;
+        advance_together<Real>(v, left, most, [&](Real x) { return second_moment(x, value(Gradient{}), step); });
+    } else {
+        for (int r = 0; r < rows.rows; ++r) {
+            const int begin = STRIP_ROWS == 1 ? 0 : r * rows.columns;
+            const int end = STRIP_ROWS == 1 ? LANES : begin + rows.columns;
+            for (long long t = rows.from[r]; t < rows.now; ++t) {
+                const StepScalars step = log[t].scalars;
+#pragma unroll
+                GPU_ADAM_INDEPENDENT
+                for (int k = begin; k < end; ++k) {
+                    store(v.x[k], second_moment(Converted<Real>::from(v.x[k]), value(Gradient{}), step));
+                }
+            }
+        }
+    }
+
+    for (int r = 0; r < rows.rows; ++r) {
+        const int begin = STRIP_ROWS == 1 ? 0 : r * rows.columns;
+        const int end = STRIP_ROWS == 1 ? LANES : begin + rows.columns;
+        long long& t = rows.from[r];
+        for (int few = 1; t < rows.now; few = PATIENCE) {
+            for (const long long until = t + few < rows.now ? t + few : rows.now; t < until; ++t) {
+                const StepScalars& step = log[t].scalars;
+                step_lanes<true>(packs, begin, end, step, noise_of(step.noise, place), firsts[r]);
+            }
+            const Bounds bounds(last, rows.now - t);
+            int keeps = 1;
+#pragma unroll
+            GPU_ADAM_INDEPENDENT
+            for (int k = begin; k < end; ++k) {
+                Real s = Converted<Real>::from(v.x[k]);
+                if constexpr (AMSGRAD) s = Converted<Real>::from(packs.vhat.x[k]);
+                const Real divisor = square_root(s) + bounds.epsilon;
+                Value theta;
+                if constexpr (MASTER) {
+                    theta = Converted<Value>::from(packs.master.x[k]);
+                } else {
+                    theta = Converted<Value>::from(packs.theta.x[k]);
+                }
+                keeps &= bounds.keep(theta, Converted<Value>::from(packs.m.x[k]), divisor);
+            }
+            if (keeps) break;
+        }
+    }
+
+    most = count_left(rows, left);
+    if (steady && !EMA && !(ADJUSTS && last.decays)) {
+        const StepScalars step = last.scalars;
+        advance_together<Value>(packs.m, left, most, [&](Value x) { return first_moment(x, value(Gradient{}), step); });
+    } else {
+        for (int r = 0; r < rows.rows; ++r) {
+            const int begin = r * rows.columns;
+            for (long long t = rows.from[r]; t < rows.now; ++t) {
+                const StepScalars& step = log[t].scalars;
+                step_lanes<false>(packs, begin, begin + rows.columns, step, noise_of(step.noise, place), firsts[r]);
+            }
+        }
+    }
+    packs.v = v;
+}
