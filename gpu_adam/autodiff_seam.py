@@ -24,8 +24,13 @@ _Result = TypeVar("_Result")
 class Tracer(Protocol):
     """What a running differentiation must answer."""
 
-    def operand(self, variable: Any) -> Any:
-        """What to compute with in place of `variable`: a recorded value, or the plain array."""
+    def operand(self, variable: Any, array: Any) -> Any:
+        """What to compute with in place of `variable`: a recorded value, or the plain array.
+
+        Args:
+            variable: the variable.
+            array: its array; what is going to be read of it is up to date.
+        """
 
     def watches(self, variable: Any) -> bool:
         """Whether `operand` records this variable."""
@@ -74,12 +79,19 @@ def _set_and_call(tracer: Tracer, function: Callable[..., _Result], *args: Any) 
     return function(*args)
 
 
-def operand(variable: Any) -> Any:
-    """The value of a variable, recorded where a differentiation is running."""
+def operand(variable: Any, array: Any = None) -> Any:
+    """The value of a variable, recorded where a differentiation is running.
+
+    Args:
+        variable: the variable.
+        array: its array, where the caller has brought up to date what it is going to read; by default all of it is.
+    """
     tracer = current_tracer.get()
     if tracer is None and _running:
         tracer = _of_another_thread(variable)
-    return variable._value if tracer is None else tracer.operand(variable)
+    if array is None:
+        array = variable._value
+    return array if tracer is None else tracer.operand(variable, array)
 
 
 def shown(variable: Any) -> Any:

@@ -14,6 +14,7 @@ from numpy.lib.mixins import NDArrayOperatorsMixin
 
 from gpu_adam.arrays import add_at
 from gpu_adam.autodiff_seam import adapter, check_overwrite, operand, shown
+from gpu_adam.behind import Behind
 from gpu_adam.conversion import as_numbers, cast, copied_to, on_host, place_of
 from gpu_adam.devices import Array, Device, find_device
 from gpu_adam.errors import ArgumentTypeError, ArgumentValueError, SparseIndexError
@@ -68,6 +69,9 @@ class Variable(NDArrayOperatorsMixin):
 
     _master: weakref.ref[Variable] | None = None
 
+    _storage: Array  # for its place, shape and dtype; whose contents may be behind
+    _behind: Behind | None = None
+
     def __init__(
         self,
         initial_value: Any,
@@ -98,7 +102,7 @@ class Variable(NDArrayOperatorsMixin):
                 array.dtype if hasattr(initial_value, "dtype") else _PYTHON_DTYPES.get(array.dtype.kind, array.dtype)
             )
         array = cast(array, wanted.newbyteorder("="), "initial_value")
-        self._value = copied_to(self._device, array)
+        self._storage = copied_to(self._device, array)
         self._name = "Variable" if name is None else name
         self.trainable = truth_value("trainable", trainable)
         self._constraint: Callable[[Variable], Any] | None = constraint
@@ -107,7 +111,7 @@ class Variable(NDArrayOperatorsMixin):
     def over(cls, array: Array, device: Device, name: str | None = None, trainable: bool = True) -> Variable:
         """A variable over an array's own memory, without a copy. The array must be C-contiguous and writeable."""
         self = cls.__new__(cls)
-        self._device, self._value = device, array
+        self._device, self._storage = device, array
         self._name = "Variable" if name is None else name
         self.trainable = trainable
         self._constraint = None
@@ -137,7 +141,14 @@ class Variable(NDArrayOperatorsMixin):
 
     def _move_to(self, array: Array) -> None:
         """Stand for another array of the same shape and dtype: a variable follows the object whose memory it shows."""
-        self._value = array
+        self._storage = array
+
+    @property
+    def _value(self) -> Array:
+        """The array, all rows of which are up to date: what contents are read from, and written to."""
+        if self._behind is not None:
+            self._behind.settle()
+        return self._storage
 
     @property
     def value(self) -> Array:
@@ -161,12 +172,12 @@ class Variable(NDArrayOperatorsMixin):
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the array."""
-        return tuple(self._value.shape)
+        return tuple(self._storage.shape)
 
     @property
     def dtype(self) -> np.dtype:
         """Dtype of the array."""
-        dtype: np.dtype = self._value.dtype
+        dtype: np.dtype = self._storage.dtype
         return dtype
 
     @property
@@ -194,7 +205,7 @@ class Variable(NDArrayOperatorsMixin):
     @property
     def size(self) -> int:
         """Number of elements."""
-        return int(self._value.size)
+        return int(self._storage.size)
 
     def numpy(self) -> np.ndarray:
         """A copy in host memory. Waits for the device."""
@@ -261,16 +272,16 @@ class Variable(NDArrayOperatorsMixin):
     def __getattr__(self, name: str) -> Any:
         # Interfaces that exist on one kind of device only, and must be absent on the other; and the methods of arrays.
         public = not name.startswith("_") or name in ("__array_interface__", "__cuda_array_interface__")
-        if public and "_value" in self.__dict__:
+        if public and "_storage" in self.__dict__:
             device = self._device
             if device.xp is np:
                 return getattr(operand(self), name)
             with device.activate():
                 found = getattr(operand(self), name)
             return functools.partial(_called_on, device, found) if callable(found) else found
-        if name == "__cupy_get_ndarray__" and "_value" in self.__dict__ and self._device.xp is not np:
+        if name == "__cupy_get_ndarray__" and "_storage" in self.__dict__ and self._device.xp is not np:
             value = operand(self)
-            if value is self._value:  # a recorded value is no array of CuPy
+            if value is self._storage:  # a recorded value is no array of CuPy
                 return functools.partial(_itself, value)
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
@@ -282,7 +293,7 @@ class Variable(NDArrayOperatorsMixin):
             return operand(self).__dlpack__(**options)
 
     def __dlpack_device__(self) -> tuple[int, int]:
-        kind, index = self._value.__dlpack_device__()
+        kind, index = self._storage.__dlpack_device__()
         return int(kind), int(index)
 
     def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **options: Any) -> Any:
@@ -314,7 +325,7 @@ class Variable(NDArrayOperatorsMixin):
         self._change(lambda array: operator.setitem(array, _plain(index), _plain(value)))
 
     def __len__(self) -> int:
-        return len(self._value)
+        return len(self._storage)
 
     def __iter__(self) -> Iterator[Array]:
         return iter(operand(self))
@@ -378,7 +389,7 @@ class Variable(NDArrayOperatorsMixin):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._device, self._name, self.trainable = state["device"], state["name"], state["trainable"]
         value = state["value"]
-        self._value = value if self._device.xp is np else self._device.array(value)
+        self._storage = value if self._device.xp is np else self._device.array(value)
         self._constraint = state.get("constraint")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Variable:

@@ -20,7 +20,7 @@ FLOORS = [
     ["errors", "arrays", "nvtx", "autodiff_seam", "rules", "uninterrupted", "held_signals"],
     ["kernels"],
     ["schedules", "devices"],
-    ["conversion", "variables", "loss_scale", "hyperparameters"],
+    ["conversion", "behind", "variables", "loss_scale", "hyperparameters"],
     ["state"],
     ["step"],
     # What is differentiated knows nothing of optimizers.

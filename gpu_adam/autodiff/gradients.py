@@ -207,7 +207,7 @@ def _start(tape: Tape, losses: Sequence[Any], seeds: list[Any]) -> list[Any]:
     foreign: dict[str, list[int]] = {}
     for i, loss in enumerate(values):
         if isinstance(loss, Variable):
-            loss = tape.operand(loss)  # noqa: PLW2901
+            loss = tape.operand(loss, loss._value)  # noqa: PLW2901
         if type(loss) is Node and loss.tape is tape:
             # A variable, or a view of one, would change with the next step.
             is_view = loss.origin is None or getattr(loss.array, "base", None) is not None

@@ -169,9 +169,9 @@ def call(loss: Callable[..., Any], tape: Tape) -> Any:
 def _views(tape: Tape) -> dict[int, Any]:
     """The variables as JAX's arrays, without those that it cannot take: an error only if they are asked for."""
     found = {}
-    for key, leaf in tape.leaves.items():
+    for key, variable in tape.variables.items():
         with contextlib.suppress(ArgumentValueError, TypeError, RuntimeError):
-            found[key] = _to_jax(leaf.array)
+            found[key] = _to_jax(variable._value)
     return found
 
 
@@ -194,7 +194,7 @@ def view(variable: Variable) -> Any:
         raise HandOver(call)
     current = tape.views["jax"]
     if id(variable) not in current.views:
-        _check_width(variable._value)
+        _check_width(variable._storage)
         raise ArgumentValueError(
             f'variable "{variable.name}"',
             "must have a dtype and lie on a device that JAX can take",

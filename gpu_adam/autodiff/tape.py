@@ -38,6 +38,7 @@ class Tape:
     def __init__(self, variables: Iterable[Any] | None = None) -> None:
         self.nodes: list[Node] = []
         self.leaves: dict[int, Node] = {}
+        self.variables: dict[int, Any] = {}  # of the leaves, whose arrays may be behind
         self.constants = Constants()
         self.all = variables is None
         for variable in variables or ():
@@ -45,12 +46,16 @@ class Tape:
         # What stands for the variables in other frameworks, kept here by their adapters.
         self.views: dict[str, Any] = {}
 
-    def operand(self, variable: Any) -> Any:
-        """The recorded value of a variable; its plain value if it is not watched or cannot have a gradient."""
+    def operand(self, variable: Any, array: Any) -> Any:
+        """The recorded value of a variable; its plain value if it is not watched or cannot have a gradient.
+
+        A leaf has the variable's memory, and is handed out here alone: what a rule reads of it later was up to date
+        when the operation was recorded.
+        """
         leaf = self.leaves.get(id(variable))
         if leaf is None and self.all:
             leaf = self._watch(variable)
-        return self.constants.of_variable(variable._value) if leaf is None else leaf
+        return self.constants.of_variable(array) if leaf is None else leaf
 
     def watches(self, variable: Any) -> bool:
         """Whether the variable's gradient is wanted."""
@@ -61,9 +66,10 @@ class Tape:
         return shown(array)
 
     def _watch(self, variable: Any) -> Node | None:
-        array = variable._value
+        array = variable._storage
         if array.dtype.kind in "biu":
             return None
+        self.variables[id(variable)] = variable
         return self.leaves.setdefault(id(variable), Node(array, self, None))  # another thread may have been faster
 
     def refuse_overwrite(self, variable: Any) -> None:
@@ -139,6 +145,7 @@ class Tape:
         self.all = False
         self.nodes.clear()
         self.leaves.clear()
+        self.variables.clear()
         self.views.clear()
         self.constants.clear()
 

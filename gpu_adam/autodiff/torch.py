@@ -29,12 +29,12 @@ def view(variable: Variable) -> torch.Tensor:
     Inside a loss that is being differentiated, a leaf that requires its gradient, the same one at every call.  It must
     not be written to, and must not be kept: the next step changes its contents.
     """
-    tape = current_tracer.get()
-    if not isinstance(tape, Tape) or type(tape.operand(variable)) is not Node:
-        return tensor(variable._value)
+    tape, array = current_tracer.get(), variable._value
+    if not isinstance(tape, Tape) or type(tape.operand(variable, array)) is not Node:
+        return tensor(array)
     views = tape.views.setdefault("torch", {})
     if id(variable) not in views:
-        views[id(variable)] = tensor(variable._value).requires_grad_()
+        views[id(variable)] = tensor(array).requires_grad_()
     return views[id(variable)]
 
 

@@ -136,7 +136,7 @@ class AdamState:
     def slots_at(self, variables: Sequence[Variable], rule: UpdateRule) -> dict[str, list[Array]]:
         """For each slot of an update, in the order of the kernels' structs, the arrays of variables of one dtype."""
         return {
-            spec.name: [owned[variable].value for variable in variables]
+            spec.name: [owned[variable]._storage for variable in variables]
             for spec in slots_of(rule, variables[0].dtype.name)
             for owned in (self.slots[spec.name],)
         }
@@ -305,7 +305,7 @@ class AdamState:
         for owned in self.slots.values():
             for variable, slot in owned.items():
                 if not is_beside(slot, variable):
-                    slot._move_to(beside(slot.value, variable))
+                    slot._move_to(beside(slot._storage, variable))
         if has_masters:
             self.link_masters()
 

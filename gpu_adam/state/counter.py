@@ -38,7 +38,7 @@ def check_countable(counter: Variable) -> int:
     Raises:
         ArgumentValueError: the counter, which anyone may write, holds no such number, or can no longer be written.
     """
-    value = counter._value  # no loss is being differentiated, which `value` would look for
+    value = counter._storage  # its contents too: no update writes a counter, and no loss is being differentiated
     done = int(value.item())
     if not 0 <= done <= LAST_COUNT:
         raise ArgumentValueError(

@@ -132,7 +132,7 @@ class Registry:
                 "call forget(variable) first, or replace(old, new) with another array",
             )
         news._add(Entry(entry.obj, variable, new), _memory_key(fresh))
-        news.moved[variable] = fresh.value
+        news.moved[variable] = fresh._storage
         return variable
 
     def known(self, obj: Any) -> Variable | None:
@@ -216,7 +216,7 @@ def _placement(obj: Any) -> Placement:
 def _memory_key(variable: Variable) -> Any:
     if variable.size == 0:
         return id(variable)
-    return variable.device, variable.device.address(variable.value), variable.shape, variable.dtype
+    return variable.device, variable.device.address(variable._storage), variable.shape, variable.dtype
 
 
 def over_raw_array(obj: Any, argument: str) -> Variable:

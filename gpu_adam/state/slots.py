@@ -18,14 +18,14 @@ _FILLS = {"zeros": 0, "ones": 1}
 def beside(values: Array, variable: Variable) -> Array:
     """A copy of `values` as far from a 16-byte boundary as the variable."""
     device = variable.device
-    array = device.zeros(tuple(values.shape), values.dtype, like=variable.value)
+    array = device.zeros(tuple(values.shape), values.dtype, like=variable._storage)
     with device.activate():
         array[...] = values
     return array
 
 
 def _offset(variable: Variable) -> int:
-    return variable.device.address(variable.value) % 16 // variable.dtype.itemsize
+    return variable.device.address(variable._storage) % 16 // variable.dtype.itemsize
 
 
 def is_beside(slot: Variable, variable: Variable) -> bool:

@@ -87,7 +87,7 @@ class Transaction:
         self._remember()
 
     def _move(self, variable: Variable, array: Array) -> None:
-        self._before.append(partial(variable._move_to, variable.value))
+        self._before.append(partial(variable._move_to, variable._storage))
         variable._move_to(array)
         self._state.layout = object()
 
@@ -153,7 +153,7 @@ class Transaction:
             for owned in self._state.slots.values():
                 slot = owned.get(variable)
                 if slot is not None and not is_beside(slot, variable):
-                    self._move(slot, beside(slot.value, variable))
+                    self._move(slot, beside(slot._storage, variable))
 
     def ensure_slots(self, variables: Sequence[Variable], rule: UpdateRule) -> None:
         """Create the slots of an update that are missing, zero, slot name by slot name."""
@@ -172,10 +172,9 @@ class Transaction:
                     continue
                 self._remember()
                 dtype = spec.dtype(variable_dtype, state.complex_mode, state.slot_dtype)
-                values = [variable.value for variable in missing]
-                made = device.zeros_beside(values, dtype)
+                made = device.zeros_beside([variable._storage for variable in missing], dtype)
                 if spec.begins_at_variable:
-                    make_all([device.copy_call(made, values)])
+                    make_all([device.copy_call(made, [variable._value for variable in missing])])
                 arrays.update(zip(missing, made, strict=True))
             if arrays:
                 in_order = [variable for variable in dict.fromkeys(variables) if variable in arrays]

@@ -114,7 +114,7 @@ class Accumulator:
         for (device, dtype), missing in kinds.items():
             wide = dtype_named(DTYPES[dtype.name].wide_dtype)
             with nullcontext() if recording is None else recording.outside():
-                arrays = device.zeros_beside([each.value for each in missing], wide)
+                arrays = device.zeros_beside([each._storage for each in missing], wide)
             for variable, array in zip(missing, arrays, strict=True):
                 self._sums[variable] = Variable.over(array, device, variable.name, trainable=False)
 

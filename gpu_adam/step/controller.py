@@ -141,7 +141,7 @@ class Controller:
                     change.note(plan.index_errors)
                     launches.bind(pairs, gradients)
                     launches.set_scalars(scalars)
-                    count = functools.partial(state.counter._value.fill, done + 1)
+                    count = functools.partial(state.counter._storage.fill, done + 1)
                     report = [] if guard is None else guard.done_calls(plan.cohorts, aim)
                     calls = [*launches.calls(clip), *self._overwriting(plan, done + 1, graph)]
                     ending = [*report, *memo.written_calls, count, *plan.counts, *incoming.taken]
@@ -228,7 +228,7 @@ class Controller:
                 refuse_in_capture(device, "stage")
             with Counting([state]) as counting:
                 if self._promised is not None and self._promised[1] == state.steps_done:
-                    state.counter._value.fill(self._promised[0])
+                    state.counter._storage.fill(self._promised[0])
                 asked = stepper.next_step()
                 asked.be_counted()
                 if stepper.flavour.overwrites_at(state.steps_done):
@@ -280,7 +280,7 @@ class Controller:
             ending = [*incoming.taken, *change.commit]
             if stepper is None:
                 launches.set_scalars(plan.scalars(Scalars(hyper, done), clip, incoming.divisor))
-                ending.append(functools.partial(state.counter._value.fill, done + 1))
+                ending.append(functools.partial(state.counter._storage.fill, done + 1))
             make_all([*launches.calls(clip), *ending])
         if stepper is None:
             recording.kept.append(launches)

@@ -24,7 +24,7 @@ def rows_of(group: DenseGroup, slots: Mapping[str, Sequence[Array]], places: Seq
         places: of each variable among all that have slots.
     """
     rows = np.zeros(len(group.variables), kernels.TENSOR)
-    arrays = {"theta": [variable.value for variable in group.variables], **slots}
+    arrays = {"theta": [variable._storage for variable in group.variables], **slots}
     for name, column in arrays.items():
         rows["slots"][name] = group.device.addresses(column)
     rows["size"] = group.sizes.astype(np.int64) * group.layout.parts

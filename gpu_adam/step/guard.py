@@ -169,16 +169,16 @@ class Guard:
             counter: of the optimizer.
             waits: whether to wait for all reports, after which the two numbers are one.
         """
-        done, most = int(counter._value.item()), self._most()
+        done, most = int(counter._storage.item()), self._most()
         number, contents = self._reports.read(waits=waits)
-        if number and counter._value.flags.writeable:  # else the next step is refused
+        if number and counter._storage.flags.writeable:  # else the next step is refused
             report, read = contents.view(kernels.GUARD)[0], self._read + number
             assign = functools.partial(functools.partial, setattr, self)
             changes = [assign("_read", read), assign("report", report)]
             if read > self._since and done == most:
                 count = int(report["count"])
                 done = count + self._enqueued - read
-                fill = functools.partial(counter._value.fill, done)
+                fill = functools.partial(counter._storage.fill, done)
                 changes += [assign("_count", count), assign("_since", read), fill]
                 if done != most:
                     changes += counting(self.cohorts, done - most)
@@ -239,7 +239,7 @@ class Guard:
         """
         if self._loss_scale is None:
             return
-        scale, good = (self.device.address(own[name]._value) for name in (SCALE, GOOD_STEPS))
+        scale, good = (self.device.address(own[name]._storage) for name in (SCALE, GOOD_STEPS))
         self.loss[0] = scale, good, self._loss_scale.growth_interval
         if self._follows:
             self.scale[0] = scale

@@ -97,7 +97,7 @@ class Launches:
         for group in groups:
             slots = state.slots_at(group.variables, rule)
             own_places = [places.get(variable, 0) for variable in group.variables]
-            columns = [[variable.value for variable in group.variables], *slots.values()]
+            columns = [[variable._storage for variable in group.variables], *slots.values()]
             written = [memory_of(group.device, column) for column in columns]
             memory.setdefault(group.device.name, []).extend(written)
             kept += itertools.chain(*columns)

@@ -315,7 +315,8 @@ def check_updatable(variables: Sequence[Variable], moved: Mapping[Variable, Arra
             dtypes.add(variable.dtype)
         by_place.setdefault(variable.device.name, []).append(variable)
     for there in by_place.values():
-        found = first_overlap(memory_of(there[0].device, [moved.get(variable, variable.value) for variable in there]))
+        arrays = [moved.get(variable, variable._storage) for variable in there]
+        found = first_overlap(memory_of(there[0].device, arrays))
         if found is not None:
             one, other, shared = found
             raise ArgumentValueError(

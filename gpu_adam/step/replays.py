@@ -84,7 +84,7 @@ class NextStep(NamedTuple):
         """Count the step."""
         counter = self.state.counter
         self.now.iterations = done = check_countable(counter)  # a callable may have set the counter
-        counter._value.fill(done + 1)
+        counter._storage.fill(done + 1)
 
 
 class CapturedStep(NamedTuple):
@@ -159,7 +159,7 @@ class CapturedStep(NamedTuple):
             number: t, if no step before it was left out.
         """
         report = [] if self.aim is None else self.aim.guard.done_calls(self.plan.cohorts, self.aim)
-        return [*report, *self.written_calls, partial(state.counter._value.fill, number)]
+        return [*report, *self.written_calls, partial(state.counter._storage.fill, number)]
 
 
 class Counting:
@@ -173,7 +173,7 @@ class Counting:
     """
 
     def __init__(self, states: Iterable[AdamState]) -> None:
-        self._back = [partial(state.counter._value.fill, state.steps_done) for state in states]
+        self._back = [partial(state.counter._storage.fill, state.steps_done) for state in states]
         self._is_done: list[bool] = []
         self.done: Call = partial(self._is_done.append, True)
 

@@ -43,7 +43,7 @@ class EmbeddingTable:
         self.tiles = pieces * -(-rows // rows_per_tile) if row_size else 0
         self.counters = norm_counters(device, group.rule, 1)
         self.struct = np.zeros(1, kernels.EMBEDDING_TABLE)
-        arrays = {"theta": variable.value, **{name: array for name, (array,) in slots.items()}}
+        arrays = {"theta": variable._storage, **{name: array for name, (array,) in slots.items()}}
         for name, array in arrays.items():
             self.struct["slots"][name] = device.address(array)
         numbers = {"rows": rows, "row_size": row_size, "rows_per_tile": rows_per_tile, "pieces": pieces, "place": place}

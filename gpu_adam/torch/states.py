@@ -94,7 +94,7 @@ class States:
             if not slots:
                 continue
             known = self._shown.get(id(param), _NOTHING)
-            arrays = {name: slot._value for name, slot in slots.items()}
+            arrays = {name: slot._storage for name, slot in slots.items()}
             tensors = {"step": step}
             for name, array in arrays.items():
                 is_kept = known.arrays.get(name) is array
