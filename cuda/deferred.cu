@@ -208,3 +208,13 @@ deferred(const DeferredTable table, const Indices indices, const Keys keys, cons
     table.log->blocks = 0;
     table.log->count = now + 1;
 }
+
+// Let all rows, which are up to date, be so with respect to an empty log.
+extern "C" __global__ void __launch_bounds__(256)
+restart_log(const DeferredTable table) {
+    const long long all = static_cast<long long>(gridDim.x) * blockDim.x;
+    for (long long row = static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x; row < table.rows; row += all) {
+        table.last_step[row] = 0;
+    }
+    if (blockIdx.x == 0 && threadIdx.x == 0) table.log->count = 0;
+}

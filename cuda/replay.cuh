@@ -20,7 +20,7 @@
 //    and a tie goes to theta, whose mantissa is even where that neighbour is the nearer one. Where Q is below the smallest
 //    normal number, every q is a zero, which changes no theta but -0.
 //    With decay |theta| shrinks to not less than |theta| (1 - n (1 - d)) (1 - 2^-24)^n in the n steps that are left, d
-//    being the smallest decay: then half of the bound, for this number, is asked for. A theta of 16 bits without master
+//    being the smallest decay: then half of the bound, for this number, is asked for (n is below 2^20: max_deferral). A theta of 16 bits without master
 //    is rounded in each step, may lose more than that, and goes through the full recurrence.
 // 3. m (with theta decay and the average, where there are such), until it stands still: m does not reach 0 but stops where
 //    the product m c1 is flushed, near 2^-126 / c1. v stops, too, near 2^-126 / c2.
@@ -178,8 +178,11 @@ __device__ inline void replay(SlotPacks<LANES>& packs, StripRows& rows, const lo
     bool steady = true;
     for (int r = 0; r < rows.rows; ++r) steady = steady && rows.from[r] >= last.steady_since;
 
+    const bool is_free = !(ADJUSTS && last.penalized);  // v, of theta
     auto v = packs.v;  // as it is going to be
-    if (steady) {
+    if (!is_free) {
+        // The full recurrence has it.
+    } else if (steady) {
         const StepScalars step = last.scalars;
         advance_together<Real>(v, left, most, [&](Real x) { return second_moment(x, value(Gradient{}), step); });
     } else {
@@ -239,5 +242,5 @@ __device__ inline void replay(SlotPacks<LANES>& packs, StripRows& rows, const lo
             }
         }
     }
-    packs.v = v;
+    if (is_free) packs.v = v;
 }

@@ -26,6 +26,7 @@ from gpu_adam.hyperparameters import (
     Hyperparameter,
     Settings,
     as_number,
+    check_deferrable,
     checked,
     checked_flavour,
     checked_patterns,
@@ -160,7 +161,10 @@ class Adam:
         for keyword in ("clipvalue", "clipnorm", "global_clipnorm"):
             setattr(self, keyword, kwargs.get(keyword))
         self._complex_mode = one_of("complex_mode", kwargs.get("complex_mode", COMPLEX_MODES[0]), COMPLEX_MODES)
-        self._state = AdamState(name or type(self).__name__, self._complex_mode, self._flavour.slot_dtype)
+        self._state = AdamState(
+            *(name or type(self).__name__, self._complex_mode, flavour.slot_dtype),
+            *(flavour.sparse_update, flavour.max_deferral),
+        )
         self._begin()
 
     def _begin(self) -> None:
@@ -560,12 +564,14 @@ class Adam:
         Args:
             variables: those of the group, or one alone; new ones are registered as by `build`.
             **settings: ``learning_rate_multiplier``, ``weight_decay``, ``beta_1``, ``beta_2``, ``epsilon``: numbers, or
-                None for the optimizer's own.
+                None for the optimizer's own; ``sparse_update``: "dense", "deferred" or None.
 
         Raises:
             ArgumentTypeError, ArgumentValueError: what is no variable; an unknown name; a number outside its range.
                 Nothing has changed then.
         """
+        if settings.get("sparse_update") == "deferred":
+            check_deferrable(self._flavour)
         self._controller.set_group(variables, self._rule(), settings)
 
     def get_group(self, variable: Any) -> Settings:

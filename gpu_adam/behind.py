@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from gpu_adam.devices import Array
@@ -18,6 +18,9 @@ class Behind(Protocol):
     - it may be asked while a loss is being differentiated, and whichever device is current;
     - work that it has enqueued is done before what its caller enqueues next on the current stream.
     """
+
+    def owner(self) -> Any:
+        """The state of the optimizer that defers the rows, while there is one."""
 
     def settle(self) -> None:
         """Bring every row up to date; nothing where they are."""

@@ -152,6 +152,9 @@ class Flavour(NamedTuple):
         loss_scale: what the gradients are divided by, a scale that follows the steps that are left out; None for none.
         telemetry: whether the numbers of the last step can be read without a wait.
         accumulation: one of ACCUMULATIONS.
+        sparse_update: one of SPARSE_UPDATES, for variables whose group does not say.
+        replay: one of REPLAYS.
+        max_deferral: after how many steps rows that were left alone are brought up to date.
     """
 
     maximize: bool = False
@@ -167,6 +170,9 @@ class Flavour(NamedTuple):
     loss_scale: LossScale | None = None
     telemetry: bool = False
     accumulation: str = "mean"
+    sparse_update: str = "dense"
+    replay: str = "exact"
+    max_deferral: int = 65536
 
     @property
     def halves(self) -> tuple[str | None, bool, bool]:
@@ -191,6 +197,10 @@ class Flavour(NamedTuple):
 PLAIN = Flavour()
 """Nothing: the one object of all optimizers that ask for nothing."""
 SLOT_DTYPES = ("bfloat16",)
+SPARSE_UPDATES = ("dense", "deferred")
+"""When rows without a gradient move: at each step, or when somebody needs them."""
+REPLAYS = ("exact", "closed_form")
+"""How v takes missed steps once theta and m stand still: one by one, or all in one product."""
 ACCUMULATIONS = ("mean", "sum")
 """What becomes of the gradients that were accumulated: their mean over the calls, or their sum."""
 EPSILON_FORMS = ("hat", "paper")
@@ -211,18 +221,20 @@ def checked_flavour(arguments: Mapping[str, Any]) -> Flavour:
     if "ema_momentum" in given:
         given["ema_momentum"] = as_number("ema_momentum", given["ema_momentum"])
     words = {"epsilon_form": EPSILON_FORMS, "accumulation": ACCUMULATIONS, "slot_dtype": SLOT_DTYPES}
+    words |= {"sparse_update": SPARSE_UPDATES, "replay": REPLAYS}
     for name in words.keys() & given.keys():
         if name != "slot_dtype" or given[name] is not None:
             given[name] = one_of(name, given[name], words[name])
-    if not is_whole(given.get("seed", 0)) or not 0 <= given.get("seed", 0) < 2**64:
-        raise ArgumentValueError("seed", "must be a whole number in [0, 2^64)", shown(given["seed"]), "pass 0, say")
+    for name, least, bound, example in (("seed", 0, 64, 0), ("max_deferral", 1, 20, 65536)):
+        number = given.get(name, example)
+        if not is_whole(number) or not least <= number < 2**bound:
+            rule = f"must be a whole number in [{least}, 2^{bound})"
+            raise ArgumentValueError(name, rule, shown(number), f"pass {example}, say")
     if "loss_scale" in given:
         given["loss_scale"] = checked_loss_scale(given["loss_scale"])
     flavour = Flavour(**given)
-    flavour = flavour._replace(seed=int(flavour.seed))
-    if flavour.master_weights and flavour.stochastic_rounding:
-        rule = "must not be set together with master_weights"
-        raise ArgumentValueError("stochastic_rounding", rule, True, "choose one: a master is not rounded at all")
+    flavour = flavour._replace(seed=int(flavour.seed), max_deferral=int(flavour.max_deferral))
+    _check_combination(flavour)
     frequency = flavour.ema_overwrite_frequency
     if frequency is not None:
         if not is_whole(frequency) or frequency < 1:
@@ -237,6 +249,21 @@ def checked_flavour(arguments: Mapping[str, Any]) -> Flavour:
             raise ArgumentValueError("ema_overwrite_frequency", rule, frequency, remedy)
         flavour = flavour._replace(ema_overwrite_frequency=int(frequency))
     return PLAIN if flavour == PLAIN else flavour
+
+
+def _check_combination(flavour: Flavour) -> None:
+    if flavour.master_weights and flavour.stochastic_rounding:
+        rule = "must not be set together with master_weights"
+        raise ArgumentValueError("stochastic_rounding", rule, True, "choose one: a master is not rounded at all")
+    if flavour.sparse_update == "deferred":
+        check_deferrable(flavour)
+
+
+def check_deferrable(flavour: Flavour) -> None:
+    """Raise ArgumentValueError where a flavour needs all rows of a variable at each step."""
+    if flavour.telemetry:
+        rule = "must be 'dense' with telemetry, which measures all rows of a variable at each step"
+        raise ArgumentValueError("sparse_update", rule, "deferred", "choose one of them")
 
 
 def checked_patterns(patterns: Any) -> list[str]:
@@ -265,6 +292,7 @@ class Settings(NamedTuple):
     Attributes:
         learning_rate_multiplier: times the optimizer's learning rate.
         weight_decay, beta_1, beta_2, epsilon: as the optimizer's.
+        sparse_update: one of SPARSE_UPDATES.
     """
 
     learning_rate_multiplier: float = 1.0
@@ -272,6 +300,7 @@ class Settings(NamedTuple):
     beta_1: float | None = None
     beta_2: float | None = None
     epsilon: float | None = None
+    sparse_update: str | None = None
 
     def updated(self, given: Mapping[str, Any]) -> Settings:
         """These settings with others in place of some: numbers, or None for the optimizer's values.
@@ -284,11 +313,15 @@ class Settings(NamedTuple):
                 rule = f"must be one of {', '.join(self._fields)}"
                 raise ArgumentTypeError(f"keyword {name!r}", rule, "another", "correct or drop it")
         numbers: dict[str, Any] = {
-            name: None if value is None else as_number(name, value) for name, value in given.items()
+            name: value if value is None else _checked_setting(name, value) for name, value in given.items()
         }
         if numbers.get("learning_rate_multiplier", 1.0) is None:
             numbers["learning_rate_multiplier"] = 1.0
         return self._replace(**numbers)
+
+
+def _checked_setting(name: str, value: Any) -> Any:
+    return one_of(name, value, SPARSE_UPDATES) if name == "sparse_update" else as_number(name, value)
 
 
 OWN_SETTINGS = Settings()

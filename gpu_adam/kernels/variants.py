@@ -148,6 +148,11 @@ def deferred(dtype_name: str, rule: UpdateRule, *, gradient: str | None = None, 
     return _update("deferred", dtypes, rule.of(dtype_name).switches, staged or int(rule.guarded))
 
 
+def restart_log(dtype_name: str, rule: UpdateRule) -> Kernel:
+    """The end of a log of deferred steps. Arguments as for dense."""
+    return Kernel(deferred(dtype_name, rule).source, "restart_log")
+
+
 def _types(dtype_name: str, gradient: str, slot_dtype: str | None) -> tuple[str, ...]:
     """The definitions of the types: a row of the dtype table, and what lies beside the variable."""
     row = DTYPES[dtype_name]

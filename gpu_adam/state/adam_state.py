@@ -14,7 +14,7 @@ import numpy as np
 
 from gpu_adam.devices import Array, Device
 from gpu_adam.errors import ArgumentValueError, ConcurrentStepError, SlotNotFoundError
-from gpu_adam.hyperparameters import OWN_SETTINGS, AnySettings, Cohort
+from gpu_adam.hyperparameters import OWN_SETTINGS, SPARSE_UPDATES, AnySettings, Cohort
 from gpu_adam.kernels import UpdateRule, slots_of
 from gpu_adam.loss_scale import check_scale
 from gpu_adam.state.counter import checked_count
@@ -42,6 +42,8 @@ class AdamState:
         name: begins the names of the slots.
         complex_mode: one of kernels.COMPLEX_MODES, on which the dtypes of slots depend.
         slot_dtype: of the moving averages of gradients; None for the one in which they are computed.
+        sparse_update: one of SPARSE_UPDATES, for variables whose settings do not say.
+        max_deferral: how many steps rows may miss.
 
     Attributes:
         weights: the counter and all slots in order of creation: for the first step the counter, every m, every v, and
@@ -56,6 +58,7 @@ class AdamState:
         never_decayed_names: patterns of the names of such variables.
         counter: the counter of steps done, an int64 on the host; one of `weights` from the first step or look at it on.
         index_errors: for each variable with a sparse gradient, where the kernels note rows out of range.
+        deferred: for each variable with deferred updates, what its rows have missed. The same dict for ever.
         layout: another object whenever a slot or a variable comes to lie elsewhere, or goes. Who has their addresses
             compares.
         alone: ``with state.alone():`` is the context of one call at a time. It raises ConcurrentStepError where another
@@ -63,8 +66,16 @@ class AdamState:
         pending: the last asynchronous save, until it has ended and its error, if it has one, was raised.
     """
 
-    def __init__(self, name: str, complex_mode: str, slot_dtype: str | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        complex_mode: str,
+        slot_dtype: str | None = None,
+        sparse_update: str = SPARSE_UPDATES[0],
+        max_deferral: int = 1,
+    ) -> None:
         self.name, self.complex_mode, self.slot_dtype = name, complex_mode, slot_dtype
+        self.sparse_update, self.max_deferral = sparse_update, max_deferral
         self.weights: list[Variable] = []
         self.names: list[str] = []
         self.registry = Registry()
@@ -76,6 +87,7 @@ class AdamState:
         self.settings_decay = False
         self.counter = Variable(np.int64(0), trainable=False, name=f"{name}/iter", device="host")
         self.index_errors: dict[Variable, Any] = {}
+        self.deferred: dict[Variable, Any] = {}
         self.layout = object()
         self._weight_names: list[str] | None = None
         self.alone = Door(name)
@@ -133,6 +145,47 @@ class AdamState:
             return settings._replace(weight_decay=0.0)
         return settings
 
+    def defers(self, variable: Variable) -> bool:
+        """Whether the variable's rows without a gradient are left alone at a step.
+
+        Raises:
+            ArgumentValueError: they are to be, and others know the variable's memory, which cannot be guarded.
+        """
+        settings = self.settings.get(variable, OWN_SETTINGS)
+        own = None if isinstance(settings, Cohort) else settings.sparse_update
+        if (own or self.sparse_update) != "deferred":
+            return False
+        if self.registry.objects([variable])[0] is not variable:
+            rule, remedy = "must be a gpu_adam.Variable", "wrap the array in one, or set sparse_update='dense' for it"
+            raise ArgumentValueError("a variable with deferred updates", rule, "a raw array", remedy)
+        return True
+
+    def check_undivided(self, variables: Iterable[Variable]) -> None:
+        """Raise ArgumentValueError for a variable whose rows another optimizer defers, and for a slot of such a one."""
+        for variable in variables:
+            behind = variable._behind
+            if behind is None or behind is self.deferred.get(variable):
+                continue
+            owner = behind.owner()
+            if owner is not None:
+                raise ArgumentValueError(
+                    f"variable {variable.name!r}",
+                    "must be updated by one optimizer alone while its rows are deferred",
+                    f"a second one beside {owner.name!r}",
+                    "let the other one forget it, or make that one with sparse_update='dense'",
+                )
+            behind.settle()
+            variable._behind = None
+
+    def link_deferred(self) -> None:
+        """Let whoever reads a variable with deferred updates, or its slots, bring it up to date first."""
+        for variable, rows in self.deferred.items():
+            variable._behind = rows
+            for owned in self.slots.values():
+                slot = owned.get(variable)
+                if slot is not None and slot.shape == variable.shape:
+                    slot._behind = rows
+
     def slots_at(self, variables: Sequence[Variable], rule: UpdateRule) -> dict[str, list[Array]]:
         """For each slot of an update, in the order of the kernels' structs, the arrays of variables of one dtype."""
         return {
@@ -152,12 +205,15 @@ class AdamState:
         for variable in dict.fromkeys(variables):
             by_device.setdefault(variable.device, []).append(variable)
         averages, masters = (self.slots.get(name, {}) for name in ("average", "master"))
-        calls = []
+        calls: list[Call] = []
         for device, there in by_device.items():
+            for variable in there:
+                if variable in self.deferred:
+                    calls += self.deferred[variable].settle_calls()
             with_master = [variable for variable in there if variable in masters]
             targets = [*there, *(masters[variable] for variable in with_master)]
-            sources = [averages[variable].value for variable in (*there, *with_master)]
-            calls.append(device.copy_call([target.value for target in targets], sources))
+            sources = [averages[variable]._storage for variable in (*there, *with_master)]
+            calls.append(device.copy_call([target._storage for target in targets], sources))
         return calls
 
     def raise_error_of_save(self) -> None:
@@ -287,7 +343,7 @@ class AdamState:
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
-        for name in ("alone", "index_errors", "layout", "pending"):  # of this process
+        for name in ("alone", "deferred", "index_errors", "layout", "pending"):  # of this process
             del state[name]
         # As lists: a copied dict of variables would be filled before the variables are.
         state["slots"] = {name: list(owned.items()) for name, owned in self.slots.items()}
@@ -299,7 +355,7 @@ class AdamState:
         has_masters = state.pop("masters")
         self.__dict__.update(state)
         self.alone, self.pending = Door(self.name), None
-        self.index_errors, self.layout = {}, object()
+        self.index_errors, self.deferred, self.layout = {}, {}, object()
         self.slots = {name: dict(owned) for name, owned in state["slots"].items()}
         self.settings = dict(state["settings"])
         for owned in self.slots.values():

@@ -135,11 +135,18 @@ class Transaction:
         self._state.counter = counter
         self._state.weights.append(counter)
 
-    def note(self, index_errors: Mapping[Variable, Any]) -> None:
-        """Keep where the kernels note rows out of range of variables."""
-        if index_errors and index_errors.keys() - self._state.index_errors.keys():
+    def note(self, index_errors: Mapping[Variable, Any], deferred: Mapping[Variable, Any]) -> None:
+        """Keep where the kernels note rows out of range of variables, and what rows miss from now on."""
+        state = self._state
+        if index_errors and index_errors.keys() - state.index_errors.keys():
             self._remember()
-            self._state.index_errors.update(index_errors)
+            state.index_errors.update(index_errors)
+        if deferred and deferred.keys() - state.deferred.keys():
+            self._remember()
+            for variable in deferred.keys() - state.deferred.keys():
+                self._before.append(partial(self._let_go, variable))
+            state.deferred.update(deferred)
+            state.link_deferred()
 
     def adopt(self, news: News) -> None:
         """Register new variables, and follow the memory of known ones; their slots are placed beside it anew."""
@@ -181,6 +188,8 @@ class Transaction:
                 self._add(in_order, spec.name, [arrays[variable] for variable in in_order])
         if rule.master:
             state.link_masters()
+        if state.deferred:
+            state.link_deferred()
 
     def add_slot(self, variable: Variable, name: str, initializer: Any, shape: tuple[int, ...] | None) -> Variable:
         """A slot of this shape, or the variable's, with values from an initializer; where the slot exists, as it is."""
@@ -244,11 +253,26 @@ class Transaction:
         dropped = {id(owned.pop(variable)) for owned in state.slots.values() if variable in owned}
         state.weights[:] = [weight for weight in state.weights if id(weight) not in dropped]
         state.index_errors.pop(variable, None)
+        self._end_deferral(variable)
         state.settings.pop(variable, None)
         self._note_decay()
         state.never_decayed -= {variable}
         state.registry.drop(variable)
         state.layout = object()
+
+    def _end_deferral(self, variable: Variable) -> None:
+        """Have all rows up to date, and nobody behind them."""
+        rows = self._state.deferred.pop(variable, None)
+        if rows is not None:
+            rows.settle()
+            self._before.append(partial(setattr, variable, "_behind", rows))
+            self._before.append(partial(operator.setitem, self._state.deferred, variable, rows))
+            variable._behind = None
+
+    def _let_go(self, variable: Variable) -> None:
+        """Forget rows that have missed nothing yet."""
+        self._state.deferred.pop(variable, None)
+        variable._behind = None
 
     def replace(self, old: Variable, new: Variable, arrays: Mapping[str, Array]) -> None:
         """Give `new` slots with these values in place of the slots of `old`; the places among the weights stay.
@@ -271,6 +295,7 @@ class Transaction:
             }
         state.weights[:] = [successors.get(id(weight), weight) for weight in state.weights]
         state.index_errors.pop(old, None)
+        self._end_deferral(old)
         if old in state.settings:
             state.settings[new] = state.settings.pop(old)
         if old in state.never_decayed:

@@ -32,7 +32,7 @@ from gpu_adam.step import request as requests
 from gpu_adam.step.capture import Graph, Graphs, check_capturable
 from gpu_adam.step.gradients import AS_THEY_ARE, Incoming, OtherDtypeError
 from gpu_adam.step.guard import GUARDING, Guard, Guards
-from gpu_adam.step.launches import LaunchScalars
+from gpu_adam.step.launches import LaunchScalars, make_ready
 from gpu_adam.step.memos import Found, Memo, Memos
 from gpu_adam.step.plan import Plan, check_updatable
 from gpu_adam.step.replays import (
@@ -138,13 +138,13 @@ class Controller:
                     if request is not None or guard is not None:
                         self._make_fit(change, request, rule, guard)
                     launches = plan.launches(state, graph, gradients, guard)
-                    change.note(plan.index_errors)
+                    change.note(plan.index_errors, plan.deferred)
                     launches.bind(pairs, gradients)
                     launches.set_scalars(scalars)
                     count = functools.partial(state.counter._storage.fill, done + 1)
                     report = [] if guard is None else guard.done_calls(plan.cohorts, aim)
                     calls = [*launches.calls(clip), *self._overwriting(plan, done + 1, graph)]
-                    ending = [*report, *memo.written_calls, count, *plan.counts, *incoming.taken]
+                    ending = [*report, *memo.written_calls, count, *plan.counts, *launches.counts, *incoming.taken]
                     _enqueue([*calls, *ending, *change.commit])
                 if graph is None:
                     launches.release()
@@ -275,7 +275,8 @@ class Controller:
             with self._outside():
                 self._make_fit(change, request, plan.rule, guard)
                 launches = plan.launches_for_replays(state, guard, clip, incoming.divisor, recording.write_outside)
-                change.note(plan.index_errors)
+                change.note(plan.index_errors, plan.deferred)
+                make_ready([launches])
             launches.bind(pairs, gradients)
             ending = [*incoming.taken, *change.commit]
             if stepper is None:
@@ -381,6 +382,7 @@ class Controller:
                 find(obj, f"{argument}[{number}]", news) for number, obj in enumerate(_in_order(objects, argument))
             ]
             check_updatable(found, news.moved, rule)
+            self._state.check_undivided(found)
             with self._outside(), Transaction(self._state) as change:
                 self._ensure_own(change, found[0].device if found else None)
                 change.adopt(news)
@@ -415,6 +417,7 @@ class Controller:
                 got = f"{new.name!r}, which has slots"
                 raise ArgumentValueError("new", "must be a variable without slots", got, "call forget(new) first")
             check_updatable([new], {}, UpdateRule())
+            self._state.check_undivided([new])
             arrays = successors(self._state, old, new, index)
             with Transaction(self._state) as change:
                 change.replace(old, new, arrays)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -15,6 +15,8 @@ from gpu_adam.kernels import UpdateRule
 from gpu_adam.state.adam_state import AdamState
 from gpu_adam.step.arguments import CAPTURED, Use, Writer, replayed
 from gpu_adam.step.candidates import ROOM, Candidates, GuardedScalars
+from gpu_adam.step.deferred import DeferredRows, DeferredTable
+from gpu_adam.step.deferred import make_ready as make_logs_ready
 from gpu_adam.step.dense import DenseLaunch, DenseTable, rows_of
 from gpu_adam.step.groups import DenseGroup, SparseGroup
 from gpu_adam.step.guard import Guard
@@ -22,7 +24,7 @@ from gpu_adam.step.index_errors import IndexErrors
 from gpu_adam.step.norms import UpdateNorms, norm_passes
 from gpu_adam.step.overlap import Intervals, memory_of
 from gpu_adam.step.scalars import reciprocal
-from gpu_adam.step.sparse import EmbeddingTable, SparseLaunch
+from gpu_adam.step.sparse import EmbeddingTable, SparseLaunch, Table
 from gpu_adam.uninterrupted import Call
 from gpu_adam.variables import Variable
 
@@ -42,8 +44,13 @@ class Launches:
         kept: the variables' and slots' arrays, and pools, kept alive: the launches have addresses only.
         captures: whether the launches of a graph are made ready.
         pools: where memory of the updates' own comes from; kept as well.
+        behind: what rows of variables have missed; the same mapping for ever.
         guard: of a guarded step.
         room: for how many candidates of a guarded step there is memory.
+
+    Attributes:
+        deferred: the tables of the deferred updates.
+        counts: the calls that count the step of each of them; to be made with the launches.
     """
 
     def __init__(
@@ -53,13 +60,18 @@ class Launches:
         rule: UpdateRule,
         kept: Sequence[Any],
         *,
+        behind: Mapping[Variable, DeferredRows],
         captures: bool,
         pools: Sequence[Any] = (),
         guard: Guard | None = None,
         room: int = 1,
     ) -> None:
         self._updates, self._written, self._rule, self._guard = list(updates), written, rule, guard
-        self._kept, self._pools = [*kept, *pools], list(pools)
+        self._kept, self._pools, self._behind = [*kept, *pools], list(pools), behind
+        tables = {update: update.table for update in self._updates}
+        self.deferred = [table for table in tables.values() if isinstance(table, DeferredTable)]
+        self.counts = [table.rows.count_call for table in self.deferred]
+        self._whole_arrays = [update for update, table in tables.items() if not isinstance(table, DeferredTable)]
         self._norms = norm_passes(self._updates, rule)
         self._bound: Sequence[Any] | None = None
         self._captures = captures
@@ -79,6 +91,7 @@ class Launches:
         rule: UpdateRule,
         state: AdamState,
         index_errors: Mapping[Variable, IndexErrors],
+        deferred: Mapping[Variable, DeferredRows],
         guard: Guard | None,
     ) -> Launches:
         """The launches of groups whose variables have slots.
@@ -88,6 +101,7 @@ class Launches:
             rule: of the update.
             state: has the slots.
             index_errors: where rows out of range are noted, for each variable with a sparse gradient.
+            deferred: what rows have missed, for each variable with a deferred update.
             guard: of a guarded step.
         """
         places = {variable: place for place, variable in enumerate(state.variables)} if rule.stochastic else {}
@@ -102,14 +116,17 @@ class Launches:
             memory.setdefault(group.device.name, []).extend(written)
             kept += itertools.chain(*columns)
             if isinstance(group, SparseGroup):
-                updates.append(
-                    SparseLaunch(group, EmbeddingTable(group, slots, *own_places), index_errors[group.variable])
-                )
+                rows = deferred.get(group.variable)
+                (place,) = own_places
+                table: Table = EmbeddingTable(group, slots, place)
+                if rows is not None:
+                    table = DeferredTable(group, slots, place, rows)
+                updates.append(SparseLaunch(group, table, index_errors[group.variable]))
             else:
                 updates.append(DenseLaunch(group, DenseTable(group, rows_of(group, slots, own_places))))
         written_on = {place: Intervals(np.concatenate(parts)) for place, parts in memory.items()}
-        captures = guard is None and any(group.device.captures for group in groups)
-        return cls(updates, written_on, rule, kept, captures=captures, guard=guard)
+        captures = guard is None and not deferred and any(group.device.captures for group in groups)
+        return cls(updates, written_on, rule, kept, behind=state.deferred, captures=captures, guard=guard)
 
     def part(self, groups: Sequence[DenseGroup | SparseGroup], guard: Guard | None) -> Launches:
         """The launches of groups that are parts of these launches' groups. They keep all of these launches' memory."""
@@ -120,7 +137,8 @@ class Launches:
             assert group.origin is not None
             origin, places = group.origin
             updates.append(DenseLaunch(group, DenseTable(group, tables[id(origin)].rows[places])))
-        return Launches(updates, self._written, self._rule, self._kept, captures=self._captures, guard=guard)
+        shared = self._written, self._rule, self._kept
+        return Launches(updates, *shared, behind=self._behind, captures=self._captures, guard=guard)
 
     def take_for_graph(self, checked: Sequence[Any]) -> Launches:
         """The same launches for a captured graph, with memory of their own.
@@ -169,7 +187,8 @@ class Launches:
     def _again(self, use: Use, pools: Sequence[Any] = ()) -> Launches:
         updates = [update.for_graph(use) for update in self._updates]
         shared = self._written, self._rule, self._kept
-        launches = Launches(updates, *shared, captures=False, pools=pools, guard=self._guard, room=ROOM)
+        others: dict[str, Any] = {"behind": self._behind, "pools": pools, "guard": self._guard}
+        launches = Launches(updates, *shared, captures=False, room=ROOM, **others)
         for norm, own in zip(launches._norms, self._norms, strict=True):
             norm.reserve(own.capacity)
         return launches
@@ -177,11 +196,18 @@ class Launches:
     def _capacities(self) -> list[int]:
         return [part.capacity for parts in (self._updates, self._norms) for part in parts]
 
+    def _settle_whole_arrays(self) -> None:
+        for update in self._whole_arrays:
+            for variable in update.group.variables:
+                if variable._behind is not None:
+                    variable._behind.settle()
+
     def bind(self, pairs: Sequence[Any], checked: Sequence[Any]) -> None:
-        """Use these gradients of a step's pairs.
+        """Use these gradients of a step's pairs, which comes next.
 
         A gradient in memory that the step writes is copied first: the memory may be another gradient's variable.
         """
+        make_ready([self])
         if checked is not self._bound:
             self._bound, is_copied = None, False
             for update, gradients in zip(self._updates, checked, strict=True):
@@ -244,3 +270,18 @@ class Launches:
         if self._update_norms is not None:
             calls += self._update_norms.calls()
         return calls
+
+
+def make_ready(steps: Iterable[Launches]) -> None:
+    """Bring up to date what launches are going to update as a whole, and let logs have room for all of them.
+
+    Raises:
+        ArgumentValueError: a log has no room for so many steps at once.
+    """
+    tables: list[DeferredTable] = []
+    for launches in steps:
+        if launches._behind:
+            launches._settle_whole_arrays()
+            tables += launches.deferred
+    if tables:
+        make_logs_ready(tables)

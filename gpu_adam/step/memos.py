@@ -172,7 +172,7 @@ class Memos:
             found = self._in_whole(request.pairs, rule)
             if found is not None:
                 return found._replace(request=request)
-        plan = Plan.of(request, rule, state.settings_of) if known is None else known.plan
+        plan = Plan.of(request, rule, state) if known is None else known.plan
         return _found(request, Memo.of(plan, request, state.registry, key))
 
     def remember(self, memo: Memo, request: Request | None) -> None:
@@ -230,7 +230,7 @@ class Memos:
         sparse, dtypes = (False,) * len(variables), tuple([variable.dtype for variable in variables])
         request = Request(pairs, variables, sparse, dtypes, (), News())
         try:
-            plan = Plan.of(request, rule, state.settings_of)
+            plan = Plan.of(request, rule, state)
         except ArgumentValueError:  # what makes no step together, such as variables that overlap: not asked for
             return None
         return Memo.of(plan, request, state.registry, None) if len(plan.devices) == 1 else None

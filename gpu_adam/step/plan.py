@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,13 +11,14 @@ import numpy as np
 from gpu_adam import kernels
 from gpu_adam.devices import Array, Device
 from gpu_adam.errors import ArgumentValueError
-from gpu_adam.hyperparameters import OWN_SETTINGS, AnySettings, Clip, Cohort, counting
+from gpu_adam.hyperparameters import OWN_SETTINGS, Clip, Cohort, counting
 from gpu_adam.kernels import MIXING, UpdateRule, dtype_row
 from gpu_adam.nvtx import stage
 from gpu_adam.state.adam_state import AdamState
 from gpu_adam.step.arguments import Writer
 from gpu_adam.step.candidates import Candidates
 from gpu_adam.step.capture import Graph
+from gpu_adam.step.deferred import DeferredRows
 from gpu_adam.step.groups import DenseGroup, SparseGroup
 from gpu_adam.step.guard import GUARDING, Guard
 from gpu_adam.step.index_errors import IndexErrors
@@ -44,6 +45,7 @@ class Plan:
     Attributes:
         rule, variables, groups: as above.
         index_errors: the note of rows out of range of each variable with a sparse gradient.
+        deferred: what rows have missed, for each variable with a deferred update.
         constrained: the variables with a constraint, which is applied after the update.
         cohorts: those among the variables.
         counts: the calls that count the step of each of them.
@@ -70,24 +72,26 @@ class Plan:
         self.cohorts = list(dict.fromkeys(each for _, each in self._different if isinstance(each, Cohort)))
         self.counts = counting(self.cohorts, 1)
         self.index_errors: dict[Variable, IndexErrors] = {}
+        self.deferred: dict[Variable, DeferredRows] = {}
         self._launches: Launches | None = None
 
     @classmethod
-    def of(cls, request: Request, rule: UpdateRule, settings: Callable[[Variable], AnySettings]) -> Plan:
+    def of(cls, request: Request, rule: UpdateRule, state: AdamState) -> Plan:
         """The plan of a step that is asked for.
 
         Args:
             request: the step.
             rule: of the update.
-            settings: gives those of a variable.
+            state: has the variables' settings.
 
         Raises:
             ArgumentValueError: a dtype that is not computed with; variables that overlap; slices for a variable without
                 rows; a global norm or a guarded step over several devices; a variable with a constraint that comes
-                twice or gets slices.
+                twice or gets slices; one whose rows another optimizer defers.
         """
         variables, sparse, dtypes = request.variables, request.sparse, request.gradient_dtypes
         check_updatable(variables, request.news.moved, rule)
+        state.check_undivided(variables)
         rounds: dict[Variable, int] = {}
         members: dict[Any, list[int]] = {}
         for number, variable in enumerate(variables):
@@ -100,7 +104,7 @@ class Plan:
                 [variables[n] for n in numbers],
                 numbers,
                 rule,
-                [settings(variables[n]) for n in numbers],
+                [state.settings_of(variables[n]) for n in numbers],
                 dtypes[numbers[0]],
             )
             for _, numbers in sorted(members.items(), key=lambda item: item[0][0])
@@ -263,9 +267,13 @@ class Plan:
         for group in self.groups:
             if isinstance(group, SparseGroup):
                 variable = group.variable
-                self.index_errors[variable] = state.index_errors.get(variable) or IndexErrors(variable)
+                errors = self.index_errors[variable] = state.index_errors.get(variable) or IndexErrors(variable)
+                if state.defers(variable):
+                    real_dtype = kernels.DTYPES[group.layout.dtype].real_dtype
+                    known = state.deferred.get(variable)
+                    self.deferred[variable] = known or DeferredRows(variable, state, real_dtype, errors)
         if self._whole is None:
-            self._launches = Launches.of(self.groups, self.rule, state, self.index_errors, guard)
+            self._launches = Launches.of(self.groups, self.rule, state, self.index_errors, self.deferred, guard)
         else:
             self._launches = self._whole.launches(state, None, (), guard).part(self.groups, guard)
         return self._launches

@@ -28,7 +28,7 @@ from gpu_adam.state.transaction import Transaction
 from gpu_adam.step.arguments import Writer
 from gpu_adam.step.candidates import ROOM
 from gpu_adam.step.guard import GUARDING, Aim, Guard, Guards
-from gpu_adam.step.launches import Launches, LaunchScalars
+from gpu_adam.step.launches import Launches, LaunchScalars, make_ready
 from gpu_adam.step.plan import Plan
 from gpu_adam.step.scalars import Scalars
 from gpu_adam.uninterrupted import Call, make_all
@@ -159,7 +159,7 @@ class CapturedStep(NamedTuple):
             number: t, if no step before it was left out.
         """
         report = [] if self.aim is None else self.aim.guard.done_calls(self.plan.cohorts, self.aim)
-        return [*report, *self.written_calls, partial(state.counter._storage.fill, number)]
+        return [*report, *self.written_calls, *self.launches.counts, partial(state.counter._storage.fill, number)]
 
 
 class Counting:
@@ -350,6 +350,7 @@ class CapturedFunction:
             # What a guard has learned of the steps before this one stays, whatever happens.
             with Counting(stepper.state for stepper, step in self._steps if step.guard is None) as counting:
                 scalars, numbers = self._next_steps()
+                make_ready(step.launches for _, step in self._steps)
                 for (_, step), own in zip(self._steps, scalars, strict=True):
                     step.launches.stage(own)
                 ending, overwriting = list[Call](), list[CapturedStep]()

@@ -24,6 +24,7 @@ class RowSorter:
 
     Attributes:
         indices, keys, errors: the kernel arguments that sparse.cu takes.
+        count: how many indices were bound last.
     """
 
     def __init__(self, device: Device, rows: int, errors: IndexErrors) -> None:
@@ -36,7 +37,7 @@ class RowSorter:
         self._error_array = errors.array
         self._memory = self._memory_for(0)
         self._written: _Memory | None = None  # whose addresses the kernel arguments are
-        self._count = 0
+        self.count = 0
         self._sort_rows = device.prepare(
             kernels.sort("sort_rows"), [self.indices, self.keys, kernels.scalar(self._passes), self.errors]
         )
@@ -50,7 +51,7 @@ class RowSorter:
         if memory is not self._written:
             self.keys[0] = memory.keys.addresses
             self._written = memory
-        self._count = count
+        self.count = count
         self.indices[0] = (self._device.address(indices), indices.dtype.itemsize == 8, count, self._rows)
 
     @property
@@ -73,7 +74,7 @@ class RowSorter:
 
     def calls(self) -> list[Call]:
         """The calls that enqueue the sort."""
-        count = self._count
+        count = self.count
         if not self._fits_a_block(count):
             assert self._memory.by_runs is not None
             return self._memory.by_runs.calls(count)

@@ -1,20 +1,42 @@
-"""Sparse updates: the rows of an IndexedSlices sorted on the device, then one pass over the variable (sparse.cu)."""
+"""Sparse updates: the rows of an IndexedSlices sorted on the device, then one pass over the variable (sparse.cu).
+
+A deferred update (deferred.py) has another table, and with it another kernel for that pass.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import numpy as np
 
 from gpu_adam import kernels
 from gpu_adam.devices import Array
-from gpu_adam.devices.base import PACK_BYTES, StagedArray
+from gpu_adam.devices.base import PACK_BYTES, Launch, StagedArray
 from gpu_adam.step.arguments import EAGER, UpdateArguments, Use
 from gpu_adam.step.groups import SparseGradient, SparseGroup
 from gpu_adam.step.index_errors import IndexErrors
 from gpu_adam.step.norms import norm_counters
 from gpu_adam.step.row_sort import RowSorter
 from gpu_adam.uninterrupted import Call
+
+
+class Table(Protocol):
+    """Where a variable and its slots lie, and the kernel that updates them by sorted rows.
+
+    Attributes:
+        tiles: how many sums of each kind a measured update writes.
+        counters: of its norm, if it has one.
+    """
+
+    tiles: int
+    counters: Array | None
+
+    def prepare(self, sorter: RowSorter, values: np.ndarray, arguments: UpdateArguments) -> Launch:
+        """The update's kernel with its arguments: the sorted rows, a pointer to their gradients, and the others."""
+
+    def calls(self, launch: Launch, count: int) -> list[Call]:
+        """The calls that enqueue the kernel for so many rows."""
 
 
 class EmbeddingTable:
@@ -35,6 +57,7 @@ class EmbeddingTable:
         variable, device = group.variable, group.device
         rows = variable.shape[0]
         row_size = group.layout.parts * variable.size // rows if rows else 0
+        self._group = group
         tile = kernels.tile_size(group.layout.dtype)
         pieces = max(1, -(-row_size // tile))
         rows_per_tile = max(1, tile // max(1, row_size)) if pieces == 1 else 1
@@ -49,6 +72,21 @@ class EmbeddingTable:
         numbers = {"rows": rows, "row_size": row_size, "rows_per_tile": rows_per_tile, "pieces": pieces, "place": place}
         for name, number in {**numbers, "tiles": self.tiles}.items():
             self.struct[name] = number
+
+    def prepare(self, sorter: RowSorter, values: np.ndarray, arguments: UpdateArguments) -> Launch:
+        """See `Table`."""
+        group = self._group
+        return group.device.prepare(
+            kernels.sparse(group.layout.dtype, group.rule, gradient=group.layout.gradient, staged=arguments.kind),
+            [
+                *(self.struct, sorter.indices, sorter.keys, values),
+                *(arguments.factors, arguments.scalars, arguments.staged, sorter.errors, arguments.measured),
+            ],
+        )
+
+    def calls(self, launch: Launch, count: int) -> list[Call]:
+        """See `Table`: all rows, however many have a gradient."""
+        return [launch.call(max(1, self.tiles))]
 
 
 class SparseLaunch:
@@ -67,7 +105,7 @@ class SparseLaunch:
     def __init__(
         self,
         group: SparseGroup,
-        table: EmbeddingTable,
+        table: Table,
         errors: IndexErrors,
         use: Use = EAGER,
         live: StagedArray | None = None,
@@ -80,14 +118,7 @@ class SparseLaunch:
         )
         self._values, self._size = kernels.pointer(0), kernels.scalar(0)
         self._sorter = RowSorter(self.device, group.variable.shape[0], errors)
-        sorter = self._sorter
-        self._launch = self.device.prepare(
-            kernels.sparse(group.layout.dtype, group.rule, gradient=self.gradient, staged=arguments.kind),
-            [
-                *(table.struct, sorter.indices, sorter.keys, self._values),
-                *(arguments.factors, arguments.scalars, arguments.staged, sorter.errors, arguments.measured),
-            ],
-        )
+        self._launch = table.prepare(self._sorter, self._values, arguments)
         self._square_sums = None
         if group.rule.sums_squares:
             self._square_sums = self.device.prepare(
@@ -116,7 +147,7 @@ class SparseLaunch:
 
     def calls(self) -> list[Call]:
         """The calls that enqueue the sort and the update, with the arguments' contents of that moment."""
-        return [*self._sorter.calls(), self._launch.call(max(1, self.table.tiles))]
+        return [*self._sorter.calls(), *self.table.calls(self._launch, self._sorter.count)]
 
     def square_sum_calls(self, address: int) -> list[Call]:
         """The calls that enqueue the partial sums of squares, to the float64 array at `address`."""
