@@ -49,8 +49,12 @@ struct SummedGradient {
     __device__ void add(Value* sum, long long k, long long column, int columns, const StepScalars& step) const {
         for (long long j = k; j < count && keys.row[j] == keys.row[k]; ++j) {
             const Gradient* const g = values + keys.position[j] * row_size + column;
+#pragma unroll
             GPU_ADAM_INDEPENDENT
-            for (int c = 0; c < columns; ++c) sum[c] = sum[c] + clipped(value(g[c]), step, factor);
+            for (int c = 0; c < (STRIP_ROWS == 1 ? STRIP_SIZE : columns); ++c) {
+                if (STRIP_ROWS == 1 && c >= columns) break;
+                sum[c] = sum[c] + clipped(value(g[c]), step, factor);
+            }
         }
     }
 };
@@ -65,23 +69,23 @@ struct Strip {
 
 // Memory to registers, or back.
 template <bool LOADS>
-__device__ __forceinline__ void move_lanes(SlotPacks<LANES>& packs, const Slots& slots, const Strip& strip) {
-    if (STRIP_ROWS == 1 && strip.rows.columns == LANES && aligned(slots.theta + strip.firsts[0])) {
+__device__ __forceinline__ void move_lanes(SlotPacks<STRIP_SIZE>& packs, const Slots& slots, const Strip& strip) {
+    if (STRIP_ROWS == 1 && strip.rows.columns == STRIP_SIZE && aligned(slots.theta + strip.firsts[0])) {
         const Slots at = slots.at(strip.firsts[0]);
 #define MOVE_PACK(slot, Memory, Register, present)                     \
     if constexpr (present) {                                           \
-        if constexpr (LOADS) packs.slot = load_pack<LANES>(at.slot);   \
+        if constexpr (LOADS) packs.slot = load_pack<STRIP_SIZE>(at.slot);   \
         else store_pack(at.slot, packs.slot);                          \
     }
         GPU_ADAM_SLOTS(MOVE_PACK)
 #undef MOVE_PACK
         return;
     }
-    for (int r = 0; r < strip.rows.rows; ++r) {
+    for (int r = 0; r < strip.rows.count(); ++r) {
         const Slots at = slots.at(strip.firsts[r]);
-        const int begin = r * strip.rows.columns;
+        const int begin = strip.rows.begin(r);
 #pragma unroll
-        for (int k = 0; k < LANES; ++k) {
+        for (int k = 0; k < STRIP_SIZE; ++k) {
             if (k >= strip.rows.columns) break;
 #define MOVE_ELEMENT(slot, Memory, Register, present)                  \
     if constexpr (present) {                                           \
@@ -97,27 +101,26 @@ __device__ __forceinline__ void move_lanes(SlotPacks<LANES>& packs, const Slots&
 // Take the missed steps of a strip and, with a gradient, a step with it.
 __device__ inline void update_strip(const DeferredTable& table, Strip& strip, const LoggedStep* log,
                                     const SummedGradient& gradient, const StepScalars& step) {
-    alignas(64) SlotPacks<LANES> packs = {};
+    alignas(64) SlotPacks<STRIP_SIZE> packs = {};
     move_lanes<true>(packs, table.slots, strip);
     replay(packs, strip.rows, strip.firsts, log, table.place);
     if (gradient.values) {
-        alignas(64) Value sum[LANES];
-        for (int k = 0; k < LANES; ++k) sum[k] = value(Gradient{});
+        alignas(64) Value sum[STRIP_SIZE];
+        for (int k = 0; k < STRIP_SIZE; ++k) sum[k] = value(Gradient{});
         const int columns = strip.rows.columns;
         const unsigned long long noise = noise_of(step.noise, table.place);
-        for (int r = 0; r < strip.rows.rows; ++r) {
-            Value* const own = sum + r * columns;
+        for (int r = 0; r < strip.rows.count(); ++r) {
+            Value* const own = sum + strip.rows.begin(r);
             gradient.add(own, strip.keys[r], strip.column, columns, step);
 #pragma unroll
             GPU_ADAM_INDEPENDENT
-            for (int k = 0; k < (STRIP_ROWS == 1 ? LANES : columns); ++k) {
-                const int lane = r * columns + k;
+            for (int lane = strip.rows.begin(r); lane < strip.rows.end(r); ++lane) {
                 Element e = {};
 #define READ(slot, Memory, Register, present) \
     if constexpr (present) e.slot = Converted<Register>::from(packs.slot.x[lane]);
                 GPU_ADAM_SLOTS(READ)
 #undef READ
-                e = adam(e, sum[lane], step, noise_at(noise, strip.firsts[r], k));
+                e = adam(e, sum[lane], step, noise_at(noise, strip.firsts[r], lane - strip.rows.begin(r)));
 #define WRITE(slot, Memory, Register, present) \
     if constexpr (present) store(packs.slot.x[lane], e.slot);
                 GPU_ADAM_SLOTS(WRITE)
@@ -132,14 +135,14 @@ __device__ inline void update_strip(const DeferredTable& table, Strip& strip, co
 __device__ inline void update_tile(const DeferredTable& table, const TouchedRows& touched, long long begin, long long end,
                                    long long now, const SummedGradient& gradient, const StepScalars& step) {
     const long long size = table.row_size;
-    const long long strips = (size + LANES - 1) / LANES;
-    const int together = STRIP_ROWS == 1 || size > LANES ? 1 : static_cast<int>(LANES / size);
+    const long long strips = (size + STRIP_SIZE - 1) / STRIP_SIZE;
+    const int together = STRIP_ROWS == 1 || size > STRIP_SIZE ? 1 : static_cast<int>(STRIP_SIZE / size);
     const long long items = (end - begin + together - 1) / together * strips;
     for (long long item = threadIdx.x; item < items; item += blockDim.x) {
         Strip strip;
         strip.rows = {};
-        strip.column = item % strips * LANES;
-        strip.rows.columns = static_cast<int>(size - strip.column < LANES ? size - strip.column : LANES);
+        strip.column = item % strips * STRIP_SIZE;
+        strip.rows.columns = static_cast<int>(size - strip.column < STRIP_SIZE ? size - strip.column : STRIP_SIZE);
         strip.rows.now = now;
         const long long first = begin + item / strips * together;
         for (int k = 0; k < together && first + k < end; ++k) {

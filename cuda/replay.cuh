@@ -53,8 +53,8 @@ struct StepLog {
     LoggedStep* steps;
 };
 
-constexpr int LANES = GPU_ADAM_ONE_THREAD ? GPU_ADAM_STRIP : PACK;  // elements of a strip
-constexpr int STRIP_ROWS = GPU_ADAM_ONE_THREAD ? LANES : 1;        // rows, at most
+constexpr int STRIP_SIZE = GPU_ADAM_ONE_THREAD ? GPU_ADAM_STRIP : PACK;  // elements of a strip
+constexpr int STRIP_ROWS = GPU_ADAM_ONE_THREAD ? STRIP_SIZE : 1;        // rows, at most
 constexpr int PATIENCE = 16;                                       // steps between two looks whether a phase is over
 constexpr bool WIDE_REAL = sizeof(Real) == sizeof(double);
 
@@ -67,12 +67,17 @@ __device__ inline bool equal(Double a, Double b) { return a.x == b.x; }
 template <typename T>
 __device__ inline bool equal(Complex<T> a, Complex<T> b) { return equal(a.re, b.re) && equal(a.im, b.im); }
 
-// Rows of a strip: where each begins among the lanes, and which steps it has missed.
+// The rows of a strip, and which steps each has missed. Lanes without an element are zeros.
 struct StripRows {
     int rows;                  // > 0
     int columns;               // lanes of each
     long long from[STRIP_ROWS];  // first missed step of each
     long long now;             // the number of steps in the log
+
+    __device__ int count() const { return STRIP_ROWS == 1 ? 1 : rows; }
+    // The lanes of a row; in a strip of one row all of them.
+    __device__ int begin(int r) const { return STRIP_ROWS == 1 ? 0 : r * columns; }
+    __device__ int end(int r) const { return STRIP_ROWS == 1 ? STRIP_SIZE : (r + 1) * columns; }
 };
 
 // What point 2 compares with.
@@ -104,22 +109,20 @@ struct Bounds {
     }
 };
 
-// Let lanes [begin, end) take a step with a gradient of zeros. In a strip of one row all lanes do: those that it has no
-// element for are zeros.
+// Let lanes [begin, end) take a step with a gradient of zeros.
 template <bool MOVES>
-__device__ __forceinline__ void step_lanes(SlotPacks<LANES>& packs, int begin, int end, const StepScalars& step,
+__device__ __forceinline__ void step_lanes(SlotPacks<STRIP_SIZE>& packs, int begin, int end, const StepScalars& step,
                                            unsigned long long noise, long long first) {
     const StepScalars own = step;
-    const int from = STRIP_ROWS == 1 ? 0 : begin, to = STRIP_ROWS == 1 ? LANES : end;
 #pragma unroll
     GPU_ADAM_INDEPENDENT
-    for (int k = from; k < to; ++k) {
+    for (int k = begin; k < end; ++k) {
         Element e = {};
 #define READ(slot, Memory, Register, present) \
     if constexpr (present) e.slot = Converted<Register>::from(packs.slot.x[k]);
         GPU_ADAM_SLOTS(READ)
 #undef READ
-        e = adam<MOVES>(e, value(Gradient{}), own, noise_at(noise, first, k - from));
+        e = adam<MOVES>(e, value(Gradient{}), own, noise_at(noise, first, k - begin));
 #define WRITE(slot, Memory, Register, present) \
     if constexpr (present) store(packs.slot.x[k], e.slot);
         GPU_ADAM_SLOTS(WRITE)
@@ -129,12 +132,12 @@ __device__ __forceinline__ void step_lanes(SlotPacks<LANES>& packs, int begin, i
 
 // Let one slot of every lane take so many steps of its own, `most` at most, by constant scalars; until no lane moves.
 template <typename Register, typename Memory, typename Advance>
-__device__ __forceinline__ void advance_together(Pack<Memory, LANES>& slot, const int* left, int most, Advance advance) {
+__device__ __forceinline__ void advance_together(Pack<Memory, STRIP_SIZE>& slot, const int* left, int most, Advance advance) {
     for (int i = 0; i < most;) {
         int moving = 0;
 #pragma unroll
         GPU_ADAM_INDEPENDENT
-        for (int k = 0; k < LANES; ++k) {
+        for (int k = 0; k < STRIP_SIZE; ++k) {
             Memory next = slot.x[k];
             const Register before = Converted<Register>::from(next);
             store(next, advance(before));
@@ -147,7 +150,7 @@ __device__ __forceinline__ void advance_together(Pack<Memory, LANES>& slot, cons
         for (const int end = i + PATIENCE < most ? i + PATIENCE : most; i < end; ++i) {
 #pragma unroll
             GPU_ADAM_INDEPENDENT
-            for (int k = 0; k < LANES; ++k) {
+            for (int k = 0; k < STRIP_SIZE; ++k) {
                 Memory next = slot.x[k];
                 store(next, advance(Converted<Register>::from(next)));
                 slot.x[k] = STRIP_ROWS == 1 || i < left[k] ? next : slot.x[k];
@@ -159,7 +162,7 @@ __device__ __forceinline__ void advance_together(Pack<Memory, LANES>& slot, cons
 // How many steps each lane has left, and the most, where its row has missed all from `from` on.
 __device__ inline int count_left(const StripRows& rows, int* left) {
     int most = 0;
-    for (int r = 0; r < rows.rows; ++r) {
+    for (int r = 0; r < rows.count(); ++r) {
         const int missed = static_cast<int>(rows.now - rows.from[r]);
         if (missed > most) most = missed;
         for (int k = 0; STRIP_ROWS > 1 && k < rows.columns; ++k) left[r * rows.columns + k] = missed;
@@ -168,15 +171,15 @@ __device__ inline int count_left(const StripRows& rows, int* left) {
 }
 
 // Let every row take the steps that it has missed. `firsts` are the indices of the rows' first elements in the variable.
-__device__ inline void replay(SlotPacks<LANES>& packs, StripRows& rows, const long long* firsts, const LoggedStep* log,
+__device__ inline void replay(SlotPacks<STRIP_SIZE>& packs, StripRows& rows, const long long* firsts, const LoggedStep* log,
                               long long place) {
     if constexpr (ACCUMULATES) return;
-    alignas(64) int left[STRIP_ROWS > 1 ? LANES : 1] = {};
+    alignas(64) int left[STRIP_ROWS > 1 ? STRIP_SIZE : 1] = {};
     int most = count_left(rows, left);
     if (most == 0) return;
     const LoggedStep& last = log[rows.now - 1];
     bool steady = true;
-    for (int r = 0; r < rows.rows; ++r) steady = steady && rows.from[r] >= last.steady_since;
+    for (int r = 0; r < rows.count(); ++r) steady = steady && rows.from[r] >= last.steady_since;
 
     const bool is_free = !(ADJUSTS && last.penalized);  // v, of theta
     auto v = packs.v;  // as it is going to be
@@ -186,9 +189,8 @@ __device__ inline void replay(SlotPacks<LANES>& packs, StripRows& rows, const lo
         const StepScalars step = last.scalars;
         advance_together<Real>(v, left, most, [&](Real x) { return second_moment(x, value(Gradient{}), step); });
     } else {
-        for (int r = 0; r < rows.rows; ++r) {
-            const int begin = STRIP_ROWS == 1 ? 0 : r * rows.columns;
-            const int end = STRIP_ROWS == 1 ? LANES : begin + rows.columns;
+        for (int r = 0; r < rows.count(); ++r) {
+            const int begin = rows.begin(r), end = rows.end(r);
             for (long long t = rows.from[r]; t < rows.now; ++t) {
                 const StepScalars step = log[t].scalars;
 #pragma unroll
@@ -200,9 +202,8 @@ __device__ inline void replay(SlotPacks<LANES>& packs, StripRows& rows, const lo
         }
     }
 
-    for (int r = 0; r < rows.rows; ++r) {
-        const int begin = STRIP_ROWS == 1 ? 0 : r * rows.columns;
-        const int end = STRIP_ROWS == 1 ? LANES : begin + rows.columns;
+    for (int r = 0; r < rows.count(); ++r) {
+        const int begin = rows.begin(r), end = rows.end(r);
         long long& t = rows.from[r];
         for (int few = 1; t < rows.now; few = PATIENCE) {
             for (const long long until = t + few < rows.now ? t + few : rows.now; t < until; ++t) {
@@ -234,11 +235,11 @@ __device__ inline void replay(SlotPacks<LANES>& packs, StripRows& rows, const lo
         const StepScalars step = last.scalars;
         advance_together<Value>(packs.m, left, most, [&](Value x) { return first_moment(x, value(Gradient{}), step); });
     } else {
-        for (int r = 0; r < rows.rows; ++r) {
-            const int begin = r * rows.columns;
+        for (int r = 0; r < rows.count(); ++r) {
             for (long long t = rows.from[r]; t < rows.now; ++t) {
                 const StepScalars& step = log[t].scalars;
-                step_lanes<false>(packs, begin, begin + rows.columns, step, noise_of(step.noise, place), firsts[r]);
+                const unsigned long long noise = noise_of(step.noise, place);
+                step_lanes<false>(packs, rows.begin(r), rows.end(r), step, noise, firsts[r]);
             }
         }
     }

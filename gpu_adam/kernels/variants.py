@@ -249,6 +249,8 @@ def variants() -> list[Source]:
     guarded = (GUARDED, MEASURED)
     updates += [update(dtype, rule) for dtype in DTYPES for update in (dense, sparse) for rule in guarded]
     updates += [update(dtype, ACCUMULATION) for dtype in DTYPES if dtype not in HALVES for update in (dense, sparse)]
+    plain_and_all = [(dtype, rule) for dtype in DTYPES for rule in (UpdateRule(), update_rules(dtype)[-1])]
+    updates += [deferred(dtype, rule) for dtype, rule in (*plain_and_all, ("float32", GUARDED))]
     mixed = [dense(dtype, rule, gradient=gradient) for dtype, rule, gradient in MIXED_UPDATES]
     rules = (UpdateRule(), UpdateRule(bounded=True), GUARDED)
     norms = [norm(dtype, "square_sums", rule) for dtype in DTYPES for rule in rules]
