@@ -25,6 +25,7 @@ struct DeferredTable {
     long long place;           // among the variables, in the order in which they got their slots
     int* last_step;            // of each row: how many of the logged steps it has taken
     StepLog* log;
+    long long at_once;         // 1 where v takes missed steps in one product, else 0
 };
 
 // The rows of a launch, in ascending order: keys, or with null keys all rows from `first` on.
@@ -103,7 +104,7 @@ __device__ inline void update_strip(const DeferredTable& table, Strip& strip, co
                                     const SummedGradient& gradient, const StepScalars& step) {
     alignas(64) SlotPacks<STRIP_SIZE> packs = {};
     move_lanes<true>(packs, table.slots, strip);
-    replay(packs, strip.rows, strip.firsts, log, table.place);
+    replay(packs, strip.rows, strip.firsts, log, table.place, table.at_once);
     if (gradient.values) {
         alignas(64) Value sum[STRIP_SIZE];
         for (int k = 0; k < STRIP_SIZE; ++k) sum[k] = value(Gradient{});

@@ -25,6 +25,10 @@
 // 3. m (with theta decay and the average, where there are such), until it stands still: m does not reach 0 but stops where
 //    the product m c1 is flushed, near 2^-126 / c1. v stops, too, near 2^-126 / c2.
 //
+// With replay="closed_form" point 1 is v (1 - c2)^n, a product in float64 that is rounded once, the same on every device:
+// where beta_2 was the same in all n steps, v has the variable's precision, and the product stays above the place where v
+// stands still. It differs from the recurrence by the roundings of that, and half of it is the lower bound.
+//
 // NaN and infinities make these comparisons false, and go through the full recurrence. So does l2: its gradient is not 0.
 //
 // A strip has consecutive elements of one row, as a thread of a GPU, or in the host's fast mode of several short rows, so
@@ -159,6 +163,37 @@ __device__ __forceinline__ void advance_together(Pack<Memory, STRIP_SIZE>& slot,
     }
 }
 
+__device__ inline double wide(float x) { return x; }
+__device__ inline double wide(Double x) { return x.x; }
+
+// base^n by squaring: the same operations on every device.
+__device__ inline double power(double base, int n) {
+    double product = 1;
+    for (; n > 0; n /= 2, base = base * base) {
+        if (n % 2) product = product * base;
+    }
+    return product;
+}
+
+// v after each lane's steps as one product. False, and nothing done, where some v comes near to where it stands still.
+__device__ inline bool advance_at_once(Pack<SlotReal, STRIP_SIZE>& v, const StripRows& rows, const StepScalars& step) {
+    constexpr double FEW = WIDE_REAL ? 0x1p-960 : 0x1p-100;
+    auto next = v;
+    bool fits = true;
+#pragma unroll 1
+    for (int r = 0; r < rows.count(); ++r) {
+        const double kept = power(1 - static_cast<double>(step.one_minus_beta_2), static_cast<int>(rows.now - rows.from[r]));
+#pragma unroll
+        for (int k = rows.begin(r); k < rows.end(r); ++k) {
+            const double x = wide(Converted<Real>::from(v.x[k]));
+            fits = fits && (x == 0 || x * kept > FEW);
+            store(next.x[k], real(static_cast<StoredReal>(x * kept)));
+        }
+    }
+    if (fits) v = next;
+    return fits;
+}
+
 // How many steps each lane has left, and the most, where its row has missed all from `from` on.
 __device__ inline int count_left(const StripRows& rows, int* left) {
     int most = 0;
@@ -172,7 +207,7 @@ __device__ inline int count_left(const StripRows& rows, int* left) {
 
 // Let every row take the steps that it has missed. `firsts` are the indices of the rows' first elements in the variable.
 __device__ inline void replay(SlotPacks<STRIP_SIZE>& packs, StripRows& rows, const long long* firsts, const LoggedStep* log,
-                              long long place) {
+                              long long place, bool at_once) {
     if constexpr (ACCUMULATES) return;
     alignas(64) int left[STRIP_ROWS > 1 ? STRIP_SIZE : 1] = {};
     int most = count_left(rows, left);
@@ -183,8 +218,10 @@ __device__ inline void replay(SlotPacks<STRIP_SIZE>& packs, StripRows& rows, con
 
     const bool is_free = !(ADJUSTS && last.penalized);  // v, of theta
     auto v = packs.v;  // as it is going to be
-    if (!is_free) {
-        // The full recurrence has it.
+    at_once = at_once && is_free && steady && sizeof(SlotReal) == sizeof(StoredReal);
+    if (at_once) at_once = advance_at_once(v, rows, last.scalars);
+    if (!is_free || at_once) {
+        // The full recurrence has it, or it is there.
     } else if (steady) {
         const StepScalars step = last.scalars;
         advance_together<Real>(v, left, most, [&](Real x) { return second_moment(x, value(Gradient{}), step); });
@@ -217,6 +254,7 @@ __device__ inline void replay(SlotPacks<STRIP_SIZE>& packs, StripRows& rows, con
             for (int k = begin; k < end; ++k) {
                 Real s = Converted<Real>::from(v.x[k]);
                 if constexpr (AMSGRAD) s = Converted<Real>::from(packs.vhat.x[k]);
+                if (at_once) s = s * real(static_cast<StoredReal>(0.5));
                 const Real divisor = square_root(s) + bounds.epsilon;
                 Value theta;
                 if constexpr (MASTER) {

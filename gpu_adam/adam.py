@@ -163,7 +163,7 @@ class Adam:
         self._complex_mode = one_of("complex_mode", kwargs.get("complex_mode", COMPLEX_MODES[0]), COMPLEX_MODES)
         self._state = AdamState(
             *(name or type(self).__name__, self._complex_mode, flavour.slot_dtype),
-            *(flavour.sparse_update, flavour.max_deferral),
+            *(flavour.sparse_update, flavour.max_deferral, flavour.replay),
         )
         self._begin()
 

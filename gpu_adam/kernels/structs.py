@@ -57,7 +57,8 @@ EMBEDDING_TABLE = np.dtype(
 DEFERRED_TABLE = np.dtype(
     [("slots", SLOT_POINTERS)]
     + [(name, _INTEGER) for name in ("rows", "row_size", "rows_per_tile", "place")]
-    + [(name, _POINTER) for name in ("last_step", "log")],
+    + [(name, _POINTER) for name in ("last_step", "log")]
+    + [("at_once", _INTEGER)],
     align=True,
 )
 """``DeferredTable`` of deferred.cu."""

@@ -14,7 +14,7 @@ import numpy as np
 
 from gpu_adam.devices import Array, Device
 from gpu_adam.errors import ArgumentValueError, ConcurrentStepError, SlotNotFoundError
-from gpu_adam.hyperparameters import OWN_SETTINGS, SPARSE_UPDATES, AnySettings, Cohort
+from gpu_adam.hyperparameters import OWN_SETTINGS, REPLAYS, SPARSE_UPDATES, AnySettings, Cohort
 from gpu_adam.kernels import UpdateRule, slots_of
 from gpu_adam.loss_scale import check_scale
 from gpu_adam.state.counter import checked_count
@@ -44,6 +44,7 @@ class AdamState:
         slot_dtype: of the moving averages of gradients; None for the one in which they are computed.
         sparse_update: one of SPARSE_UPDATES, for variables whose settings do not say.
         max_deferral: how many steps rows may miss.
+        replay: one of REPLAYS.
 
     Attributes:
         weights: the counter and all slots in order of creation: for the first step the counter, every m, every v, and
@@ -73,9 +74,10 @@ class AdamState:
         slot_dtype: str | None = None,
         sparse_update: str = SPARSE_UPDATES[0],
         max_deferral: int = 1,
+        replay: str = REPLAYS[0],
     ) -> None:
         self.name, self.complex_mode, self.slot_dtype = name, complex_mode, slot_dtype
-        self.sparse_update, self.max_deferral = sparse_update, max_deferral
+        self.sparse_update, self.max_deferral, self.replay = sparse_update, max_deferral, replay
         self.weights: list[Variable] = []
         self.names: list[str] = []
         self.registry = Registry()

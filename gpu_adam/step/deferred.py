@@ -51,11 +51,12 @@ class DeferredRows:
         errors: where rows out of range are noted.
 
     Attributes:
+        at_once: whether v takes missed steps in one product.
         table: where the variable and its slots lie, for the logged steps.
     """
 
     def __init__(self, variable: Variable, state: AdamState, real_dtype: str, errors: IndexErrors) -> None:
-        self._owner, self._variable = weakref.ref(state), variable
+        self._owner, self._variable, self.at_once = weakref.ref(state), variable, state.replay == "closed_form"
         self._device, self._errors, self._limit = variable.device, errors, state.max_deferral
         device = self._device
         self._last_step = device.zeros(variable.shape[:1], np.dtype(np.int32))
@@ -171,7 +172,7 @@ class DeferredTable:
         for name, array in arrays.items():
             self._struct["slots"][name] = device.address(array)
         numbers = {"rows": self._number, "row_size": row_size, "rows_per_tile": self._rows_per_tile, "place": place}
-        for name, number in {**numbers, "last_step": rows.last_step, "log": rows.log}.items():
+        for name, number in {**numbers, "last_step": rows.last_step, "log": rows.log, "at_once": rows.at_once}.items():
             self._struct[name] = number
         self._kept = list(arrays.values())
         self._all = kernels.struct(kernels.INDICES, 0, 0, 0, self._number)
