@@ -24,6 +24,11 @@ _SUM_RUNS = """
     }
 """
 
+_TAKE_ROWS = """
+    const long long row = rows[i / width];
+    out = row >= 0 && row < count ? array[row * width + i % width] : outside;
+"""
+
 
 def namespace(array: Any) -> Any:
     """The module whose functions make and take such arrays: numpy, cupy."""
@@ -56,6 +61,24 @@ def add_at(total: Any, key: Any, values: Any) -> None:
     _sum_runs(module)(targets[order], order, values, targets.size, width, total, size=targets.size * width)
 
 
+def gather(array: Any, rows: Any) -> Any:
+    """The rows of an array at some numbers, [*rows.shape, *row], as an array of their own.
+
+    Args:
+        array: [count, *row], C-contiguous.
+        rows: int32 or int64 numbers of any shape, C-contiguous.  Those of NumPy must lie in [0, count).  CuPy's own
+            indexing takes others modulo the count; here they give NaN, or 0 in an array of whole numbers.
+    """
+    module = namespace(array)
+    if not hasattr(module, "ElementwiseKernel"):
+        return array.take(rows, axis=0)
+    out = module.empty((*rows.shape, *array.shape[1:]), array.dtype)
+    if out.size:
+        outside = array.dtype.type(0 if array.dtype.kind in "biu" else np.nan)
+        _take_rows(module)(array, rows, array.shape[0], math.prod(array.shape[1:]), outside, out)
+    return out
+
+
 def _named_axes(key: Any, ndim: int) -> int:
     """How many leading axes an index names."""
     parts = key if type(key) is tuple else (key,)
@@ -69,3 +92,9 @@ def _named_axes(key: Any, ndim: int) -> int:
 def _sum_runs(module: Any) -> Any:
     arguments = "raw I targets, raw J order, raw T values, int64 count, int64 width"
     return module.ElementwiseKernel(arguments, "raw T total", _SUM_RUNS, "gpu_adam_sum_runs")
+
+
+@functools.cache
+def _take_rows(module: Any) -> Any:
+    arguments = "raw T array, raw I rows, int64 count, int64 width, T outside"
+    return module.ElementwiseKernel(arguments, "T out", _TAKE_ROWS, "gpu_adam_take_rows")

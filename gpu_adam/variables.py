@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.lib.mixins import NDArrayOperatorsMixin
 
-from gpu_adam.arrays import add_at
+from gpu_adam.arrays import add_at, gather
 from gpu_adam.autodiff_seam import adapter, check_overwrite, operand, shown
 from gpu_adam.behind import Behind
 from gpu_adam.conversion import as_numbers, cast, copied_to, on_host, place_of
@@ -314,11 +314,79 @@ class Variable(NDArrayOperatorsMixin):
         with self._device.activate():
             if function in MAKERS:
                 return make(function, self._device.xp, args, options)
+            if function is np.take and len(args) == 2 and args[0] is self and options == {"axis": 0}:
+                index = _plain(args[1])
+                return function(self._operand_at(index), index, **options)
             return function(*_plain(args), **{key: _plain(option) for key, option in options.items()})
 
     def __getitem__(self, index: Any) -> Array:
+        index = _plain(index)
         with self._device.activate():
-            return operand(self)[_plain(index)]
+            return self._operand_at(index)[index]
+
+    def _operand_at(self, index: Any) -> Any:
+        """What to index: where an array or a list of row numbers is the index, only these rows are brought up to date.
+
+        These are the indices of which a loss makes `IndexedSlices`.
+        """
+        behind, xp = self._behind, self._device.xp
+        if behind is not None and self.ndim and len(self) and isinstance(index, (list, np.ndarray, xp.ndarray)):
+            rows = xp.asarray(index)
+            if rows.ndim and rows.dtype.kind in "iu":
+                # Negative ones count from the end; of others NumPy raises, and CuPy takes them modulo the rows too.
+                behind.bring_up_to_date(rows.reshape(-1).astype(np.int64) % len(self))
+                return operand(self, self._storage)
+        return operand(self)
+
+    def gather(self, indices: Any) -> Array:
+        """The rows at some indices, for the forward pass of an embedding.
+
+            result[a, b, ...] = variable[indices[a, b, ...]]
+
+        Inside a loss that is being differentiated the gradient is an `IndexedSlices` of these rows.
+
+        Args:
+            indices: whole numbers in [0, rows) of any shape: a number, a list, an array of any device. Negative ones do
+                not count from the end.
+
+        Returns:
+            An array of its own, [*indices.shape, *row], on the variable's device. Where the indices lie in device
+            memory, in which to look at them would be a wait, a row out of range comes as NaN, in a variable of whole
+            numbers as 0. The updates leave it out of a gradient of `IndexedSlices` and note it: see
+            `Adam.check_errors`.
+
+        Raises:
+            ArgumentTypeError: no whole numbers.
+            ArgumentValueError: a variable without rows, for it has no dimensions.
+            SparseIndexError: an index in host memory, or for a variable on the host, lies outside [0, rows).
+        """
+        rows = self._row_numbers(indices, f"gather's indices for variable {self._name!r}")
+        with self._device.activate():
+            if self._behind is not None:
+                self._behind.bring_up_to_date(rows.reshape(-1))
+            value = operand(self, self._storage)
+            return gather(value, rows) if isinstance(value, self._device.xp.ndarray) else value.gather(rows)
+
+    def _row_numbers(self, indices: Any, argument: str) -> Array:
+        """Indices as a C-contiguous array of int32 or int64 on the device; those in host memory lie in [0, rows)."""
+        if not self.ndim:
+            raise ArgumentValueError(
+                f"variable {self._name!r}", "must have rows", "shape ()", "compute with it as it is"
+            )
+        array = as_numbers(_plain(indices), argument, "pass the numbers of rows")
+        if self._device.xp is np:
+            array = on_host(array)
+        if array.size and array.dtype.kind not in "iu":
+            raise ArgumentTypeError(argument, "must be whole numbers", f"numbers of {array.dtype}", "cast with astype")
+        if isinstance(array, np.ndarray) and array.size and not 0 <= array.min() <= array.max() < len(self):
+            place = np.argwhere((array < 0) | (array >= len(self)))[0].tolist()
+            rule, got = f"must lie in [0, {len(self)})", int(array[tuple(place)])
+            raise SparseIndexError(f"{argument}, at {place}," if place else argument, rule, got, "check the indices")
+        dtype = array.dtype if array.dtype in (np.int32, np.int64) else np.dtype(np.int64)
+        with self._device.activate():
+            if place_of(array) is not self._device:
+                return self._device.array(array, dtype)
+            return self._device.xp.ascontiguousarray(array, dtype).reshape(array.shape)
 
     def __setitem__(self, index: Any, value: Any) -> None:
         check_overwrite(self)

@@ -31,8 +31,8 @@ ADAM = {
     "weight_decay", "weights",
 }  # fmt: skip
 VARIABLE = {
-    "assign", "assign_add", "assign_sub", "constrain", "constraint", "device", "dtype", "name", "ndim", "numpy", "over",
-    "shape", "size", "trainable", "value",
+    "assign", "assign_add", "assign_sub", "constrain", "constraint", "device", "dtype", "gather", "name", "ndim",
+    "numpy", "over", "shape", "size", "trainable", "value",
 }  # fmt: skip
 MANAGER = {"guard", "restore_latest", "save", "step", "wait"}
 SLICES = {"dense", "dense_shape", "indices", "norm", "numpy", "shape", "values"}

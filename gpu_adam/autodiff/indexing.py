@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from gpu_adam.arrays import gather
 from gpu_adam.autodiff.node import getitem
 from gpu_adam.autodiff.rules import Operand, Primitive, composed, derivative, own, plain
 from gpu_adam.autodiff.sparse_cotangent import SparseCotangent
@@ -16,8 +17,12 @@ def _rows(indices: Any, a: Any, g: Any) -> SparseCotangent:
     indices = indices.reshape(-1)
     if indices.dtype not in (np.int32, np.int64):  # what the sparse update takes, and wide enough for what follows
         indices = indices.astype(np.int64)
-    indices = np.where(indices < 0, indices + a.shape[0], indices)
-    return SparseCotangent(a, indices, g.reshape((indices.size, *a.shape[1:])), rows=True)
+    return _gather_vjp(g, None, a, np.where(indices < 0, indices + a.shape[0], indices))
+
+
+def _gather_vjp(g: Any, y: Any, a: Any, rows: Any) -> SparseCotangent:
+    """Like the other rules here it reads a's shape and dtype alone: other rows of it may be behind."""
+    return SparseCotangent(a, rows.reshape(-1), g.reshape((rows.size, *a.shape[1:])), rows=True)
 
 
 def _getitem_vjp(g: Any, y: Any, a: Any, key: Any) -> Any:
@@ -44,6 +49,7 @@ def _take_vjp(g: Any, y: Any, a: Any, indices: Any, axis: Any = None) -> Any:
 
 
 derivative(getitem, _getitem_vjp)
+derivative(gather, _gather_vjp, None)
 _recorded_take = Primitive(np.take, (_take_vjp, None))
 
 

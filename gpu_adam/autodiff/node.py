@@ -6,7 +6,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from gpu_adam.arrays import namespace
+from gpu_adam.arrays import gather, namespace
 from gpu_adam.autodiff.constants import shown
 from gpu_adam.autodiff.operations import OPERATIONS, missing
 from gpu_adam.autodiff.sparse_matrices import is_scipys_product
@@ -295,6 +295,10 @@ class Node:
         """The same memory as numbers of another dtype: complex ones as pairs of real ones, and back."""
         kwargs = _NO_KWARGS if type is None else {"type": type}
         return OPERATIONS[view]((self, self.dtype if dtype is None else np.dtype(dtype)), kwargs)
+
+    def gather(self, rows: Any) -> Any:
+        """What `Variable.gather` takes of a recorded variable."""
+        return OPERATIONS[gather]((self, rows), _NO_KWARGS)
 
     def reshape(self, *shape: Any, order: str = "C", copy: Any = None) -> Any:
         """The array in another shape, given as one tuple or as integers."""

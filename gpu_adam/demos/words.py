@@ -59,7 +59,7 @@ class Words(Demo):
         xp = self.xp
         words, others = (self.device.array(host) for host in self.batch(generator))
         centre, context = self.variables
-        a, b = centre.value[words], context.value[others]  # [batch, width], [batch, 1 + negatives, width]
+        a, b = centre.gather(words), context.gather(others)  # [batch, width], [batch, 1 + negatives, width]
         z = (a[:, None] * b).sum(2)
         true = xp.arange(1 + NEGATIVES) == 0
         d = (0.5 + 0.5 * xp.tanh(0.5 * z) - true) / BATCH  # d loss / d z; σ through tanh cannot overflow
