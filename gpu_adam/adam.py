@@ -104,7 +104,12 @@ class Adam:
             ``loss_scale``, a `LossScale`, does so too, and divides all gradients by a scale that follows: see
             `loss_scale`; ``telemetry`` has each step's numbers measured: see `read_telemetry`. The last three want a
             step's variables on one device, and no graph. ``accumulation`` "mean" (default) or "sum" is what becomes of
-            gradients that were accumulated: see `accumulate`.
+            gradients that were accumulated: see `accumulate`. ``sparse_update`` "dense" (default) moves all rows of a
+            variable with a gradient of `IndexedSlices` at once; "deferred" moves the others when somebody reads or
+            writes them, with the same bits (cuda/deferred.md): the variable must be a `Variable`, of this optimizer
+            alone, and there is no ``telemetry``. ``max_deferral`` in [1, 2^20) (65536): after so many steps all rows
+            are brought up to date. ``replay`` "exact" (default) or "closed_form", in which v takes missed steps in one
+            product, a few units in the last place beside.
 
     Callables are evaluated once per step, and schedules, which get t - 1: with ``skip_nonfinite`` or ``loss_scale``
     for every t that the step may turn out to have.
