@@ -327,14 +327,16 @@ class Variable(NDArrayOperatorsMixin):
     def _operand_at(self, index: Any) -> Any:
         """What to index: where an array or a list of row numbers is the index, only these rows are brought up to date.
 
-        These are the indices of which a loss makes `IndexedSlices`.
+        Among these are the indices of which a loss makes `IndexedSlices`.
         """
-        behind, xp = self._behind, self._device.xp
-        if behind is not None and self.ndim and len(self) and isinstance(index, (list, np.ndarray, xp.ndarray)):
+        if self._behind is None or not self.ndim or not len(self):
+            return operand(self)
+        xp = self._device.xp
+        if isinstance(index, (list, np.ndarray, xp.ndarray)):
             rows = xp.asarray(index)
-            if rows.ndim and rows.dtype.kind in "iu":
+            if rows.dtype.kind in "iu":
                 # Negative ones count from the end; of others NumPy raises, and CuPy takes them modulo the rows too.
-                behind.bring_up_to_date(rows.reshape(-1).astype(np.int64) % len(self))
+                self._behind.bring_up_to_date(rows.reshape(-1).astype(np.int64) % len(self))
                 return operand(self, self._storage)
         return operand(self)
 

@@ -17,6 +17,7 @@ from gpu_adam.autodiff import value_and_grad
 from gpu_adam.devices import Device, device_of
 from gpu_adam.errors import ArgumentTypeError, ArgumentValueError, SparseIndexError
 from gpu_adam.kernels import dtype_named
+from gpu_adam.state.slots import is_beside
 
 NOW = np.arange(1, 11, dtype=np.float32).reshape(5, 2)
 ALL = "all"
@@ -248,6 +249,17 @@ def test_a_step_asks_for_nothing(device: Device, options: dict[str, Any], number
     assert [each.asked for each in (behind, *slots)] == [[]] * (1 + len(slots))
 
 
+def test_where_memory_lies_is_no_content(device: Device) -> None:
+    variable, behind = late()
+    optimizer = gpu_adam.Adam(0.1)
+    optimizer.build([variable])
+    slot = Late(optimizer.get_slot(variable, "m"), NOW)
+    assert is_beside(slot.variable, variable)
+    optimizer.add_slot(variable, "own", "zeros")
+    optimizer.build([device.array(NOW)])  # a raw array is looked for among all that is known
+    assert [behind.asked, slot.asked] == [[], []]
+
+
 def test_an_average_begins_at_rows_that_are_up_to_date(device: Device) -> None:
     variable, _ = late()
     optimizer = gpu_adam.Adam(0.1, use_ema=True)
@@ -298,8 +310,9 @@ def test_what_was_restored_is_not_written_over(device: Device) -> None:
     variable, behind = late(name="w")
     optimizer = gpu_adam.Adam(0.1)
     optimizer.build([variable])
+    arrays = optimizer.export()
     Late(slot := optimizer.get_slot(variable, "m"), NOW)
-    optimizer.restore({**optimizer.export(), "w/m": NOW * 2})
+    optimizer.restore({**arrays, "w/m": NOW * 2})
     assert_same_bits(slot.numpy(), NOW * 2)
     assert behind.asked == []
 
@@ -375,6 +388,7 @@ MIXED: dict[str, Callable[[Variable], Any]] = {
     "square": lambda v: np.sum(v.gather([4, 4])) + np.sum(v**2),
     "rows of two kinds": lambda v: np.sum(v.gather([4])) + np.sum(v[[-1, 0]] ** 2),
     "one row by its number": lambda v: np.sum(v.gather([4])) + np.sum(v[0] ** 2),
+    "comparison": lambda v: np.sum(v.gather([0]) * (v.gather([4]) > v)),
     "itself": lambda v: [np.sum(v.gather([1])), v],
     "in NumPy's terms": lambda v: np.sum(np.stack([v.gather(2), v.gather(3)]) ** 2),
 }
