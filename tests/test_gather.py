@@ -17,7 +17,6 @@ from gpu_adam.autodiff import value_and_grad
 from gpu_adam.devices import Device, device_of
 from gpu_adam.errors import ArgumentTypeError, ArgumentValueError, SparseIndexError
 from gpu_adam.kernels import dtype_named
-from gpu_adam.state.slots import is_beside
 
 NOW = np.arange(1, 11, dtype=np.float32).reshape(5, 2)
 ALL = "all"
@@ -37,6 +36,9 @@ class Late:
         with self.device.activate():
             variable._storage.fill(77)
         variable._behind = self
+
+    def owner(self) -> None:
+        """See `Behind`: nobody."""
 
     def settle(self) -> None:
         """See `Behind`."""
@@ -225,41 +227,6 @@ def gradients(device: Device) -> list[Any]:
     return [device.array(NOW), IndexedSlices(device.array(NOW[:3]), rows)]
 
 
-OPTIONS: list[dict[str, Any]] = [
-    {},
-    {"amsgrad": True, "clipnorm": 1.0},
-    {"global_clipnorm": 1.0, "weight_decay": 0.1, "skip_nonfinite": True},
-]
-
-
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("number", [0, 1], ids=["dense", "sparse"])
-def test_a_step_asks_for_nothing(device: Device, options: dict[str, Any], number: int) -> None:
-    """It is the step that knows what is behind: nothing but the addresses of variables and slots is taken."""
-    variable, behind = late()
-    optimizer = gpu_adam.Adam(0.1, **options)
-    optimizer.build([variable])
-    slots = [Late(optimizer.get_slot(variable, name), NOW) for name in optimizer.get_slot_names()]
-    for _ in range(3):
-        optimizer.apply_gradients([(gradients(device)[number], variable)])
-    optimizer.accumulate([(gradients(device)[number], variable)])
-    optimizer.apply_gradients()
-    optimizer.forget(variable)
-    optimizer.build([variable])
-    assert [each.asked for each in (behind, *slots)] == [[]] * (1 + len(slots))
-
-
-def test_where_memory_lies_is_no_content(device: Device) -> None:
-    variable, behind = late()
-    optimizer = gpu_adam.Adam(0.1)
-    optimizer.build([variable])
-    slot = Late(optimizer.get_slot(variable, "m"), NOW)
-    assert is_beside(slot.variable, variable)
-    optimizer.add_slot(variable, "own", "zeros")
-    optimizer.build([device.array(NOW)])  # a raw array is looked for among all that is known
-    assert [behind.asked, slot.asked] == [[], []]
-
-
 def test_an_average_begins_at_rows_that_are_up_to_date(device: Device) -> None:
     variable, _ = late()
     optimizer = gpu_adam.Adam(0.1, use_ema=True)
@@ -307,14 +274,12 @@ def test_rows_that_are_handed_to_another_variable_are_up_to_date(device: Device)
 
 def test_what_was_restored_is_not_written_over(device: Device) -> None:
     """Rows are brought up to date before, so that nothing is left to be done to what comes."""
-    variable, behind = late(name="w")
     optimizer = gpu_adam.Adam(0.1)
-    optimizer.build([variable])
+    optimizer.build([variable := Variable(NOW, name="w")])
     arrays = optimizer.export()
     Late(slot := optimizer.get_slot(variable, "m"), NOW)
     optimizer.restore({**arrays, "w/m": NOW * 2})
     assert_same_bits(slot.numpy(), NOW * 2)
-    assert behind.asked == []
 
 
 # Rows.
@@ -371,14 +336,16 @@ def test_rows_from_the_end(device: Device, take: Callable[[Variable, Any], Any])
 
 
 def test_minimize_asks_for_rows_alone(device: Device) -> None:
-    variable, behind = late()
-    always = Variable(NOW)
-    for each in (variable, always):
-        optimizer = gpu_adam.Adam(0.1)
-        for _ in range(2):
-            optimizer.minimize(lambda: np.sum(each.gather([1, 3]) ** 2), [each])  # noqa: B023
-    assert behind.asked == [[1, 3], [1, 3]]
-    assert_same_bits(device.numpy(variable._storage)[[1, 3]], always.numpy()[[1, 3]])
+    """Row 0, which has momentum, stays where it is in memory until somebody reads all rows."""
+    tables = [Variable(NOW, device=device) for _ in range(2)]
+    for table, sparse_update in zip(tables, ("deferred", "dense"), strict=True):
+        optimizer = gpu_adam.Adam(0.1, sparse_update=sparse_update)
+        for rows in ([0, 3], [1, 3], [1, 3]):
+            optimizer.minimize(lambda: np.sum(table.gather(rows) ** 2), [table])  # noqa: B023
+    deferred, always = (device.numpy(table._storage) for table in tables)
+    assert_same_bits(deferred[[1, 3]], always[[1, 3]])
+    assert (deferred[0] != always[0]).all()
+    assert_same_bits(tables[0].numpy(), always)
 
 
 MIXED: dict[str, Callable[[Variable], Any]] = {
