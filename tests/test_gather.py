@@ -470,7 +470,7 @@ def test_indices_out_of_range_in_device_memory(device: Device) -> None:
     optimizer.minimize(lambda: np.sum(variable.gather(rows)), [variable])
     with pytest.raises(SparseIndexError, match=r"must lie in \[0, 5\) \(got 5 and 1 more\)"):
         optimizer.check_errors()
-    assert behind.asked == [[-1, 1, 5]] * 2
+    assert behind.asked[:2] == [[-1, 1, 5]] * 2
     always = Variable(NOW)
     gpu_adam.Adam(0.1).apply_gradients([(IndexedSlices(device.array(np.ones((1, 2), np.float32)), rows[:1]), always)])
     assert_same_bits(device.numpy(variable._storage)[1], always.numpy()[1])
