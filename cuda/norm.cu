@@ -215,6 +215,18 @@ clip_by_global_norm(const double* sums, const long long count, const double clip
     if (threadIdx.x == 0) *factor = clip_factor(norm, clipnorm);
 }
 
+// The factor of each of several norms: number i is over the sums [begins[2 i], begins[2 i + 1]).
+extern "C" __global__ void __launch_bounds__(256)
+clip_by_norms(const double* sums, const long long* begins, const long long norms, const double clipnorm, double* factors) {
+    __shared__ double lanes[LANES];
+    for (long long i = blockIdx.x; i < norms; i += gridDim.x) {
+        const double* const own = sums + begins[2 * i];
+        const double norm = sqrt(ordered_sum(begins[2 * i + 1] - begins[2 * i], Partials{own}, lanes));
+        if (threadIdx.x == 0) factors[i] = clip_factor(norm, clipnorm);
+        __syncthreads();  // before the next norm's lanes
+    }
+}
+
 // Add all `count` sums to the total.
 extern "C" __global__ void __launch_bounds__(256)
 add_square_sum(const double* sums, const long long count, double* total) {

@@ -175,7 +175,7 @@ def _update(
 
 
 def norm(dtype_name: str, kernel_name: str, rule: UpdateRule = UpdateRule()) -> Kernel:  # noqa: B008
-    """A pass of norm.cu: square_sums, square_sums_of, clip_by_global_norm or add_square_sum.
+    """A pass of norm.cu: square_sums, square_sums_of, clip_by_global_norm, clip_by_norms or add_square_sum.
 
     Args:
         dtype_name: of the gradients, a key of DTYPES.

@@ -62,6 +62,7 @@ class AdamState:
         deferred: for each variable with deferred updates, what its rows have missed. The same dict for ever.
         layout: another object whenever a slot or a variable comes to lie elsewhere, or goes. Who has their addresses
             compares.
+        exchange: what other ranks do in each step (gpu_adam/step/exchange.py); None for an optimizer by itself.
         alone: ``with state.alone():`` is the context of one call at a time. It raises ConcurrentStepError where another
             call of the optimizer is at work, in another thread or around this one.
         pending: the last asynchronous save, until it has ended and its error, if it has one, was raised.
@@ -90,6 +91,7 @@ class AdamState:
         self.counter = Variable(np.int64(0), trainable=False, name=f"{name}/iter", device="host")
         self.index_errors: dict[Variable, Any] = {}
         self.deferred: dict[Variable, Any] = {}
+        self.exchange: Any = None
         self.layout = object()
         self._weight_names: list[str] | None = None
         self.alone = Door(name)
@@ -345,7 +347,7 @@ class AdamState:
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
-        for name in ("alone", "deferred", "index_errors", "layout", "pending"):  # of this process
+        for name in ("alone", "deferred", "exchange", "index_errors", "layout", "pending"):  # of this process
             del state[name]
         # As lists: a copied dict of variables would be filled before the variables are.
         state["slots"] = {name: list(owned.items()) for name, owned in self.slots.items()}
@@ -357,7 +359,7 @@ class AdamState:
         has_masters = state.pop("masters")
         self.__dict__.update(state)
         self.alone, self.pending = Door(self.name), None
-        self.index_errors, self.deferred, self.layout = {}, {}, object()
+        self.index_errors, self.deferred, self.exchange, self.layout = {}, {}, None, object()
         self.slots = {name: dict(owned) for name, owned in state["slots"].items()}
         self.settings = dict(state["settings"])
         for owned in self.slots.values():

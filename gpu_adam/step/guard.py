@@ -138,6 +138,12 @@ class Guard:
         return int(self.state[0]) + fields[field][1]
 
     @property
+    def found(self) -> Array:
+        """The number of elements of a step's gradients that are not finite, on the device: one uint64."""
+        begin = self.address("found") - int(self.state[0])
+        return self._memory[begin : begin + 8].view(np.uint64)
+
+    @property
     def update_totals(self) -> list[int]:
         """Where the sums of squares of updates and of variables lie on the device."""
         return [self.address("update_squares"), self.address("theta_squares")]

@@ -18,6 +18,7 @@ from gpu_adam.step.candidates import ROOM, Candidates, GuardedScalars
 from gpu_adam.step.deferred import DeferredRows, DeferredTable
 from gpu_adam.step.deferred import make_ready as make_logs_ready
 from gpu_adam.step.dense import DenseLaunch, DenseTable, rows_of
+from gpu_adam.step.exchange import Exchange
 from gpu_adam.step.groups import DenseGroup, SparseGroup
 from gpu_adam.step.guard import Guard
 from gpu_adam.step.index_errors import IndexErrors
@@ -45,6 +46,7 @@ class Launches:
         captures: whether the launches of a graph are made ready.
         pools: where memory of the updates' own comes from; kept as well.
         behind: what rows of variables have missed; the same mapping for ever.
+        exchange: what other ranks do in the step, if there are some.
         guard: of a guarded step.
         room: for how many candidates of a guarded step there is memory.
 
@@ -61,6 +63,7 @@ class Launches:
         kept: Sequence[Any],
         *,
         behind: Mapping[Variable, DeferredRows],
+        exchange: Exchange | None,
         captures: bool,
         pools: Sequence[Any] = (),
         guard: Guard | None = None,
@@ -72,7 +75,9 @@ class Launches:
         self.deferred = [table for table in tables.values() if isinstance(table, DeferredTable)]
         self.counts = [table.rows.count_call for table in self.deferred]
         self._whole_arrays = [update for update, table in tables.items() if not isinstance(table, DeferredTable)]
-        self._norms = norm_passes(self._updates, rule)
+        self._norms = norm_passes(self._updates, rule, exchange)
+        self._exchange = exchange
+        self._parts = [] if exchange is None else [exchange.part_of(each.group.variables[0]) for each in self._updates]
         self._bound: Sequence[Any] | None = None
         self._captures = captures
         self._graph_launches: Launches | None = None
@@ -126,7 +131,8 @@ class Launches:
                 updates.append(DenseLaunch(group, DenseTable(group, rows_of(group, slots, own_places))))
         written_on = {place: Intervals(np.concatenate(parts)) for place, parts in memory.items()}
         captures = guard is None and not deferred and any(group.device.captures for group in groups)
-        return cls(updates, written_on, rule, kept, behind=state.deferred, captures=captures, guard=guard)
+        others: dict[str, Any] = {"behind": state.deferred, "exchange": state.exchange, "guard": guard}
+        return cls(updates, written_on, rule, kept, captures=captures, **others)
 
     def part(self, groups: Sequence[DenseGroup | SparseGroup], guard: Guard | None) -> Launches:
         """The launches of groups that are parts of these launches' groups. They keep all of these launches' memory."""
@@ -138,7 +144,8 @@ class Launches:
             origin, places = group.origin
             updates.append(DenseLaunch(group, DenseTable(group, tables[id(origin)].rows[places])))
         shared = self._written, self._rule, self._kept
-        return Launches(updates, *shared, behind=self._behind, captures=self._captures, guard=guard)
+        others: dict[str, Any] = {"behind": self._behind, "exchange": self._exchange, "guard": guard}
+        return Launches(updates, *shared, captures=self._captures, **others)
 
     def take_for_graph(self, checked: Sequence[Any]) -> Launches:
         """The same launches for a captured graph, with memory of their own.
@@ -187,8 +194,8 @@ class Launches:
     def _again(self, use: Use, pools: Sequence[Any] = ()) -> Launches:
         updates = [update.for_graph(use) for update in self._updates]
         shared = self._written, self._rule, self._kept
-        others: dict[str, Any] = {"behind": self._behind, "pools": pools, "guard": self._guard}
-        launches = Launches(updates, *shared, captures=False, room=ROOM, **others)
+        others: dict[str, Any] = {"behind": self._behind, "exchange": self._exchange, "guard": self._guard}
+        launches = Launches(updates, *shared, captures=False, pools=pools, room=ROOM, **others)
         for norm, own in zip(launches._norms, self._norms, strict=True):
             norm.reserve(own.capacity)
         return launches
@@ -261,12 +268,24 @@ class Launches:
         calls: list[Call] = []
         if self._guarded is not None:
             calls += self._guarded.begin()
+        exchange = self._exchange
+        if exchange is not None and self._norms:
+            calls += exchange.arriving(self._parts)
         for norm in self._norms:
             calls += norm.calls(clip.limit)
         if self._guarded is not None:
+            assert self._guard is not None
+            if exchange is not None:
+                calls += exchange.adding(self._guard.found)
             calls += self._guarded.end(self._norms)
-        for update in self._updates:
-            calls += update.calls()
+        for number, update in enumerate(self._updates):
+            if exchange is None:
+                calls += update.calls()
+            else:
+                part = self._parts[number]
+                calls += [*exchange.arriving([part]), *update.calls(), *exchange.departing(part)]
+        if exchange is not None:
+            calls += exchange.finishing(self._parts)
         if self._update_norms is not None:
             calls += self._update_norms.calls()
         return calls

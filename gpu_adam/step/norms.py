@@ -12,7 +12,9 @@ from gpu_adam import kernels
 from gpu_adam.devices import Array, Device
 from gpu_adam.kernels import UpdateRule
 from gpu_adam.step.arguments import UpdateArguments
+from gpu_adam.step.exchange import Exchange, SharedSums
 from gpu_adam.uninterrupted import Call
+from gpu_adam.variables import Variable
 
 
 def norm_counters(device: Device, rule: UpdateRule, tensors: int) -> Array | None:
@@ -38,6 +40,9 @@ class Normed(Protocol):
     @property
     def sum_count(self) -> int:
         """How many partial sums the gradients have."""
+
+    def parts_of_sums(self) -> tuple[Sequence[Variable], Sequence[int]]:
+        """The variables with elements, in order of their sums, and how many sums each has."""
 
     def square_sum_calls(self, address: int) -> list[Call]:
         """The calls that enqueue the partial sums of squares, to the float64 array at `address`."""
@@ -83,10 +88,12 @@ class NormPass:
         launches: whose gradients; of one device. Their clip factors are read from where this pass writes them.
         rule: of the update: whether there is one norm over all gradients, one for each tensor of the only launch, or
             nothing to clip by: a search for elements that are not finite takes the sums.
+        exchange: makes one norm of the gradients of all ranks, if there are several.
     """
 
-    def __init__(self, launches: Sequence[Normed], rule: UpdateRule) -> None:
+    def __init__(self, launches: Sequence[Normed], rule: UpdateRule, exchange: Exchange | None = None) -> None:
         self._launches, self._device = list(launches), launches[0].device
+        self._shared = None if exchange is None else self._shared_sums(exchange)
         norm = functools.partial(kernels.norm, launches[0].gradient, rule=rule)
         self._sums = self._device.empty(0, np.dtype(np.float64))
         self._sums_pointer, self._count = kernels.pointer(0), kernels.scalar(0)
@@ -99,12 +106,19 @@ class NormPass:
             return
         stride = int(rule.norm == "each")
         norms = max(1, launches[0].tensors) if stride else 1
+        self._norms = norms
         self._factors = self._device.empty(norms, np.dtype(np.float64))
         factors = self._device.address(self._factors)
         for launch in launches:
             launch.arguments.factors[0], launch.arguments.factor_stride[0] = factors, stride
         counters = launches[0].counters
-        if len(launches) == 1 and counters is not None:
+        if self._shared is not None and stride:
+            begins = np.array(self._shared.begins, np.int64).reshape(-1)
+            self._begins = self._device.array(begins)
+            arguments = [kernels.pointer(self._device.address(self._begins)), kernels.scalar(len(begins) // 2)]
+            arguments = [self._sums_pointer, *arguments, self._limit, kernels.pointer(factors)]
+            self._finish = self._device.prepare(norm("clip_by_norms"), arguments)
+        elif self._shared is None and len(launches) == 1 and counters is not None:
             own = launches[0].arguments.norm
             own["factors"], own["written"], own["stride"] = factors, self._device.address(counters), stride
             self._limit = own["limit"]
@@ -112,8 +126,17 @@ class NormPass:
             arguments = [self._sums_pointer, self._count, self._limit, kernels.pointer(factors)]
             self._finish = self._device.prepare(norm("clip_by_global_norm"), arguments)
 
+    def _shared_sums(self, exchange: Exchange) -> SharedSums:
+        parts = [launch.parts_of_sums() for launch in self._launches]
+        return exchange.sums(
+            [each for variables, _ in parts for each in variables], [n for _, counts in parts for n in counts]
+        )
+
     def bind(self) -> None:
         """Make room for the partial sums of the gradients bound last."""
+        if self._shared is not None:
+            self._sums_pointer[0], self._count[0] = self._device.address(self._shared.whole), self._shared.whole.size
+            return
         total = sum(launch.sum_count for launch in self._launches)
         if total > self._sums.size:
             self.reserve(max(total, 2 * self.capacity))
@@ -136,11 +159,14 @@ class NormPass:
         """
         if limit is not None:
             self._limit[0] = limit
-        calls, address = [], int(self._sums_pointer[0])
+        shared = self._shared
+        calls, address = [], int(self._sums_pointer[0] if shared is None else self._device.address(shared.own))
         for launch in self._launches:
             calls += launch.square_sum_calls(address)
             address += 8 * launch.sum_count
-        return calls if self._finish is None else [*calls, self._finish.call(1)]
+        if shared is not None:
+            calls += shared.calls()
+        return calls if self._finish is None else [*calls, self._finish.call(self._norms)]
 
     def total(self, address: int) -> list[Call]:
         """The calls that enqueue the addition of the partial sums to the float64 number at `address`."""
@@ -148,8 +174,9 @@ class NormPass:
         return [self._add.call(1)]
 
 
-def norm_passes(launches: Sequence[Normed], rule: UpdateRule) -> list[NormPass]:
+def norm_passes(launches: Sequence[Normed], rule: UpdateRule, exchange: Exchange | None) -> list[NormPass]:
     """The passes of a step: none, one for each launch for "each", else one."""
     if not rule.sums_squares:
         return []
-    return [NormPass([launch], rule) for launch in launches] if rule.norm == "each" else [NormPass(launches, rule)]
+    groups = [[launch] for launch in launches] if rule.norm == "each" else [launches]
+    return [NormPass(group, rule, exchange) for group in groups]

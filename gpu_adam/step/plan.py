@@ -96,7 +96,8 @@ class Plan:
         members: dict[Any, list[int]] = {}
         for number, variable in enumerate(variables):
             turn = rounds[variable] = rounds.get(variable, -1) + 1
-            kind = variable.device, variable.dtype, dtypes[number]
+            part = 0 if state.exchange is None else state.exchange.part_of(variable)
+            kind = part, variable.device, variable.dtype, dtypes[number]
             key = (turn, number) if sparse[number] else (turn, *kind)
             members.setdefault(key, []).append(number)
         groups = [

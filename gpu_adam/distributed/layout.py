@@ -1,0 +1,111 @@
+"""How parameters lie in flat arenas, and which elements each rank owns: arithmetic, without devices and ranks.
+
+An arena is a sequence of buckets of one dtype. A bucket is cut into as many equal shards as there are ranks, and rank r
+owns the r-th of each. Variables lie in buckets one after the other, each whole; where the border of two shards goes
+through a variable, it goes between two chunks of the variable's elements. So a variable's partial sums of squares are the
+same ones, whoever owns its chunks, and a norm over all ranks has the bits that it has on one.
+
+    bucket    | w ............ | w ...... b . c ... - - |     three variables, two ranks; - is padding
+    shards    |<-- rank 0 ---->|<------ rank 1 -------->|
+    pieces    | w[:n]          | w[n:]    b   c         |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from gpu_adam.kernels import CHUNK
+
+LINE = 64
+"""Bytes at a multiple of which variables begin: a processor's cache line."""
+
+
+class Piece(NamedTuple):
+    """Consecutive elements of a variable that one rank owns.
+
+    Attributes:
+        variable: number of the variable.
+        begin: the first element, in the variable; a multiple of CHUNK.
+        size: how many elements; 0 where a rank owns nothing of a bucket.
+        offset: where they begin, in elements from the bucket's beginning.
+    """
+
+    variable: int
+    begin: int
+    size: int
+    offset: int
+
+
+class Bucket(NamedTuple):
+    """Variables that are exchanged together.
+
+    Attributes:
+        variables: their numbers, in order.
+        offsets: where each begins, in elements from the bucket's beginning.
+        shard: elements that each rank owns, padding included.
+        pieces: for each rank what it owns, at least one piece.
+    """
+
+    variables: list[int]
+    offsets: list[int]
+    shard: int
+    pieces: list[list[Piece]]
+
+
+def buckets_of(sizes: Sequence[int], itemsize: int, ranks: int, bucket_bytes: int, numbers: Sequence[int]) -> list[Bucket]:
+    """The buckets of variables of one dtype.
+
+    Args:
+        sizes: elements of each variable.
+        itemsize: bytes of an element.
+        ranks: how many there are.
+        bucket_bytes: a bucket is closed when it has so many bytes; a larger variable has one to itself.
+        numbers: of each variable.
+    """
+    buckets: list[Bucket] = []
+    begin = total = 0
+    for end, size in enumerate(sizes, 1):
+        total += size * itemsize
+        if total >= bucket_bytes or end == len(sizes):
+            buckets.append(_bucket(sizes[begin:end], itemsize, ranks, numbers[begin:end]))
+            begin, total = end, 0
+    return buckets
+
+
+def _bucket(sizes: Sequence[int], itemsize: int, ranks: int, numbers: Sequence[int]) -> Bucket:
+    line = max(1, LINE // itemsize)
+    shard = _rounded(-(-sum(_rounded(size, line) for size in sizes) // ranks), line)
+    while (offsets := _offsets(sizes, line, ranks, shard)) is None:
+        shard += line
+    pieces = [_pieces(sizes, offsets, numbers, rank * shard, shard) for rank in range(ranks)]
+    return Bucket(list(numbers), offsets, shard, pieces)
+
+
+def _offsets(sizes: Sequence[int], line: int, ranks: int, shard: int) -> list[int] | None:
+    """Where variables begin, so that borders of shards go between chunks; None where they do not fit."""
+    offsets, end = [], 0
+    for size in sizes:
+        begin = _rounded(end, line)
+        border = _rounded(begin + 1, shard)
+        if border < begin + size:
+            if size > shard and shard % CHUNK:
+                return None  # a later border would go through a chunk
+            begin = border - (border - begin) // CHUNK * CHUNK
+        offsets.append(begin)
+        end = begin + size
+    return offsets if end <= ranks * shard else None
+
+
+def _pieces(sizes: Sequence[int], offsets: Sequence[int], numbers: Sequence[int], first: int, shard: int) -> list[Piece]:
+    """What the rank owns whose shard begins at element `first`."""
+    pieces = []
+    for number, size, offset in zip(numbers, sizes, offsets, strict=True):
+        begin, end = max(offset, first), min(offset + size, first + shard)
+        if begin < end:
+            pieces.append(Piece(number, begin - offset, end - begin, begin))
+    return pieces or [Piece(numbers[0], 0, 0, first)]
+
+
+def _rounded(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
