@@ -7,6 +7,7 @@
     ├── SparseIndexError    (IndexError)    a row index outside its variable
     ├── SlotNotFoundError   (KeyError)      no such slot
     ├── ConcurrentStepError (RuntimeError)  a call of an optimizer while another one is at work
+    ├── DistributedError    (RuntimeError)  ranks that do not answer in time, or an engine between them that fails
     └── DeviceError         (RuntimeError)  a device, driver or compiler that is not there
         └── KernelCompileError              a kernel that does not compile
 
@@ -56,6 +57,10 @@ class SlotNotFoundError(GpuAdamError, KeyError):
 
 class ConcurrentStepError(GpuAdamError, RuntimeError):
     """An optimizer was called while another call of it was at work."""
+
+
+class DistributedError(GpuAdamError, RuntimeError):
+    """Other ranks do not answer in time, or the engine that moves arrays between ranks fails."""
 
 
 class DeviceError(GpuAdamError, RuntimeError):

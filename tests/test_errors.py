@@ -16,6 +16,7 @@ BUILTINS: dict[type[GpuAdamError], type[Exception]] = {
     errors.SparseIndexError: IndexError,
     errors.SlotNotFoundError: KeyError,
     errors.ConcurrentStepError: RuntimeError,
+    errors.DistributedError: RuntimeError,
     errors.DeviceError: RuntimeError,
     errors.KernelCompileError: RuntimeError,
 }

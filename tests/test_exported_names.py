@@ -8,7 +8,7 @@ from gpu_adam import errors, schedules
 
 ERRORS = {
     "ArgumentTypeError", "ArgumentValueError", "CheckpointError", "CheckpointWarning", "ConcurrentStepError",
-    "DeviceError", "GpuAdamError", "KernelCompileError", "SlotNotFoundError", "SparseIndexError",
+    "DeviceError", "DistributedError", "GpuAdamError", "KernelCompileError", "SlotNotFoundError", "SparseIndexError",
 }  # fmt: skip
 SCHEDULES = {
     "CosineDecay", "CosineDecayRestarts", "ExponentialDecay", "InverseTimeDecay", "LearningRateSchedule",
