@@ -77,6 +77,19 @@ class Snapshot(Protocol):
         """The contents. Waits for them, in whichever thread."""
 
 
+class Landing(Protocol):
+    """Host memory for what an array of the device is to get from elsewhere.
+
+    Attributes:
+        array: the memory, of the array's shape and dtype. Not to be written any more once it is landed.
+    """
+
+    array: np.ndarray
+
+    def land(self) -> None:
+        """Enqueue the copy into the device's array, once. Nobody waits."""
+
+
 class Capture(Protocol):
     """One capture: what a function enqueues becomes a graph."""
 
@@ -171,6 +184,16 @@ class Device(ABC):
         Args:
             arrays: C-contiguous.
             lasting: whether also calls of this thread must not change the contents, as they may on the host.
+        """
+
+    @abstractmethod
+    def landing(self, array: Array) -> Landing:
+        """Host memory for what an array of this device is to get, the counterpart of a snapshot.
+
+        On the host it is the array itself.
+
+        Args:
+            array: C-contiguous.
         """
 
     @abstractmethod

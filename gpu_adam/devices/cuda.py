@@ -14,7 +14,7 @@ from typing import Any
 import cupy
 import numpy as np
 
-from gpu_adam.devices.base import PACK_BYTES, Array, Capture, Device, Launch, ReadBack, Snapshot, StagedArray
+from gpu_adam.devices.base import PACK_BYTES, Array, Capture, Device, Landing, Launch, ReadBack, Snapshot, StagedArray
 from gpu_adam.devices.native_pairs import ArrayKind, NativeAddressReader, NativePairReader, cupy_is_read_in_c
 from gpu_adam.devices.pair_reader import AddressReader, ExpectedPairs, PairReader
 from gpu_adam.devices.torch_tensors import from_dlpack
@@ -171,6 +171,10 @@ class CudaDevice(Device):
     def snapshot(self, arrays: Sequence[Array], *, lasting: bool) -> Snapshot:
         """Copies in pinned memory, which the current stream makes."""
         return _CudaSnapshot(self, arrays)
+
+    def landing(self, array: Array) -> Landing:
+        """Pinned memory, from which the current stream copies."""
+        return _CudaLanding(self, array)
 
     def copy_call(self, targets: Sequence[Array], sources: Sequence[Array]) -> Call:
         """A call, to be made once, that enqueues copies on the current stream of this device."""
@@ -456,6 +460,10 @@ class _Staging:
 _orphans: list[_Staging] = []  # buffers whose array is gone before their copy has run
 
 
+def _release_orphans() -> None:
+    _orphans[:] = [staging for staging in _orphans if not staging.copied.done]
+
+
 class _StagedArray:
     """An array in device memory, written through a ring of pinned buffers.
 
@@ -471,7 +479,7 @@ class _StagedArray:
         with device.activate():
             self._ring = [_Staging(size, dtype)]
         self._is_written = self._is_captured = False
-        _orphans[:] = [staging for staging in _orphans if not staging.copied.done]
+        _release_orphans()
 
     def __del__(self) -> None:
         # Whether their copies have run is asked later: a graph may be under capture now, which forbids the question.
@@ -579,3 +587,28 @@ class _CudaSnapshot:
             memory[begin : begin + nbytes].view(dtype).reshape(shape)
             for begin, (shape, dtype, nbytes) in zip(self._begins, self._kinds, strict=True)
         ]
+
+
+class _CudaLanding:
+    """A pinned buffer, which stays until the device has copied from it."""
+
+    def __init__(self, device: CudaDevice, array: Array) -> None:
+        self._device, self._target, self._is_landed = device, array, False
+        with device.activate():
+            _release_orphans()
+            self._staging = _Staging(max(1, array.nbytes), np.dtype(np.uint8))
+        self.array = self._staging.array[: array.nbytes].view(array.dtype).reshape(array.shape)
+
+    def __del__(self) -> None:
+        if self._is_landed and not sys.is_finalizing():
+            _orphans.append(self._staging)
+
+    def land(self) -> None:
+        staging, target, runtime = self._staging, self._target, cupy.cuda.runtime
+        with self._device.activate():
+            stream = cupy.cuda.get_current_stream()
+            arguments = target.data.ptr, staging.address, target.nbytes, runtime.memcpyHostToDevice, stream.ptr
+            # In one go, as for a snapshot.
+            is_landed = functools.partial(setattr, self, "_is_landed", True)
+            copy = functools.partial(runtime.memcpyAsync, *arguments)
+            make_all([is_landed, copy, functools.partial(staging.copied.record, stream)])

@@ -16,7 +16,7 @@ import numpy as np
 
 from gpu_adam import kernels
 from gpu_adam.devices import compiler, libraries
-from gpu_adam.devices.base import Array, Device, Launch, ReadBack, Snapshot, StagedArray
+from gpu_adam.devices.base import Array, Device, Landing, Launch, ReadBack, Snapshot, StagedArray
 from gpu_adam.devices.native_pairs import (
     NUMPY,
     NativeAddressReader,
@@ -147,6 +147,10 @@ class HostDevice(Device):
         """Copies of the arrays; the arrays themselves where the contents need not last."""
         return _HostSnapshot([array.copy() for array in arrays] if lasting else list(arrays))
 
+    def landing(self, array: Array) -> Landing:
+        """The array itself."""
+        return _HostLanding(array)
+
     def copy_call(self, targets: Sequence[Array], sources: Sequence[Array]) -> Call:
         """A call, to be made once, that copies into arrays, and casts where dtypes differ."""
         return all_of(operator.setitem, targets, itertools.repeat(...), sources)
@@ -240,6 +244,14 @@ class _HostSnapshot:
 
     def read(self) -> list[np.ndarray]:
         return self._arrays
+
+
+class _HostLanding:
+    def __init__(self, array: Array) -> None:
+        self.array = array
+
+    def land(self) -> None:
+        pass
 
 
 class _HostLaunch:

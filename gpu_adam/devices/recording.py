@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gpu_adam.devices.base import Array, Capture, Device, Launch, ReadBack, Snapshot, StagedArray
+from gpu_adam.devices.base import Array, Capture, Device, Landing, Launch, ReadBack, Snapshot, StagedArray
 from gpu_adam.devices.pair_reader import AddressReader, ExpectedPairs, PairReader
 from gpu_adam.kernels import Kernel
 from gpu_adam.uninterrupted import Call
@@ -112,6 +112,11 @@ class RecordingDevice(Device):
         """As the device; a copy of all."""
         self.record(Event("copy", "", sum(int(array.nbytes) for array in arrays)))
         return self._device.snapshot(arrays, lasting=lasting)
+
+    def landing(self, array: Array) -> Landing:
+        """As the device; a copy of all."""
+        self.record(Event("copy", "", int(array.nbytes)))
+        return self._device.landing(array)
 
     def copy_call(self, targets: Sequence[Array], sources: Sequence[Array]) -> Call:
         """As the device; a copy of all when it is called."""
