@@ -19,7 +19,7 @@ ROOT = "gpu_adam"
 FLOORS = [
     ["errors", "arrays", "nvtx", "autodiff_seam", "rules", "uninterrupted", "held_signals"],
     ["kernels"],
-    ["schedules", "devices"],
+    ["schedules", "devices", "communicators"],
     ["conversion", "behind", "variables", "loss_scale", "hyperparameters"],
     ["state"],
     ["step"],

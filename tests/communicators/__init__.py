@@ -1,0 +1,1 @@
+"""Tests of gpu_adam.communicators; operations.py has what every engine must do."""
