@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import itertools
 import operator
 import sys
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -266,6 +268,13 @@ def nvrtc_version() -> tuple[int, int]:
     """Version of NVRTC. Raises what its loader raises where there is none."""
     major, minor = cupy.cuda.nvrtc.getVersion()
     return int(major), int(minor)
+
+
+def nccl_module() -> Any:
+    """CuPy's module for NCCL, whose `available` is False where the library is missing."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it is missing
+        return importlib.import_module("cupy.cuda.nccl")
 
 
 def current_index() -> int:
