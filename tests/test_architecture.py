@@ -26,7 +26,7 @@ FLOORS = [
     # What is differentiated knows nothing of optimizers.
     ["autodiff"],
     ["adam", "np"],
-    ["interop", "torch"],
+    ["interop", "torch", "distributed"],
     [""],
     ["demos"],
     ["bench", "files"],

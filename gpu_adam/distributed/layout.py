@@ -2,8 +2,8 @@
 
 An arena is a sequence of buckets of one dtype. A bucket is cut into as many equal shards as there are ranks, and rank r
 owns the r-th of each. Variables lie in buckets one after the other, each whole; where the border of two shards goes
-through a variable, it goes between two chunks of the variable's elements. So a variable's partial sums of squares are the
-same ones, whoever owns its chunks, and a norm over all ranks has the bits that it has on one.
+through a variable, it goes between two chunks of the variable's elements. So a variable's partial sums of squares are
+the same ones, whoever owns its chunks, and a norm over all ranks has the bits that it has on one.
 
     bucket    | w ............ | w ...... b . c ... - - |     three variables, two ranks; - is padding
     shards    |<-- rank 0 ---->|<------ rank 1 -------->|
@@ -53,7 +53,9 @@ class Bucket(NamedTuple):
     pieces: list[list[Piece]]
 
 
-def buckets_of(sizes: Sequence[int], itemsize: int, ranks: int, bucket_bytes: int, numbers: Sequence[int]) -> list[Bucket]:
+def buckets_of(
+    sizes: Sequence[int], itemsize: int, ranks: int, bucket_bytes: int, numbers: Sequence[int]
+) -> list[Bucket]:
     """The buckets of variables of one dtype.
 
     Args:
@@ -97,7 +99,9 @@ def _offsets(sizes: Sequence[int], line: int, ranks: int, shard: int) -> list[in
     return offsets if end <= ranks * shard else None
 
 
-def _pieces(sizes: Sequence[int], offsets: Sequence[int], numbers: Sequence[int], first: int, shard: int) -> list[Piece]:
+def _pieces(
+    sizes: Sequence[int], offsets: Sequence[int], numbers: Sequence[int], first: int, shard: int
+) -> list[Piece]:
     """What the rank owns whose shard begins at element `first`."""
     pieces = []
     for number, size, offset in zip(numbers, sizes, offsets, strict=True):

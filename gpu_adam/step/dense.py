@@ -13,7 +13,6 @@ from gpu_adam.step.arguments import EAGER, UpdateArguments, Use
 from gpu_adam.step.groups import DenseGradients, DenseGroup
 from gpu_adam.step.norms import norm_counters
 from gpu_adam.uninterrupted import Call
-from gpu_adam.variables import Variable
 
 
 def rows_of(group: DenseGroup, slots: Mapping[str, Sequence[Array]], places: Sequence[int]) -> np.ndarray:
@@ -44,7 +43,6 @@ class DenseTable:
         rows: as above.
         struct: the TensorTable, without gradients.
         chunks: how many chunks there are.
-        chunks_of: how many each variable with elements has.
         counters: of its norms, if it has any.
     """
 
@@ -53,7 +51,6 @@ class DenseTable:
         table = rows[filled]
         chunks = -(-table["size"] // kernels.CHUNK)
         table["first_chunk"] = np.cumsum(chunks) - chunks
-        self.chunks_of = chunks.tolist()
         table["group"] = group.setting_numbers[filled]
         self.chunks = int(chunks.sum())
         self.counters = norm_counters(device, group.rule, len(filled))
@@ -148,10 +145,6 @@ class DenseLaunch:
     def sum_count(self) -> int:
         """How many partial sums the gradients have: one for each chunk."""
         return self.table.chunks
-
-    def parts_of_sums(self) -> tuple[list[Variable], list[int]]:
-        """The variables with elements, in order of their sums, and how many sums each has."""
-        return [self.group.variables[n] for n in self.group.filled], self.table.chunks_of
 
     def for_graph(self, use: Use) -> DenseLaunch:
         """The same update for a captured graph, with gradients, scalars and factors of its own."""

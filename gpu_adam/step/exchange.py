@@ -47,13 +47,8 @@ class Exchange(Protocol):
     def finishing(self, parts: Sequence[int]) -> list[Call]:
         """The calls after which all variables of these parts are on all ranks."""
 
-    def sums(self, variables: Sequence[Variable], counts: Sequence[int]) -> SharedSums:
-        """Partial sums of a norm.
-
-        Args:
-            variables: this rank's, in the order of their partial sums; those without elements have none.
-            counts: how many sums each has.
-        """
+    def sums(self, parts: Sequence[int]) -> SharedSums:
+        """Partial sums of a norm over the gradients of these parts, which are updated by dense launches."""
 
     def adding(self, numbers: Array) -> list[Call]:
         """The calls that add a device's uint64 numbers up over all ranks, in place."""

@@ -12,9 +12,9 @@ from gpu_adam import kernels
 from gpu_adam.devices import Array, Device
 from gpu_adam.kernels import UpdateRule
 from gpu_adam.step.arguments import UpdateArguments
-from gpu_adam.step.exchange import Exchange, SharedSums
+from gpu_adam.step.exchange import Exchange
+from gpu_adam.step.groups import DenseGroup, SparseGroup
 from gpu_adam.uninterrupted import Call
-from gpu_adam.variables import Variable
 
 
 def norm_counters(device: Device, rule: UpdateRule, tensors: int) -> Array | None:
@@ -38,11 +38,12 @@ class Normed(Protocol):
     arguments: UpdateArguments
 
     @property
+    def group(self) -> DenseGroup | SparseGroup:
+        """Of the variables."""
+
+    @property
     def sum_count(self) -> int:
         """How many partial sums the gradients have."""
-
-    def parts_of_sums(self) -> tuple[Sequence[Variable], Sequence[int]]:
-        """The variables with elements, in order of their sums, and how many sums each has."""
 
     def square_sum_calls(self, address: int) -> list[Call]:
         """The calls that enqueue the partial sums of squares, to the float64 array at `address`."""
@@ -93,7 +94,9 @@ class NormPass:
 
     def __init__(self, launches: Sequence[Normed], rule: UpdateRule, exchange: Exchange | None = None) -> None:
         self._launches, self._device = list(launches), launches[0].device
-        self._shared = None if exchange is None else self._shared_sums(exchange)
+        self._shared = None
+        if exchange is not None:
+            self._shared = exchange.sums([exchange.part_of(launch.group.variables[0]) for launch in launches])
         norm = functools.partial(kernels.norm, launches[0].gradient, rule=rule)
         self._sums = self._device.empty(0, np.dtype(np.float64))
         self._sums_pointer, self._count = kernels.pointer(0), kernels.scalar(0)
@@ -125,12 +128,6 @@ class NormPass:
         else:
             arguments = [self._sums_pointer, self._count, self._limit, kernels.pointer(factors)]
             self._finish = self._device.prepare(norm("clip_by_global_norm"), arguments)
-
-    def _shared_sums(self, exchange: Exchange) -> SharedSums:
-        parts = [launch.parts_of_sums() for launch in self._launches]
-        return exchange.sums(
-            [each for variables, _ in parts for each in variables], [n for _, counts in parts for n in counts]
-        )
 
     def bind(self) -> None:
         """Make room for the partial sums of the gradients bound last."""

@@ -19,7 +19,6 @@ from gpu_adam.step.index_errors import IndexErrors
 from gpu_adam.step.norms import norm_counters
 from gpu_adam.step.row_sort import RowSorter
 from gpu_adam.uninterrupted import Call
-from gpu_adam.variables import Variable
 
 
 class Table(Protocol):
@@ -165,10 +164,6 @@ class SparseLaunch:
     def sum_count(self) -> int:
         """How many partial sums the values have: one for each chunk."""
         return -(-int(self._size[0]) // kernels.CHUNK)
-
-    def parts_of_sums(self) -> tuple[list[Variable], list[int]]:
-        """The variable, and how many sums the values that are bound have."""
-        return [self.group.variable], [self.sum_count]
 
     def for_graph(self, use: Use) -> SparseLaunch:
         """The same update for a captured graph, with keys, scalars and factors of its own."""

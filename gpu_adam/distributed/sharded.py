@@ -1,0 +1,224 @@
+"""ShardedAdam: one optimizer on several ranks, each of which has the slots of its share alone (ZeRO, stage 1)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from gpu_adam import adam
+from gpu_adam.autodiff_seam import refuse_in_loss
+from gpu_adam.communicators import Communicator
+from gpu_adam.distributed.agreement import check_communicator, first_difference, gpu_adam_version
+from gpu_adam.distributed.layout import buckets_of
+from gpu_adam.distributed.shards import Shard, Shards
+from gpu_adam.errors import ArgumentTypeError, ArgumentValueError
+from gpu_adam.kernels import UpdateRule
+from gpu_adam.rules import truth_value
+from gpu_adam.step.gradients import Incoming, as_array, check_shape, dtype_read
+from gpu_adam.step.guard import checked_scale
+from gpu_adam.variables import IndexedSlices, Variable
+
+BUCKET_BYTES = 2**25
+"""Of parameters: enough for a collective operation to run at full speed, few enough for several to be under way."""
+
+
+class ShardedAdam(adam.Adam):
+    r"""Adam on several ranks, each of which owns a share of every bucket of parameters, and the slots of that share.
+
+    Every rank has all parameters, and makes the same calls in the same order, each with its own gradients::
+
+        g        = sum over ranks of their g               reduce-scatter: each rank gets the sum for its share
+        m, v, θ  as `Adam` with ``grad_scale`` times the number of ranks, of the share
+        θ        all-gather: each rank gets the others' shares
+
+    A rank's memory, in bytes, for P of parameters, S of their slots, G of their gradients and W ranks::
+
+        P + S / W + G + G / W         G, a copy of the gradients that travels, and the sum for the share
+        ordered, while a bucket travels, once more the bucket's G
+
+    Variables are moved into flat arrays: what was taken as ``variable.value`` before is no part of the variable any
+    more. Every variable gets a gradient at every step, an array; ranks that disagree about variables are told so.
+
+    Args:
+        communicator: of the ranks; ``with communicator:`` around the program ends all ranks where one fails.
+        *args, **kwargs: as `Adam`'s. Without ``telemetry``, ``stochastic_rounding`` and ``ema_overwrite_frequency``.
+        deterministic: whether gradients are added in the order of ranks: then W ranks have the bits of one process that
+            accumulates the ranks' gradients in this order. The same bytes travel. Otherwise the engine adds in its own
+            order: sums of W numbers differ by W roundings at most.
+        bucket_bytes: of parameters that are exchanged at once.
+
+    Raises:
+        As `Adam`; ArgumentValueError for what is named above.
+
+    References:
+        Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models", SC 2020,
+        https://arxiv.org/abs/1910.02054
+    """
+
+    def __init__(
+        self,
+        communicator: Communicator,
+        *args: Any,
+        deterministic: bool = False,
+        bucket_bytes: int = BUCKET_BYTES,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        check_communicator(communicator)
+        flavour = self.flavour
+        for name in ("telemetry", "stochastic_rounding", "ema_overwrite_frequency"):
+            if getattr(flavour, name):
+                rule = "must be left out by an optimizer on several ranks"
+                raise ArgumentValueError(name, rule, getattr(flavour, name), "leave it out")
+        self._communicator, self._ordered = communicator, truth_value("deterministic", deterministic)
+        self._bucket_bytes = bucket_bytes
+        self._whole: list[Variable] = []  # by number
+        self._numbers: dict[Variable, int] = {}
+        self._bucket_numbers: list[int] = []  # of each variable
+        self._shards = Shards(communicator, self._parts_of)
+        self._state.exchange = self._shards
+        self._pairs: list[tuple[Any, Variable]] | None = None
+
+    def _parts_of(self, dtype: np.dtype) -> int:
+        return UpdateRule(complex_mode=self.complex_mode).layout(dtype, dtype).parts
+
+    # Which variables there are.
+
+    def build(self, var_list: Iterable[Any]) -> None:
+        """Lay new variables out in buckets, and create the slots of this rank's share. Every rank calls it alike.
+
+        Args:
+            var_list: `Variable`s of the communicator's device, or one alone.
+
+        Raises:
+            ArgumentTypeError, ArgumentValueError: something else; variables that are not those of the other ranks.
+        """
+        listed = [var_list] if isinstance(var_list, Variable) else list(var_list)
+        new = [variable for variable in dict.fromkeys(listed) if variable not in self._numbers]
+        for number, variable in enumerate(new):
+            self._check_variable(variable, f"var_list[{number}]")
+        self._check_alike(new)
+        if not new:
+            return
+        by_dtype: dict[np.dtype, list[int]] = {}
+        for variable in new:
+            number = self._numbers[variable] = len(self._whole)
+            self._whole.append(variable)
+            self._bucket_numbers.append(-1)
+            by_dtype.setdefault(variable.dtype, []).append(number)
+        ranks, pieces = self._communicator.size, []
+        for dtype, numbers in by_dtype.items():
+            sizes = [self._whole[number].size for number in numbers]
+            for bucket in buckets_of(sizes, dtype.itemsize, ranks, self._bucket_bytes, numbers):
+                for number in bucket.variables:
+                    self._bucket_numbers[number] = len(self._shards.shards)
+                shard = Shard(bucket, self._whole, self._communicator)
+                self._shards.add(shard)
+                pieces += shard.pieces
+        self._pairs = None
+        super().build(pieces)
+
+    def _check_variable(self, variable: Any, argument: str) -> None:
+        if not isinstance(variable, Variable):
+            got, remedy = type(variable).__name__, "wrap the array in gpu_adam.Variable, which can be moved"
+            raise ArgumentTypeError(argument, "must be a gpu_adam.Variable", got, remedy)
+        if variable.device is not self._communicator.device:
+            rule, remedy = f"must lie on the communicator's device, {self._communicator.device.name}", "create it there"
+            raise ArgumentValueError(argument, rule, variable.device.name, remedy)
+
+    def _check_alike(self, new: list[Variable]) -> None:
+        """Raise ArgumentValueError where other ranks build other variables, or have another configuration."""
+        config = json.dumps(self.get_config(), sort_keys=True, default=str)
+        facts = [f"gpu_adam {gpu_adam_version()}", config, f"deterministic={self._ordered}"]
+        facts += [f"bucket_bytes={self._bucket_bytes}"]
+        facts += [f"variable {variable.name!r}, {variable.shape}, {variable.dtype.name}" for variable in new]
+        found = first_difference(self._communicator, facts)
+        if found is not None:
+            rank, theirs, ours = found
+            rule = f"must be the same on all ranks; rank {rank} has {theirs}"
+            remedy = "build the same variables, in the same order, with the same arguments and version"
+            raise ArgumentValueError("variables and configuration", rule, ours, remedy)
+
+    def _number_of(self, variable: Any, argument: str) -> int:
+        number = self._numbers.get(variable) if isinstance(variable, Variable) else None
+        if number is None:
+            self._check_variable(variable, argument)
+            rule = f"must be a variable of optimizer {self.name!r}"
+            raise ArgumentValueError(argument, rule, f"{variable.name!r}", "call build with all variables first")
+        return number
+
+    # Stepping.
+
+    def push_gradient(self, variable: Variable, gradient: Any) -> None:
+        """Hand over a gradient for the next step; a bucket whose gradients are all there begins to travel.
+
+        Args:
+            variable: a variable that was built.
+            gradient: an array of the variable's shape, as of `Adam.apply_gradients`. All of a bucket have the dtype of
+                the first one; `IndexedSlices` are written out.
+
+        Raises:
+            ArgumentTypeError, ArgumentValueError: what does not fit; a second gradient of the variable for one step.
+        """
+        refuse_in_loss("push_gradient")
+        number = self._number_of(variable, "variable")
+        shard = self._shards.shards[self._bucket_numbers[number]]
+        if number not in shard.lacks:
+            rule = "must be handed over once for a step"
+            raise ArgumentValueError(f"the gradient of variable {variable.name!r}", rule, "a second one", "add them up")
+        if isinstance(gradient, IndexedSlices):
+            gradient = gradient.dense(variable.shape)
+        array = as_array(gradient, variable, dtype_read(gradient, variable))
+        check_shape(array, variable.shape, variable)
+        shard.push(number, array, ordered=self._ordered)
+
+    def apply_gradients(
+        self,
+        grads_and_vars: Iterable[Any] | None = None,
+        name: str | None = None,
+        experimental_aggregate_gradients: bool = True,
+        grad_scale: Any = None,
+    ) -> int | None:
+        """Average the gradients of all ranks, and update the variables on all of them.
+
+        Args:
+            grads_and_vars: (gradient, variable) pairs, one for each variable; at the first step they are built in this
+                order. None: the gradients that were handed over by `push_gradient`.
+            name: ignored, for compatibility with Keras.
+            experimental_aggregate_gradients: ignored, for compatibility with Keras: see `push_gradient`.
+            grad_scale: as of `Adam`, the same number on all ranks.
+
+        Returns:
+            As `Adam.apply_gradients`, on all ranks the same.
+
+        Raises:
+            As `Adam.apply_gradients`; ArgumentValueError where a variable has no gradient; DistributedError.
+        """
+        refuse_in_loss("apply_gradients")
+        if grads_and_vars is not None:
+            pairs = [(gradient, variable) for gradient, variable in grads_and_vars]
+            if not self._whole:
+                self.build([variable for _, variable in pairs])
+            for gradient, variable in pairs:
+                if gradient is not None:
+                    self.push_gradient(variable, gradient)
+        missing = [self._whole[number].name for shard in self._shards.shards for number in shard.lacks]
+        if missing or not self._whole:
+            rule = "must be handed over for every variable at each step"
+            got = f"none for {missing[:5]}" if missing else "none at all"
+            raise ArgumentValueError("gradients", rule, got, "pass zeros where a variable has none")
+        if self._pairs is None:
+            self._pairs = [
+                pair for shard in self._shards.shards for pair in zip(shard.gradients(), shard.pieces, strict=True)
+            ]
+        ranks = self._communicator.size
+        scale = None if grad_scale is None else checked_scale(grad_scale)
+        update = self._rule(1.0 if scale is None and ranks > 1 else scale)
+        incoming = Incoming(scale, calls=ranks)
+        done = self._controller.step(self._pairs, update, self._hyper, self._clip, incoming)
+        for variable in self._whole:
+            variable.constrain()
+        return done
