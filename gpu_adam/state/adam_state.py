@@ -7,6 +7,7 @@ the values of all weights (`get_weights`, `set_weights`, files) does so by name,
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -286,7 +287,7 @@ class AdamState:
         label: Callable[[int], str] | None = None,
         *,
         from_file: bool = False,
-        variables: bool = False,
+        named: Mapping[str, Variable] | None = None,
         also: Sequence[Call] = (),
     ) -> None:
         """Overwrite the state: all arrays or, where one does not fit, none.
@@ -297,7 +298,7 @@ class AdamState:
             label: what messages call the array of a weight, by the weight's number; by default its name.
             from_file: whether the arrays come from a file. Then each must have its slot's dtype, and as nobody else has
                 the arrays they are not copied before they are written.
-            variables: whether the arrays are those of `named(variables=True)`.
+            named: what is overwritten, by the names of `arrays`; default: what `export` gives.
             also: calls to be made with the copies; they may be made twice.
 
         Raises:
@@ -305,7 +306,7 @@ class AdamState:
                 no numbers; a counter that is no number of steps, a loss scale outside its range. Nothing has changed
                 then.
         """
-        named = self.named(variables=variables)
+        named = self.named() if named is None else named
         names = list(named)
         if len(arrays) != len(names) or not all(map(arrays.__contains__, names)):
             missing = next((f"nothing for {name!r}" for name in names if name not in arrays), None)
@@ -316,7 +317,7 @@ class AdamState:
                 "call build(variables) with the same variables first",
             )
         label = label or names.__getitem__
-        copies: dict[Device, tuple[list[Array], list[Array]]] = {}
+        copies: defaultdict[Device, tuple[list[Array], list[Array]]] = defaultdict(lambda: ([], []))
         for number, (name, weight) in enumerate(named.items()):
             value, target = arrays[name], weight._value
             if weight is self.counter:
@@ -328,8 +329,7 @@ class AdamState:
                 source = value if from_file and value.flags.c_contiguous else value.copy()
             if name == SCALE and isinstance(source, np.ndarray):  # what lies on a device cannot be seen without a wait
                 check_scale(float(source), label(number))
-            device = weight.device
-            targets, sources = copies.get(device) or copies.setdefault(device, ([], []))
+            targets, sources = copies[weight._device]
             targets.append(target)
             sources.append(source)
 

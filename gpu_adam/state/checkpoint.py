@@ -40,7 +40,7 @@ def write(path: PathOrFile, arrays: Mapping[str, np.ndarray], meta: Mapping[str,
     check(path, arrays)
     container = _container(path)
     plain = {name: _plain(array) for name, array in arrays.items()}
-    entries = manifest.entries_of(plain)
+    entries = dict(zip(plain, manifest.entries_of(plain.values()), strict=True))
     text = manifest.text_of(entries, meta)
     with atomic_file.written(path) as file:
         container.write(file, plain, entries, text)
@@ -88,7 +88,7 @@ def read_all(path: PathOrFile) -> tuple[Manifest, dict[str, np.ndarray]]:
     with atomic_file.opened(path) as file:  # outside of `try`: a missing file stays FileNotFoundError
         try:
             said, arrays = container.read(file, title)
-            said.check(title, arrays)
+            said.check(title, arrays.values())
         except (CheckpointError, ArgumentTypeError, ArgumentValueError):
             raise
         except Exception as error:  # struct, json, ast, numpy and safetensors raise a dozen kinds on damaged bytes

@@ -12,7 +12,7 @@ of the text itself with 64 zeros in the place of its digits. Version 1 has no di
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 from zlib import crc32
 
@@ -45,44 +45,40 @@ class Manifest(NamedTuple):
     arrays: dict[str, str]
     meta: dict[str, Any]
 
-    def dtypes(self) -> dict[str, str]:
-        """The name of each array's dtype."""
-        if self.version == 1:
-            return self.arrays
-        return {name: entry.partition(" ")[0] for name, entry in self.arrays.items()}
+    def dtypes(self) -> list[str]:
+        """The name of each array's dtype, in order."""
+        entries = list(self.arrays.values())
+        return entries if self.version == 1 else [entry.partition(" ")[0] for entry in entries]
 
-    def check(self, file: str, arrays: Mapping[str, np.ndarray]) -> None:
+    def check(self, file: str, arrays: Iterable[np.ndarray]) -> None:
         """Compare arrays with their entries.
 
         Args:
             file: its name, for messages.
-            arrays: as many, by name.
+            arrays: those of the table, in its order.
 
         Raises:
             CheckpointError: another dtype, shape or checksum than the manifest's.
         """
         if self.version == 1:
             return
-        for name, found in entries_of(arrays).items():
-            entry = self.arrays[name]
+        for (name, entry), found in zip(self.arrays.items(), entries_of(arrays), strict=True):
             if found != entry:
                 rule = f'must be as its {NAME} says, "{short(entry)}"'
                 raise CheckpointError(f"{name!a} in {file}", rule, found, ANOTHER)
 
 
-def entries_of(arrays: Mapping[str, np.ndarray]) -> dict[str, str]:
+def entries_of(arrays: Iterable[np.ndarray]) -> Iterator[str]:
     """What a manifest says of arrays, which must be C-contiguous."""
     begins: dict[tuple[object, ...], str] = {}  # numpy computes a dtype's name anew each time
-    entries = {}
-    for name, array in arrays.items():
+    for array in arrays:
         key = array.dtype, array.shape
         begin = begins.get(key)
         if begin is None:
             dtype = array.dtype.name if array.dtype.isnative else array.dtype.str  # the name tells no order of bytes
             begin = begins[key] = f"{dtype} {list(array.shape)}"
         content: Any = array if array.dtype.num < FIRST_OF_OTHERS else array.reshape(-1).view(np.uint8)
-        entries[name] = f"{begin} {crc32(content):08x}"
-    return entries
+        yield f"{begin} {crc32(content):08x}"
 
 
 def checksum_in(entry: str) -> int:

@@ -62,23 +62,23 @@ def read(file: BinaryIO, title: str) -> tuple[Manifest, dict[str, np.ndarray]]:
         Exception: a damaged one; struct, json, ast and numpy raise a dozen kinds.
     """
     archive = stored_zip.Reader(file)
-    if manifest.NAME not in archive.entries:
+    if manifest.NAME not in archive.numbers:
         rule = "must be a gpu_adam checkpoint"
         raise CheckpointError(title, rule, f"no {manifest.NAME} in it", manifest.ANOTHER)
-    manifest.check_size(title, archive.size(manifest.NAME), len(archive.entries))
+    manifest.check_size(title, archive.size(manifest.NAME), len(archive.numbers))
     said = manifest.parsed(title, archive.read(manifest.NAME))
-    dtypes, summed = said.dtypes(), said.version == 1  # the manifest's checksums are of the elements alone
-    if len(archive.entries) != len(dtypes) + 1:
-        got = f"{len(dtypes)} arrays in its table and {len(archive.entries) - 1} in the file"
+    summed = said.version == 1  # the manifest's checksums are of the elements alone
+    if len(archive.numbers) != len(said.arrays) + 1:
+        got = f"{len(said.arrays)} arrays in its table and {len(archive.numbers) - 1} in the file"
         raise CheckpointError(title, manifest.WHOLE, got, manifest.ANOTHER)
     layouts: dict[tuple[bytes, str], _Layout] = {}
     arrays: dict[str, np.ndarray] = {}
-    contents = archive.contents([f"{name}.npy" for name in dtypes], _SMALL, summed=summed)
-    for (name, dtype), content in zip(dtypes.items(), contents, strict=True):
-        if content is None:
-            arrays[name] = _large_array(archive, f"{name}.npy", dtype, layouts, summed=summed)
-        else:
+    contents = archive.contents([f"{name}.npy" for name in said.arrays], _SMALL, summed=summed)
+    for name, dtype, content in zip(said.arrays, said.dtypes(), contents, strict=True):
+        if isinstance(content, bytes):
             arrays[name] = _small_array(content, dtype, layouts)
+        else:
+            arrays[name] = _large_array(content, dtype, layouts)
     return said, arrays
 
 
@@ -108,27 +108,18 @@ def _small_array(content: bytes, dtype_name: str, layouts: dict[tuple[bytes, str
     begin, (dtype, shape, order, nbytes) = _begin(content, len(content), dtype_name, layouts)
     if not nbytes:  # a copy would visit each of 2**60 elements of no size, and give those of "S0" a byte
         return np.ndarray(shape, dtype, order=order)
-    # Over a copy, for the bytes that were read cannot be written; it begins at a multiple of 16.
-    array: np.ndarray = np.ndarray(shape, dtype, bytearray(content), begin, None, order)
-    return array if begin % 16 == 0 else array.copy(order)
+    array: np.ndarray = np.ndarray(shape, dtype, content, begin, None, order)
+    return array.copy(order)  # for the bytes that were read cannot be written
 
 
-def _large_array(
-    archive: stored_zip.Reader,
-    member: str,
-    dtype_name: str,
-    layouts: dict[tuple[bytes, str], _Layout],
-    *,
-    summed: bool,
-) -> np.ndarray:
-    stream = archive.open(member, summed=summed)
-    head, size = stream.read(_SMALL), archive.size(member)
+def _large_array(content: stored_zip.Member, dtype_name: str, layouts: dict[tuple[bytes, str], _Layout]) -> np.ndarray:
+    size, head = content.left, content.read(_SMALL)
     begin, (dtype, shape, order, _) = _begin(head, size, dtype_name, layouts)
     array: np.ndarray = np.ndarray(shape, dtype, order=order)
     rest = memoryview(array.reshape(-1, order=order).view(np.uint8))  # type: ignore[arg-type]
     rest[: len(head) - begin] = head[begin:]
-    stream.readinto(rest[len(head) - begin :])
-    stream.close()
+    content.readinto(rest[len(head) - begin :])
+    content.close()
     return array
 
 

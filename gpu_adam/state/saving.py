@@ -128,15 +128,17 @@ def restore(title: str, state: AdamState, contents: Contents, *, variables: bool
         rule = f"must come from an optimizer with complex_mode={state.complex_mode!r}"
         raise CheckpointError(title, rule, repr(mode), "construct the optimizer with the file's complex_mode")
     named = state.named(variables=variables)
-    if not variables and arrays.keys() != named.keys():
+    fits = arrays.keys() == named.keys()
+    if not fits and not variables:
         arrays = {name: array for name, array in arrays.items() if not name.endswith(f"/{VALUE}")}
-    if arrays.keys() != named.keys():
+        fits = arrays.keys() == named.keys()
+    if not fits:
         missing = [name for name in named if name not in arrays]
         left = [name for name in arrays if name not in named]
         got = " and ".join([*_listed("nothing for", missing), *_listed("also", left)])
         raise CheckpointError(title, f"must hold the {len(named)} arrays of optimizer {state.name!r}", got, _OWN)
     try:
-        state.restore(arrays, from_file=True, variables=variables, also=also)
+        state.restore(arrays, from_file=True, named=named, also=also)
     except (ArgumentTypeError, ArgumentValueError) as error:
         raise CheckpointError(f"{error.argument!r} in {title}", error.rule, error.got, _OWN) from error
 

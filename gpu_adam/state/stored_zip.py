@@ -49,6 +49,7 @@ _LOCATOR = Struct("<4sLQL")  # signature, disk, offset of the record above, numb
 _END = Struct("<4sHHHHLLH")  # as the record above; at last the length of a comment
 
 _PIECE = 4 << 20  # bytes; large contents are read and summed by pieces
+_WINDOW = 1 << 18  # bytes; small members are read together
 _POLYNOMIAL = 0xEDB88320  # of CRC-32, reflected, without its x^32
 
 
@@ -116,15 +117,18 @@ class Reader:
     """Reads the directory at once, and members in any order; fastest in the directory's.
 
     Args:
-        file: a seekable file; a buffer saves system calls.
+        file: a seekable file.
+
+    Attributes:
+        numbers: the members' names, each with its number in the directory.
 
     Raises:
         ValueError, struct.error: no archive, a damaged one, or one outside the rules above. Also from every method.
     """
 
     def __init__(self, file: BinaryIO) -> None:
-        self._file, self._seek, self._read = file, file.seek, file.read
-        self.entries = _directory(file)
+        self._file = file
+        self.numbers, self._offsets, self._sizes, self._crcs = _directory(file)
 
     def size(self, name: str) -> int:
         """The size of a member's content in bytes.
@@ -132,7 +136,7 @@ class Reader:
         Raises:
             KeyError: there is no such member.
         """
-        return self.entries[name][2]
+        return self._sizes[self.numbers[name]]
 
     def read(self, name: str) -> bytes:
         """Return the content of a member, all at once.
@@ -141,66 +145,56 @@ class Reader:
             KeyError: there is no such member.
         """
         (content,) = self.contents([name])
-        assert content is not None
+        assert isinstance(content, bytes)
         return content
 
     def contents(
         self, names: Iterable[str], largest: float = math.inf, *, summed: bool = True
-    ) -> Iterator[bytes | None]:
-        """Return the contents of members in turn, each all at once; None for one larger than `largest` bytes.
+    ) -> "Iterator[bytes | Member]":
+        """Return the contents of members in turn, each all at once; one of more than `largest` bytes as a `Member`.
 
         Args:
             names: of members.
             largest: in bytes.
-            summed: whether the contents are compared with their CRCs.
+            summed: whether the contents are compared with their CRCs; a `Member` does so when it is closed.
 
         Raises:
             KeyError: there is no such member.
         """
-        entries, go_to = self.entries, self._go_to
+        file, numbers, offsets, sizes, crcs = self._file, self.numbers, self._offsets, self._sizes, self._crcs
+        block, begin, end = b"", 0, 0  # what was read last, and where in the file it lies
         for name in names:
-            _, _, size, crc = entries[name]
+            number = numbers[name]
+            offset, limit, size = offsets[number], offsets[number + 1], sizes[number]
+            if offset < begin or limit > end:  # one read for many members costs less than three for each
+                wanted = min(limit - offset, _MAX_HEADER + (size if size <= largest else 0))
+                file.seek(offset)
+                block, begin = file.read(max(wanted, _WINDOW)), offset
+                end = begin + len(block)
+            place = offset - begin
+            signature, flags, method, length, extra = _LOCAL_READ.unpack_from(block, place)
+            place += _NAME
+            start = place + length
+            if signature != b"PK\3\4" or flags & ~_KNOWN_FLAGS or method or block[place:start] != name.encode():
+                raise ValueError(f"{name} has a damaged header")
+            start += extra
+            if begin + start + size > limit:
+                raise ValueError(f"{name} overlaps what follows it")
             if size > largest:
-                yield None
+                file.seek(begin + start)
+                yield Member(file, name, size, crcs[number] if summed else None)
                 continue
-            block, start = go_to(name, size)
             content = block[start : start + size]
-            if len(content) != size or (summed and crc32(content) != crc):
+            if len(content) != size or (summed and crc32(content) != crcs[number]):
                 raise ValueError(f"Bad CRC-32 for {name}")
             yield content
 
-    def open(self, name: str, *, summed: bool = True) -> "Member":
-        """Return the content of a member, to be read by pieces. Reading another member ends this one.
-
-        Args:
-            name: of the member.
-            summed: whether its `close` compares what was read with the CRC.
-
-        Raises:
-            KeyError: there is no such member.
-        """
-        offset, _, size, crc = self.entries[name]
-        _, start = self._go_to(name, 0)
-        self._file.seek(offset + start)
-        return Member(self._file, name, size, crc if summed else None)
-
-    def _go_to(self, name: str, wanted: int) -> tuple[bytes, int]:
-        """Read and check a member's header; with it come `wanted` bytes of content from the second result on."""
-        offset, limit, size, _ = self.entries[name]
-        raw = name.encode()
-        self._seek(offset)
-        block = self._read(min(limit - offset, _MAX_HEADER + wanted))  # one read costs less than three
-        signature, flags, method, length, extra = _LOCAL_READ.unpack_from(block)
-        if signature != b"PK\3\4" or flags & ~_KNOWN_FLAGS or method or block[_NAME : _NAME + length] != raw:
-            raise ValueError(f"{name} has a damaged header")
-        start = _NAME + length + extra
-        if offset + start + size > limit:
-            raise ValueError(f"{name} overlaps what follows it")
-        return block, start
-
 
 class Member:
-    """The content of one member, from its first byte to its last, of which `left` are still to be read."""
+    """The content of one member, from its first byte to its last, of which `left` are still to be read.
+
+    It ends when another member is read.
+    """
 
     def __init__(self, file: BinaryIO, name: str, size: int, crc: int | None) -> None:
         self._file, self._name, self.left, self._expected = file, name, size, crc
@@ -281,19 +275,26 @@ def _local_header(name: bytes, crc: int, size: int) -> bytes:
     )  # fmt: skip
 
 
-def _directory(file: BinaryIO) -> dict[str, tuple[int, int, int, int]]:
-    """Return for each name where the header begins, where the next thing does, the content's size and its CRC."""
+def _directory(file: BinaryIO) -> tuple[dict[str, int], list[int], list[int], list[int]]:
+    """Return each name's number, and by number where the header begins, the content's size and its CRC.
+
+    There is one more place: where the last member must have ended. Lists, because a tuple for each member would keep
+    the garbage collector at work.
+    """
     offset, size, count = _end(file)
     file.seek(offset)
     table = file.read(size)
-    names, offsets, sizes, crcs = [], [], [], []
+    numbers: dict[str, int] = {}
+    offsets: list[int] = []
+    sizes: list[int] = []
+    crcs: list[int] = []
     position = free = 0
     while position < size:
         fields = _ENTRY_READ.unpack_from(table, position)
         signature, flags, method, crc, stored, content, length, extra, comment, disk, start = fields
-        position += _ENTRY.size
-        name = table[position : position + length].decode()
-        position += length
+        begin = position + _ENTRY.size
+        position = begin + length
+        name = table[begin:position].decode()
         if _BITS32 in (content, stored, start):
             stored, content, start = _wide(table[position : position + extra], stored, content, start)
         position += extra + comment
@@ -304,19 +305,18 @@ def _directory(file: BinaryIO) -> dict[str, tuple[int, int, int, int]]:
         if start < free:
             raise ValueError(f"{name} overlaps the member before it")
         free = start + _LOCAL.size + length + content
-        names.append(name)
+        numbers[name] = len(sizes)
         offsets.append(start)
         sizes.append(content)
         crcs.append(crc)
     if free > offset:
-        raise ValueError(f"{names[-1]} overlaps the directory")
-    if position != size or len(names) != count:
+        raise ValueError(f"{name} overlaps the directory")
+    if position != size or len(sizes) != count:
         raise ValueError(f"the directory must have {count} members in {size} bytes")
-    limits = [*offsets[1:], offset]
-    entries = dict(zip(names, zip(offsets, limits, sizes, crcs, strict=True), strict=True))
-    if len(entries) != count:
+    if len(numbers) != count:
         raise ValueError("two members have the same name")
-    return entries
+    offsets.append(offset)
+    return numbers, offsets, sizes, crcs
 
 
 def _end(file: BinaryIO) -> tuple[int, int, int]:
