@@ -834,7 +834,13 @@ class Adam:
             self._state.restore(arrays, lambda number: f"arrays[{self._state.weight_names()[number]!r}]")
 
     def save(
-        self, path: PathOrFile, *, variables: bool = False, asynchronous: bool = False, on_busy: str = "wait"
+        self,
+        path: PathOrFile,
+        *,
+        variables: bool = False,
+        asynchronous: bool = False,
+        on_busy: str = "wait",
+        user: Mapping[str, Any] | None = None,
     ) -> PendingSave | None:
         """Write iterations, slots and configuration to one file, replaced atomically; its format: state/README.md.
 
@@ -846,6 +852,8 @@ class Adam:
                 comes before the next step, and a thread writes the file. The host waits for the device with
                 ``skip_nonfinite`` and ``loss_scale`` alone, and `check_errors` is left to the caller.
             on_busy: what to do while an earlier asynchronous save of this optimizer is at work: "wait" or "error".
+            user: what else the file is to tell, an epoch say, as JSON has it; `load` leaves it to
+                ``gpu_adam.state.checkpoint.read(path)[1]["user"]``.
 
         Returns:
             With `asynchronous` a `PendingSave`, whose `wait()` returns when the file is there and raises what has
@@ -853,8 +861,8 @@ class Adam:
 
         Raises:
             ArgumentTypeError, ArgumentValueError: a name or a dtype (complex128 in `.safetensors`) that the container
-                cannot hold, a missing library; accumulated gradients that wait for their step, of which no file tells;
-                a call while a graph is captured.
+                cannot hold, a missing library; a `user` that JSON cannot hold; accumulated gradients that wait for
+                their step, of which no file tells; a call while a graph is captured.
             ConcurrentStepError: another save is at work, with ``on_busy="error"``; another call is.
             OSError: the file system refuses; the old file is as it was.
             SparseIndexError: as `check_errors`.
@@ -872,7 +880,7 @@ class Adam:
             if not asynchronous:
                 self._controller.check_errors()
             self._controller.guards.settle_inside()
-            note = saving.note_of(state, self._flavour, self.get_config())
+            note = saving.note_of(state, self._flavour, self.get_config(), user)
             write = saving.writing(path, state, note, variables=variables, lasting=asynchronous)
             if not asynchronous:
                 write()

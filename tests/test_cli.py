@@ -56,7 +56,10 @@ def test_watching_shows_the_gradients_and_changes_nothing(
     )
     assert status == 0
     assert re.search(r"^last step +gradient [\d.e-]+, update [\d.e-]+ of [\d.e-]+, 0 not finite", out, re.M)
-    assert plain.read_bytes() == watched.read_bytes()
+    (a, note), (b, watched_note) = checkpoint.read(plain), checkpoint.read(watched)
+    assert {name: array.tobytes() for name, array in a.items()} == {name: array.tobytes() for name, array in b.items()}
+    note["config"]["telemetry"] = True  # all that differs: the file tells how its optimizer was made
+    assert note == watched_note
 
 
 def test_resuming_writes_the_same_file(device: Device, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -65,9 +68,9 @@ def test_resuming_writes_the_same_file(device: Device, capsys: pytest.CaptureFix
     assert run(capsys, "demo", "--steps", "4", "--resume", half, "--save", resumed)[0] == 0
     assert run(capsys, "demo", "--seed", "7", "--steps", "4", "--save", whole)[0] == 0
     assert Path(resumed).read_bytes() == Path(whole).read_bytes()
-    (a, meta_a), (b, meta_b) = checkpoint.read(resumed), checkpoint.read(whole)
-    assert meta_a == meta_b == {"demo": "digits", "seed": 7, "dtype": "float32", "master": False, "step": 4}
-    assert {name: array.tobytes() for name, array in a.items()} == {name: array.tobytes() for name, array in b.items()}
+    arrays, note = checkpoint.read(whole)
+    assert note["user"] == {"demo": "digits", "seed": 7, "dtype": "float32", "master": False, "data": 0}
+    assert arrays["iterations"] == 4
 
 
 def test_resuming_keeps_dtype_and_masters(device: Device, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -78,16 +81,9 @@ def test_resuming_keeps_dtype_and_masters(device: Device, capsys: pytest.Capture
     assert run(capsys, *chosen, "--steps", "4", "--resume", half, "--save", resumed)[0] == 0
     assert run(capsys, *chosen, "--steps", "4", "--save", whole)[0] == 0
     assert Path(resumed).read_bytes() == Path(whole).read_bytes()
-    arrays, meta = checkpoint.read(whole)
-    assert (meta["dtype"], meta["master"], arrays["variable/w1"].dtype.name) == ("bfloat16", True, "bfloat16")
-
-
-def test_a_file_without_a_dtype_holds_float32(capsys: pytest.CaptureFixture[str], saved: Path, tmp_path: Path) -> None:
-    arrays, meta = checkpoint.read(saved)
-    checkpoint.write(tmp_path / "old", arrays, {name: meta[name] for name in ("demo", "seed", "step")})
-    new = tmp_path / "new"
-    assert run(capsys, "demo", "--steps", "4", "--resume", str(tmp_path / "old"), "--save", str(new))[0] == 0
-    assert checkpoint.read(new)[1]["dtype"] == "float32"
+    arrays, note = checkpoint.read(whole)
+    user = note["user"]
+    assert (user["dtype"], user["master"], arrays["w1/value"].dtype.name) == ("bfloat16", True, "bfloat16")
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +174,7 @@ def test_ctrl_c_finishes_the_step_and_saves(
     remedy = f"continue with: gpu-adam demo digits --steps 9 --resume {path}"
     assert err == f"The demo digits was interrupted after step 3 of 9; {remedy}.\n"
     assert signal.getsignal(signal.SIGINT) is before
-    assert checkpoint.read(path)[1]["step"] == 3
+    assert checkpoint.read(path)[0]["iterations"] == 3
     status, _, err = run(capsys, "demo", "--steps", "9")
     assert (status, err) == (
         130,

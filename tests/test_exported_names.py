@@ -99,7 +99,7 @@ def test_parameters() -> None:
         gpu_adam.Adam.set_weights: ["self", "weights"],
         gpu_adam.Adam.export: ["self"],
         gpu_adam.Adam.restore: ["self", "arrays"],
-        gpu_adam.Adam.save: ["self", "path", "variables", "asynchronous", "on_busy"],
+        gpu_adam.Adam.save: ["self", "path", "variables", "asynchronous", "on_busy", "user"],
         gpu_adam.Adam.load: ["self", "path", "variables"],
         gpu_adam.CheckpointManager: [
             "directory", "optimizer", "variables", "every_steps", "every_seconds", "keep",

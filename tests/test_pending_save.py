@@ -86,16 +86,19 @@ def test_the_next_steps_change_nothing_of_what_is_saved(
     device: Device, late: threading.Event, config: dict[str, Any]
 ) -> None:
     work, file = Work(device, **config), io.BytesIO()
-    expected = work.contents()
-    pending = work.optimizer.save(file, variables=True, asynchronous=True)
+    expected, losses = work.contents(), [0.5]
+    pending = work.optimizer.save(file, variables=True, asynchronous=True, user={"losses": losses})
     for _ in range(3):
         work.step()
+        losses.append(0.25)
     assert pending is not None
     was_done = pending.done
     late.set()
     pending.wait()
     assert (was_done, pending.done) == (False, True)
-    assert_same_arrays(checkpoint.read(file)[0], expected)
+    arrays, note = checkpoint.read(file)
+    assert_same_arrays(arrays, expected)
+    assert note["user"] == {"losses": [0.5]}
     work.optimizer.load(file, variables=True)
     assert_same_arrays(work.contents(), expected)
 

@@ -101,8 +101,9 @@ def test_resuming_continues_bit_for_bit(device: Device, tmp_path: Path) -> None:
         half.train()
     for _ in range(4):
         whole.train()
-    states = [{name: array.tobytes() for name, array in demo.state().items()} for demo in (half, whole)]
-    assert states[0] == states[1]
+    half.save(tmp_path / "half")
+    whole.save(tmp_path / "whole")
+    assert (tmp_path / "half").read_bytes() == (tmp_path / "whole").read_bytes()
     assert half.curve().tobytes() == whole.curve().tobytes()
     assert half.curve().shape == (4, 2)
     assert Ptychography(seed=6).variables[0].numpy().tobytes() != Ptychography(seed=5).variables[0].numpy().tobytes()
@@ -141,7 +142,7 @@ def test_command_line_draws_and_saves(device: Device, capsys: pytest.CaptureFixt
             assert len(np.unique((panel * 255).astype(np.uint8).reshape(-1, 3), axis=0)) > 20
     assert run(capsys, *arguments, "--steps", 3, "--resume", state)[0] == 0
     assert (image.imread(picture, format="png") != first).any()
-    assert checkpoint.read(state)[1]["step"] == 2
+    assert checkpoint.read(state)[0]["iterations"] == 2
 
 
 def test_other_demos_have_no_picture(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

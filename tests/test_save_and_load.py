@@ -222,6 +222,27 @@ def test_a_training_is_one_file(device: Device, tmp_path: Path, suffix: str) -> 
         assert_same_bits(b.numpy(), a.numpy(), a.name)
 
 
+@pytest.mark.parametrize("suffix", ["npz", "safetensors"])
+def test_what_the_caller_adds_to_the_file(device: Device, tmp_path: Path, suffix: str) -> None:
+    training, path = Training(device), tmp_path / f"state.{suffix}"
+    training.step()
+    training.optimizer.save(path)
+    assert "user" not in checkpoint.read(path)[1]
+    training.optimizer.save(path, user={"epoch": 3, "losses": (0.5, 0.25), "none": None})
+    assert checkpoint.read(path)[1]["user"] == {"epoch": 3, "losses": [0.5, 0.25], "none": None}
+    state = training.optimizer.export()
+    training.step()
+    training.optimizer.load(path)
+    for name, array in training.optimizer.export().items():
+        assert_same_bits(array, state[name], name)
+    before = path.read_bytes()
+    for wrong in ({"epoch": object()}, {"state": np.ones(2)}, {(1, 2): 3}, 3):
+        for asynchronous in (False, True):
+            with pytest.raises(ArgumentTypeError, match=r"user must be JSON-serialisable \(got .*\); pass numbers"):
+                training.optimizer.save(path, user=wrong, asynchronous=asynchronous)  # type: ignore[arg-type]
+    assert path.read_bytes() == before
+
+
 def test_variables_are_left_where_nobody_asks_for_them(device: Device, tmp_path: Path) -> None:
     training = Training(device)
     training.step()

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
+from zlib import crc32
 
 import numpy as np
 
@@ -19,8 +20,6 @@ from gpu_adam.state import checkpoint
 
 if TYPE_CHECKING:
     from typing import Self
-
-_OPTIMIZER = "optimizer/"  # begins the names of its state in a file
 
 
 @dataclass(frozen=True)
@@ -97,9 +96,9 @@ class Demo(ABC):
         loss, score = self._last.tolist()
         return Measure(loss, score)
 
-    def data(self) -> Mapping[str, np.ndarray]:
-        """Return arrays that a saved training must have in common with this one, besides its seed."""
-        return {}
+    def data(self) -> bytes:
+        """Return what a saved training must have in common with this one, besides its seed and its choices."""
+        return b""
 
     def notes(self) -> dict[str, Any]:
         """Return what else a resumed training is to know, as JSON has it."""
@@ -108,16 +107,10 @@ class Demo(ABC):
     def recall(self, notes: Mapping[str, Any]) -> None:  # noqa: B027  # most have nothing to recall
         """Take back what `notes` returned."""
 
-    def state(self) -> dict[str, np.ndarray]:
-        """Return host copies of the data's identity, the variables and the optimizer's state."""
-        arrays = {f"data/{name}": array for name, array in self.data().items()}
-        arrays |= {f"variable/{variable.name}": variable.numpy() for variable in self.variables}
-        return arrays | {f"{_OPTIMIZER}{name}": array for name, array in self.optimizer.export().items()}
-
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write variables, optimizer state, seed and step to one file."""
-        meta = {"demo": self.name, "seed": self.seed, **self.choices, "step": self.step, **self.notes()}
-        checkpoint.write(path, self.state(), meta)
+        """Write variables and optimizer to a file of `Adam.save`, and to its `user` what makes this demo."""
+        user = {"demo": self.name, "seed": self.seed, **self.choices, "data": crc32(self.data()), **self.notes()}
+        self.optimizer.save(path, variables=True, user=user)
 
     @classmethod
     def resume(cls, path: str | os.PathLike[str]) -> "Self":
@@ -127,25 +120,18 @@ class Demo(ABC):
             FileNotFoundError: there is no such file.
             CheckpointError: the file holds something else, or a training on other data.
         """
-        arrays, meta = checkpoint.read(path)
-        if meta.get("demo") != cls.name:
+        user = checkpoint.read(path)[1].get("user") or {}
+        if user.get("demo") != cls.name:
             remedy = f"pass a file that `gpu-adam demo {cls.name} --save FILE` wrote"
-            got = meta.get("demo", "another checkpoint")
+            got = user.get("demo", "another checkpoint")
             raise CheckpointError(str(path), f"must hold a training of the demo {cls.name}", got, remedy)
-        demo = cls(meta["seed"], **{name: meta[name] for name in cls.defaults.keys() & meta.keys()})
-        own, data = demo.state(), demo.data()
-        fits = {name: array.shape for name, array in own.items()} == {
-            name: array.shape for name, array in arrays.items()
-        }
-        if not fits or any((arrays[f"data/{name}"] != array).any() for name, array in data.items()):
+        demo = cls(user["seed"], **{name: user[name] for name in cls.defaults})
+        if user["data"] != crc32(demo.data()):
             remedy = "resume with the versions of gpu_adam and Python that saved it"
-            raise CheckpointError(str(path), "must fit this demo's data and variables", "others", remedy)
-        for variable in demo.variables:
-            variable.assign(arrays[f"variable/{variable.name}"])
-        prefix = len(_OPTIMIZER)
-        demo.optimizer.restore({n[prefix:]: array for n, array in arrays.items() if n.startswith(_OPTIMIZER)})
-        demo.step = meta["step"]
-        demo.recall(meta)
+            raise CheckpointError(str(path), "must fit this demo's data", "others", remedy)
+        demo.optimizer.load(path, variables=True)
+        demo.step = int(demo.optimizer.iterations)
+        demo.recall(user)
         return demo
 
 

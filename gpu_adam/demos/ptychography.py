@@ -107,9 +107,9 @@ class Ptychography(Demo):
         overlap = (image.conj() * self._target).sum()
         return image * (overlap / abs(overlap))
 
-    def data(self) -> Mapping[str, np.ndarray]:
+    def data(self) -> bytes:
         """Return the micrograph."""
-        return {"micrograph": self.picture}
+        return self.picture.tobytes()
 
     def notes(self) -> dict[str, Any]:
         """Return loss and error after every step, waiting for the device."""

@@ -12,7 +12,7 @@ Reference: T. Mikolov et al., 2013, https://arxiv.org/abs/1310.4546 (negative sa
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -45,9 +45,9 @@ class Words(Demo):
         variables = (gpu_adam.Variable(centre, name="centre"), gpu_adam.Variable(context, name="context"))
         return variables, gpu_adam.Adam(PolynomialDecay(0.01, self.default_steps, end_learning_rate=1e-4))
 
-    def data(self) -> Mapping[str, np.ndarray]:
+    def data(self) -> bytes:
         """Return the vocabulary: other Python versions have other texts."""
-        return {"words": np.frombuffer("\n".join(self.words).encode(), np.uint8)}
+        return "\n".join(self.words).encode()
 
     def batch(self, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Draw words [n], and for each its neighbour and the random words [n, 1 + negatives]."""

@@ -93,19 +93,34 @@ def text_of(entries: Mapping[str, str], meta: Mapping[str, Any]) -> str:
         ArgumentTypeError: a `meta` that JSON cannot hold.
         ArgumentValueError: a `meta` that is too large.
     """
-    import json  # noqa: PLC0415  (not for `import gpu_adam`: many programs write no file)
-
-    try:
-        text = json.dumps(
-            {"sha256": _NO_DIGEST, "format": FORMAT, "version": VERSION, "arrays": entries, "meta": dict(meta)}
-        )
-    except (TypeError, ValueError, RecursionError) as error:
-        rule, remedy = "must be JSON-serialisable", "pass numbers, strings and lists"
-        raise ArgumentTypeError("meta", rule, error, remedy) from error
+    head = _json("head", {"sha256": _NO_DIGEST, "format": FORMAT, "version": VERSION, "arrays": entries})
+    text = f'{head[:-1]}, "meta": {_json("meta", meta)}}}'
     if len(text) > _limit(len(entries)):
         rule = f"must be at most {_MAX_META >> 20} MiB of JSON"
         raise ArgumentValueError("meta", rule, f"{len(text)} bytes", "keep large data in arrays")
     return text.replace(_NO_DIGEST, _digest(text.encode()), 1)
+
+
+def as_read(argument: str, table: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of a part of a `meta`, as it will be read.
+
+    Raises:
+        ArgumentTypeError: what JSON cannot hold, in the argument of this name.
+    """
+    import json  # noqa: PLC0415
+
+    copy: dict[str, Any] = json.loads(_json(argument, table))
+    return copy
+
+
+def _json(argument: str, table: Mapping[str, Any]) -> str:
+    import json  # noqa: PLC0415  (not for `import gpu_adam`: many programs write no file)
+
+    try:
+        return json.dumps(dict(table))
+    except (TypeError, ValueError, RecursionError) as error:
+        rule, remedy = "must be JSON-serialisable", "pass numbers, strings and lists"
+        raise ArgumentTypeError(argument, rule, error, remedy) from error
 
 
 def check_size(file: str, size: int, arrays: int) -> None:

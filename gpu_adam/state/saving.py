@@ -3,9 +3,10 @@
 Arrays have the names of `AdamState.named`. The note says what belongs to them:
 
     {"kind": "Adam", "config": {...}, "groups": {"w": {"weight_decay": 0.1}}, "never_decayed": ["b"],
-     "never_decayed_names": ["bias$"]}
+     "never_decayed_names": ["bias$"], "user": {"epoch": 3}}
 
-`config` has every argument of the constructor, defaults too, for a later version may have others.
+`config` has every argument of the constructor, defaults too, for a later version may have others. `user` is what the
+caller of `Adam.save` adds, and is left out where that is nothing.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from gpu_adam.devices import Array, Device
 from gpu_adam.errors import ArgumentTypeError, ArgumentValueError, CheckpointError
 from gpu_adam.hyperparameters import OWN_SETTINGS, Flavour, Settings
 from gpu_adam.kernels import COMPLEX_MODES
-from gpu_adam.state import checkpoint
+from gpu_adam.state import checkpoint, manifest
 from gpu_adam.state.adam_state import COUNTER, VALUE, AdamState, unique_names
 from gpu_adam.state.atomic_file import PathOrFile
 from gpu_adam.uninterrupted import Call
@@ -32,13 +33,19 @@ Contents = tuple[dict[str, np.ndarray], dict[str, Any]]
 _OWN = "pass its own checkpoint, or build(variables) with the same variables first"
 
 
-def note_of(state: AdamState, flavour: Flavour, config: Mapping[str, Any]) -> dict[str, Any]:
+def note_of(
+    state: AdamState, flavour: Flavour, config: Mapping[str, Any], user: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """The note of an optimizer's file.
 
     Args:
         state: of the optimizer.
         flavour: of the optimizer.
         config: its other arguments, at least.
+        user: what the note holds besides, copied.
+
+    Raises:
+        ArgumentTypeError: a `user` that JSON cannot hold.
     """
     names = state.variable_names()
     scale = None if flavour.loss_scale is None else flavour.loss_scale.config()
@@ -52,6 +59,7 @@ def note_of(state: AdamState, flavour: Flavour, config: Mapping[str, Any]) -> di
         },
         "never_decayed": [name for variable, name in names.items() if variable in state.never_decayed],
         "never_decayed_names": list(state.never_decayed_names),
+        **({} if user is None else {"user": manifest.as_read("user", user)}),
     }
 
 
