@@ -202,6 +202,19 @@ def test_the_format_stays(tmp_path: Path) -> None:
     assert digest == "b61623e0bd589d2925ff2c32288cf8deab1e4d6c07fc9f94f1b02c327e59bc1f"
 
 
+def test_members_in_any_order(tmp_path: Path) -> None:
+    """Large and small ones, many of which are read together: the arrays come in the order of the manifest."""
+    sizes = [2000, 3, (1 << 19) + 5, 70_000, 1, 200_000]
+    arrays = {f"a{number}": np.full(sizes[number % 6], number, np.uint16) for number in range(60)}
+    names = list(arrays)
+    random.Random(1).shuffle(names)
+    content = archive_of(table(**dict.fromkeys(arrays, "uint16")), **{name: npy(arrays[name]) for name in names})
+    found = outcome(tmp_path / "state", content)
+    assert found is not None
+    assert list(found) == list(arrays)
+    assert all(same(found[name], array) for name, array in arrays.items())
+
+
 @pytest.mark.filterwarnings("ignore:Stored array in format 3.0:UserWarning")
 @pytest.mark.parametrize("file", [io.BytesIO, Pipe])
 def test_files_that_zipfile_wrote(tmp_path: Path, file: type[io.BytesIO]) -> None:
