@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,8 @@ from gpu_adam.communicators import Communicator
 from gpu_adam.distributed.agreement import check_communicator, first_difference, gpu_adam_version
 from gpu_adam.distributed.layout import buckets_of
 from gpu_adam.distributed.shards import Shard, Shards
-from gpu_adam.errors import ArgumentTypeError, ArgumentValueError
+from gpu_adam.errors import ArgumentTypeError, ArgumentValueError, SlotNotFoundError
+from gpu_adam.hyperparameters import Settings
 from gpu_adam.kernels import UpdateRule
 from gpu_adam.rules import truth_value
 from gpu_adam.step.gradients import Incoming, as_array, check_shape, dtype_read
@@ -23,6 +24,17 @@ from gpu_adam.variables import IndexedSlices, Variable
 
 BUCKET_BYTES = 2**25
 """Of parameters: enough for a collective operation to run at full speed, few enough for several to be under way."""
+
+
+def _refused(what: str, remedy: str) -> Any:
+    """A method that an optimizer on several ranks has not."""
+
+    def method(self: ShardedAdam, *args: Any, **kwargs: Any) -> None:
+        rule = "must be asked of an optimizer that has no other ranks"
+        raise ArgumentValueError(what, rule, type(self).__name__, remedy)
+
+    method.__doc__ = f"Refused: {remedy}."
+    return method
 
 
 class ShardedAdam(adam.Adam):
@@ -125,6 +137,9 @@ class ShardedAdam(adam.Adam):
         if not isinstance(variable, Variable):
             got, remedy = type(variable).__name__, "wrap the array in gpu_adam.Variable, which can be moved"
             raise ArgumentTypeError(argument, "must be a gpu_adam.Variable", got, remedy)
+        if variable.constraint is not None and self.flavour.master_weights:
+            rule, got = "must do without a constraint, which changes no master", f"{variable.name!r} with one"
+            raise ArgumentValueError(argument, rule, got, "leave master_weights out, or the constraint")
         if variable.device is not self._communicator.device:
             rule, remedy = f"must lie on the communicator's device, {self._communicator.device.name}", "create it there"
             raise ArgumentValueError(argument, rule, variable.device.name, remedy)
@@ -164,16 +179,30 @@ class ShardedAdam(adam.Adam):
             ArgumentTypeError, ArgumentValueError: what does not fit; a second gradient of the variable for one step.
         """
         refuse_in_loss("push_gradient")
-        number = self._number_of(variable, "variable")
-        shard = self._shards.shards[self._bucket_numbers[number]]
-        if number not in shard.lacks:
-            rule = "must be handed over once for a step"
-            raise ArgumentValueError(f"the gradient of variable {variable.name!r}", rule, "a second one", "add them up")
+        self._push([self._checked(gradient, variable, "variable")])
+
+    def _checked(self, gradient: Any, variable: Any, argument: str) -> tuple[int, Any]:
+        """A variable's number, and its gradient ready to be handed over."""
+        number = self._number_of(variable, argument)
         if isinstance(gradient, IndexedSlices):
             gradient = gradient.dense(variable.shape)
         array = as_array(gradient, variable, dtype_read(gradient, variable))
         check_shape(array, variable.shape, variable)
-        shard.push(number, array, ordered=self._ordered)
+        return number, array
+
+    def _push(self, checked: Sequence[tuple[int, Any]]) -> None:
+        lacks = self._lacks()
+        for number, _ in checked:
+            if number not in lacks:
+                argument, rule = f"the gradient of variable {self._whole[number].name!r}", "must come once for a step"
+                raise ArgumentValueError(argument, rule, "a second one", "add them up")
+            lacks.remove(number)
+        for number, array in checked:
+            self._shards.shards[self._bucket_numbers[number]].push(number, array, ordered=self._ordered)
+
+    def _lacks(self) -> set[int]:
+        """The variables without a gradient for the next step."""
+        return {number for shard in self._shards.shards for number in shard.lacks}
 
     def apply_gradients(
         self,
@@ -198,18 +227,16 @@ class ShardedAdam(adam.Adam):
             As `Adam.apply_gradients`; ArgumentValueError where a variable has no gradient; DistributedError.
         """
         refuse_in_loss("apply_gradients")
-        if grads_and_vars is not None:
-            pairs = [(gradient, variable) for gradient, variable in grads_and_vars]
-            if not self._whole:
-                self.build([variable for _, variable in pairs])
-            for gradient, variable in pairs:
-                if gradient is not None:
-                    self.push_gradient(variable, gradient)
-        missing = [self._whole[number].name for shard in self._shards.shards for number in shard.lacks]
+        pairs = [] if grads_and_vars is None else [(g, v) for g, v in grads_and_vars if g is not None]
+        if pairs and not self._whole:
+            self.build([variable for _, variable in pairs])
+        checked = [self._checked(g, v, f"grads_and_vars[{number}]") for number, (g, v) in enumerate(pairs)]
+        missing = self._lacks() - {number for number, _ in checked}
         if missing or not self._whole:
-            rule = "must be handed over for every variable at each step"
-            got = f"none for {missing[:5]}" if missing else "none at all"
+            rule, names = "must come for every variable at each step", [self._whole[n].name for n in sorted(missing)]
+            got = f"none for {names[:5]}" if missing else "none at all"
             raise ArgumentValueError("gradients", rule, got, "pass zeros where a variable has none")
+        self._push(checked)
         if self._pairs is None:
             self._pairs = [
                 pair for shard in self._shards.shards for pair in zip(shard.gradients(), shard.pieces, strict=True)
@@ -222,3 +249,94 @@ class ShardedAdam(adam.Adam):
         for variable in self._whole:
             variable.constrain()
         return done
+
+    # What is said of variables reaches the pieces of them that this rank owns.
+
+    def _piece_of(self, variable: Any, argument: str) -> Variable | None:
+        """What this rank owns of a variable."""
+        number = self._number_of(variable, argument)
+        shard = self._shards.shards[self._bucket_numbers[number]]
+        return shard.piece_of(number)
+
+    def _pieces_of(self, variables: Any, argument: str) -> list[Variable]:
+        listed = [variables] if isinstance(variables, Variable) else list(variables)
+        self.build(listed)
+        found = [self._piece_of(each, f"{argument}[{number}]") for number, each in enumerate(listed)]
+        return [piece for piece in found if piece is not None]
+
+    def get_slot(self, var: Any, slot_name: str) -> Variable:
+        """The slot of what this rank owns of a variable, one-dimensional.
+
+        Raises:
+            SlotNotFoundError: this rank owns nothing of it, or the variable has no such slot.
+            ArgumentTypeError, ArgumentValueError: no variable of the optimizer.
+        """
+        piece = self._piece_of(var, "var")
+        if piece is None:
+            rank, remedy = self._communicator.rank, "ask the rank that does; save(gather=True) has all"
+            got = f"nothing on rank {rank}"
+            raise SlotNotFoundError(f"slot {slot_name!r} of variable {var.name!r}", "must be owned", got, remedy)
+        return super().get_slot(piece, slot_name)
+
+    def set_group(self, variables: Iterable[Any], **settings: Any) -> None:
+        """As `Adam.set_group`, on all ranks alike."""
+        super().set_group(self._pieces_of(variables, "variables"), **settings)
+
+    def get_group(self, variable: Any) -> Settings:
+        """As `Adam.get_group`; of a variable of which this rank owns something.
+
+        Raises:
+            ArgumentTypeError, ArgumentValueError: no variable of the optimizer; one of other ranks alone.
+        """
+        piece = self._piece_of(variable, "variable")
+        if piece is None:
+            rule, got = "must be owned in part by this rank", f"{variable.name!r}, of other ranks"
+            raise ArgumentValueError("variable", rule, got, "ask one of those")
+        return super().get_group(piece)
+
+    def exclude_from_weight_decay(
+        self, var_list: Iterable[Any] | None = None, var_names: Iterable[str] | None = None
+    ) -> None:
+        """As `Adam.exclude_from_weight_decay`, on all ranks alike."""
+        pieces = None if var_list is None else self._pieces_of(var_list, "var_list")
+        super().exclude_from_weight_decay(pieces, var_names)
+
+    def overwrite_by_averages(self, var_list: Iterable[Any] | None = None) -> None:
+        """As `Adam.overwrite_by_averages`, on all ranks alike and at the same time."""
+        super().overwrite_by_averages(None if var_list is None else self._pieces_of(var_list, "var_list"))
+        for shard in self._shards.shards:
+            shard.depart()
+        for shard in self._shards.shards:
+            shard.finish()
+
+    finalize_variable_values = overwrite_by_averages
+
+    # What an optimizer that has a process to itself can do besides.
+
+    accumulate = _refused("accumulate", "add up the gradients, and hand over the sums")
+    capture = _refused("capture", "call the function: what ranks exchange waits for them")
+    stage = _refused("stage", "call apply_gradients")
+    add_slot = _refused("add_slot", "keep an array of your own beside the variable")
+    forget = _refused("forget", "make an optimizer of the variables that stay")
+    replace = _refused("replace", "make an optimizer of the new variables")
+    __reduce_ex__ = _refused("a copy of the optimizer", "save(directory), and load it into another one")
+
+    @classmethod
+    def from_config(
+        cls,
+        config: Mapping[str, Any],
+        custom_objects: Mapping[str, Any] | None = None,
+        *,
+        communicator: Communicator | None = None,
+        **options: Any,
+    ) -> ShardedAdam:
+        """An optimizer with this configuration, without its state.
+
+        Args:
+            config: what `get_config` returns, of this class or of `Adam`.
+            custom_objects: as of `Adam`.
+            communicator: of the ranks.
+            **options: ``deterministic``, ``bucket_bytes``.
+        """
+        made = super().from_config
+        return made({**config, "communicator": communicator, **options}, custom_objects)  # type: ignore[return-value]

@@ -56,6 +56,13 @@ class Shard:
         self._arriving: Pending | None = None
         self._departing: Pending | None = None
 
+    def piece_of(self, number: int) -> Variable | None:
+        """What this rank owns of a variable of the bucket."""
+        for piece, variable in zip(self._own, self.pieces, strict=True):
+            if piece.variable == number and piece.size:
+                return variable
+        return None
+
     @property
     def lacks(self) -> set[int]:
         """The numbers of the variables whose gradients have not been handed over for the next step."""
