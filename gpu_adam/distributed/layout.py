@@ -12,6 +12,8 @@ the same ones, whoever owns its chunks, and a norm over all ranks has the bits t
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -73,6 +75,25 @@ def buckets_of(
             buckets.append(_bucket(sizes[begin:end], itemsize, ranks, numbers[begin:end]))
             begin, total = end, 0
     return buckets
+
+
+def table_bucket(rows: int, row_size: int, ranks: int, number: int) -> Bucket:
+    """The bucket of a variable whose gradients are of some of its rows: each rank owns whole rows.
+
+    Args:
+        rows: how many it has.
+        row_size: elements of a row.
+        ranks: how many there are.
+        number: of the variable.
+    """
+    whole_chunks = CHUNK // math.gcd(CHUNK, max(1, row_size))
+    shard = _rounded(-(-rows // ranks), whole_chunks) * row_size
+    begins = [min(rank * shard, rows * row_size) for rank in range(ranks + 1)]
+    pieces = [
+        [Piece(number, begin, end - begin, rank * shard)]
+        for rank, (begin, end) in enumerate(itertools.pairwise(begins))
+    ]
+    return Bucket([number], [0], shard, pieces)
 
 
 def _bucket(sizes: Sequence[int], itemsize: int, ranks: int, numbers: Sequence[int]) -> Bucket:

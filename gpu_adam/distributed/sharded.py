@@ -12,18 +12,23 @@ from gpu_adam import adam
 from gpu_adam.autodiff_seam import refuse_in_loss
 from gpu_adam.communicators import Communicator
 from gpu_adam.distributed.agreement import check_communicator, first_difference, gpu_adam_version
-from gpu_adam.distributed.layout import buckets_of
-from gpu_adam.distributed.shards import Shard, Shards
+from gpu_adam.distributed.layout import buckets_of, table_bucket
+from gpu_adam.distributed.shards import ArrayShard, Shard, Shards, TableShard
 from gpu_adam.errors import ArgumentTypeError, ArgumentValueError, SlotNotFoundError
-from gpu_adam.hyperparameters import Settings
+from gpu_adam.hyperparameters import OWN_SETTINGS, Settings
 from gpu_adam.kernels import UpdateRule
 from gpu_adam.rules import truth_value
 from gpu_adam.step.gradients import Incoming, as_array, check_shape, dtype_read
+from gpu_adam.step.groups import SparseGroup
 from gpu_adam.step.guard import checked_scale
 from gpu_adam.variables import IndexedSlices, Variable
 
 BUCKET_BYTES = 2**25
 """Of parameters: enough for a collective operation to run at full speed, few enough for several to be under way."""
+
+
+def _described(variable: Variable) -> str:
+    return f"{variable.name!r}, {variable.shape}, {variable.dtype.name}"
 
 
 def _refused(what: str, remedy: str) -> Any:
@@ -99,39 +104,60 @@ class ShardedAdam(adam.Adam):
 
     # Which variables there are.
 
-    def build(self, var_list: Iterable[Any]) -> None:
+    def build(self, var_list: Iterable[Any], tables: Iterable[Any] = ()) -> None:
         """Lay new variables out in buckets, and create the slots of this rank's share. Every rank calls it alike.
 
         Args:
             var_list: `Variable`s of the communicator's device, or one alone.
+            tables: those of them whose gradients are `IndexedSlices`, of which each rank owns rows.
 
         Raises:
-            ArgumentTypeError, ArgumentValueError: something else; variables that are not those of the other ranks.
+            ArgumentTypeError, ArgumentValueError: something else; variables that are not those of the other ranks;
+                gradients for a step have been handed over.
         """
         listed = [var_list] if isinstance(var_list, Variable) else list(var_list)
+        with_rows = {tables} if isinstance(tables, Variable) else set(tables)
         new = [variable for variable in dict.fromkeys(listed) if variable not in self._numbers]
+        if new and len(self._lacks()) < len(self._whole):
+            rule, got = "must come between steps", "a call after push_gradient"
+            raise ArgumentValueError("build", rule, got, "call apply_gradients first")
         for number, variable in enumerate(new):
             self._check_variable(variable, f"var_list[{number}]")
-        self._check_alike(new)
+        self._check_alike([f"{'table' if each in with_rows else 'variable'} {_described(each)}" for each in new])
         if not new:
             return
-        by_dtype: dict[np.dtype, list[int]] = {}
+        groups: dict[Any, list[int]] = {}  # in the order in which one process updates them
         for variable in new:
             number = self._numbers[variable] = len(self._whole)
             self._whole.append(variable)
             self._bucket_numbers.append(-1)
-            by_dtype.setdefault(variable.dtype, []).append(number)
-        ranks, pieces = self._communicator.size, []
-        for dtype, numbers in by_dtype.items():
-            sizes = [self._whole[number].size for number in numbers]
-            for bucket in buckets_of(sizes, dtype.itemsize, ranks, self._bucket_bytes, numbers):
-                for number in bucket.variables:
+            groups.setdefault(number if variable in with_rows else variable.dtype, []).append(number)
+        pieces = list[Variable]()
+        for key, numbers in groups.items():
+            for shard in self._table(numbers[0]) if isinstance(key, int) else self._buckets(numbers):
+                for number in shard.bucket.variables:
                     self._bucket_numbers[number] = len(self._shards.shards)
-                shard = Shard(bucket, self._whole, self._communicator)
                 self._shards.add(shard)
                 pieces += shard.pieces
         self._pairs = None
         super().build(pieces)
+
+    def _buckets(self, numbers: list[int]) -> list[Shard]:
+        first = self._whole[numbers[0]]
+        sizes = [self._whole[number].size for number in numbers]
+        ranks = self._communicator.size
+        buckets = buckets_of(sizes, first.dtype.itemsize, ranks, self._bucket_bytes, numbers)
+        return [ArrayShard(bucket, self._whole, self._communicator) for bucket in buckets]
+
+    def _table(self, number: int) -> list[Shard]:
+        variable, communicator = self._whole[number], self._communicator
+        if variable.ndim == 0:
+            rule, got = "must have rows to be a table", "shape ()"
+            raise ArgumentValueError(f"variable {variable.name!r}", rule, got, "leave it out of tables")
+        rows = len(variable)
+        bucket = table_bucket(rows, variable.size // rows if rows else 0, communicator.size, number)
+        defers = self.flavour.sparse_update == "deferred"
+        return [TableShard(bucket, self._whole, communicator, self._state if defers else None)]
 
     def _check_variable(self, variable: Any, argument: str) -> None:
         if not isinstance(variable, Variable):
@@ -144,13 +170,11 @@ class ShardedAdam(adam.Adam):
             rule, remedy = f"must lie on the communicator's device, {self._communicator.device.name}", "create it there"
             raise ArgumentValueError(argument, rule, variable.device.name, remedy)
 
-    def _check_alike(self, new: list[Variable]) -> None:
+    def _check_alike(self, variables: Sequence[str]) -> None:
         """Raise ArgumentValueError where other ranks build other variables, or have another configuration."""
         config = json.dumps(self.get_config(), sort_keys=True, default=str)
         facts = [f"gpu_adam {gpu_adam_version()}", config, f"deterministic={self._ordered}"]
-        facts += [f"bucket_bytes={self._bucket_bytes}"]
-        facts += [f"variable {variable.name!r}, {variable.shape}, {variable.dtype.name}" for variable in new]
-        found = first_difference(self._communicator, facts)
+        found = first_difference(self._communicator, [*facts, f"bucket_bytes={self._bucket_bytes}", *variables])
         if found is not None:
             rank, theirs, ours = found
             rule = f"must be the same on all ranks; rank {rank} has {theirs}"
@@ -173,7 +197,8 @@ class ShardedAdam(adam.Adam):
         Args:
             variable: a variable that was built.
             gradient: an array of the variable's shape, as of `Adam.apply_gradients`. All of a bucket have the dtype of
-                the first one; `IndexedSlices` are written out.
+                the first one. `IndexedSlices` of the rows that this rank has gradients for, none of them out of range,
+                for a variable that was built as one of `tables`.
 
         Raises:
             ArgumentTypeError, ArgumentValueError: what does not fit; a second gradient of the variable for one step.
@@ -184,11 +209,23 @@ class ShardedAdam(adam.Adam):
     def _checked(self, gradient: Any, variable: Any, argument: str) -> tuple[int, Any]:
         """A variable's number, and its gradient ready to be handed over."""
         number = self._number_of(variable, argument)
-        if isinstance(gradient, IndexedSlices):
-            gradient = gradient.dense(variable.shape)
+        is_table = isinstance(self._shards.shards[self._bucket_numbers[number]], TableShard)
+        if is_table is not isinstance(gradient, IndexedSlices):
+            rule = f"must be {'IndexedSlices' if is_table else 'an array'}, as build was told"
+            got, remedy = type(gradient).__name__, "name variables with rows in build(variables, tables=)"
+            raise ArgumentValueError(f"the gradient of variable {variable.name!r}", rule, got, remedy)
+        if is_table:
+            return number, self._checked_slices(gradient, variable)
         array = as_array(gradient, variable, dtype_read(gradient, variable))
         check_shape(array, variable.shape, variable)
         return number, array
+
+    def _checked_slices(self, gradient: IndexedSlices, variable: Variable) -> IndexedSlices:
+        """Slices as one process checks them."""
+        dtype = dtype_read(gradient, variable)
+        group = SparseGroup([variable], [0], UpdateRule(complex_mode=self.complex_mode), [OWN_SETTINGS], dtype)
+        checked = group.check([(gradient, variable)], np.zeros(1, np.uint64))
+        return IndexedSlices(checked.values, checked.indices)
 
     def _push(self, checked: Sequence[tuple[int, Any]]) -> None:
         lacks = self._lacks()
@@ -197,8 +234,10 @@ class ShardedAdam(adam.Adam):
                 argument, rule = f"the gradient of variable {self._whole[number].name!r}", "must come once for a step"
                 raise ArgumentValueError(argument, rule, "a second one", "add them up")
             lacks.remove(number)
-        for number, array in checked:
-            self._shards.shards[self._bucket_numbers[number]].push(number, array, ordered=self._ordered)
+        for number, gradient in checked:
+            self._shards.shards[self._bucket_numbers[number]].push(number, gradient)
+        joins = self._clip.norm is not None or self.flavour.skips
+        self._shards.begin_complete(ordered=self._ordered, joins=joins)
 
     def _lacks(self) -> set[int]:
         """The variables without a gradient for the next step."""
@@ -229,7 +268,7 @@ class ShardedAdam(adam.Adam):
         refuse_in_loss("apply_gradients")
         pairs = [] if grads_and_vars is None else [(g, v) for g, v in grads_and_vars if g is not None]
         if pairs and not self._whole:
-            self.build([variable for _, variable in pairs])
+            self.build([v for _, v in pairs], [v for g, v in pairs if isinstance(g, IndexedSlices)])
         checked = [self._checked(g, v, f"grads_and_vars[{number}]") for number, (g, v) in enumerate(pairs)]
         missing = self._lacks() - {number for number, _ in checked}
         if missing or not self._whole:
@@ -237,7 +276,7 @@ class ShardedAdam(adam.Adam):
             got = f"none for {names[:5]}" if missing else "none at all"
             raise ArgumentValueError("gradients", rule, got, "pass zeros where a variable has none")
         self._push(checked)
-        if self._pairs is None:
+        if self._pairs is None or any(isinstance(shard, TableShard) for shard in self._shards.shards):
             self._pairs = [
                 pair for shard in self._shards.shards for pair in zip(shard.gradients(), shard.pieces, strict=True)
             ]
@@ -246,6 +285,7 @@ class ShardedAdam(adam.Adam):
         update = self._rule(1.0 if scale is None and ranks > 1 else scale)
         incoming = Incoming(scale, calls=ranks)
         done = self._controller.step(self._pairs, update, self._hyper, self._clip, incoming)
+        self._shards.all_arrived()
         for variable in self._whole:
             variable.constrain()
         return done

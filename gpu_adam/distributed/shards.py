@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -12,15 +14,16 @@ from gpu_adam.communicators import Communicator, Pending, sum_dtype
 from gpu_adam.devices import Array, Device
 from gpu_adam.distributed.layout import Bucket
 from gpu_adam.kernels import CHUNK
+from gpu_adam.state.adam_state import AdamState
 from gpu_adam.uninterrupted import Call
-from gpu_adam.variables import Variable
+from gpu_adam.variables import IndexedSlices, Variable
 
 
-class Shard:
+class Shard(ABC):
     """A bucket's memory on this rank.
 
     The variables of the bucket lie in one array, `parameters`, from now on. This rank's part of that array is what the
-    optimizer updates, by the part of the gradients' sum that lies in `received`.
+    optimizer updates.
 
     Args:
         bucket: how the variables lie.
@@ -31,6 +34,7 @@ class Shard:
         bucket: as above.
         pieces: variables over what this rank owns of each variable.
         parameters: all of the bucket's.
+        lacks: the numbers of the variables whose gradients have not been handed over for the next step.
     """
 
     def __init__(self, bucket: Bucket, variables: Sequence[Variable], communicator: Communicator) -> None:
@@ -46,58 +50,49 @@ class Shard:
             variable = variables[number]
             device.copy_call([self.parameters[place].reshape(variable.shape)], [variable.value])()
             variable._move_to(self.parameters[place].reshape(variable.shape))
-        own = bucket.pieces[communicator.rank]
-        arrays = [self.parameters[piece.offset : piece.offset + piece.size] for piece in own]
-        names = [variables[piece.variable].name for piece in own]
-        self.pieces = [Variable.over(array, device, name) for array, name in zip(arrays, names, strict=True)]
-        self._own, self._waiting = own, set(bucket.variables)
-        self._to_send: Array | None = None
-        self._received: Array | None = None
-        self._arriving: Pending | None = None
+        self.own = bucket.pieces[communicator.rank]
+        self.pieces = [
+            Variable.over(
+                self._shaped(self.parameters[piece.offset : piece.offset + piece.size], variables[piece.variable]),
+                device,
+                variables[piece.variable].name,
+            )
+            for piece in self.own
+        ]
+        self.lacks = set(bucket.variables)
         self._departing: Pending | None = None
+
+    def _shaped(self, array: Array, variable: Variable) -> Array:
+        """A piece of a variable as the optimizer sees it."""
+        return array
 
     def piece_of(self, number: int) -> Variable | None:
         """What this rank owns of a variable of the bucket."""
-        for piece, variable in zip(self._own, self.pieces, strict=True):
+        for piece, variable in zip(self.own, self.pieces, strict=True):
             if piece.variable == number and piece.size:
                 return variable
         return None
 
-    @property
-    def lacks(self) -> set[int]:
-        """The numbers of the variables whose gradients have not been handed over for the next step."""
-        return self._waiting if self._arriving is None else set()
+    @abstractmethod
+    def push(self, number: int, gradient: Any) -> None:
+        """Take a variable's gradient for the next step."""
 
-    def begin(self, dtype: np.dtype) -> None:
-        """Have memory for gradients of a dtype, which stays."""
-        if self._to_send is None:
-            device, ranks = self._device, self._communicator.size
-            self._to_send = device.zeros((ranks * self.bucket.shard,), dtype)
-            self._received = device.zeros((self.bucket.shard,), sum_dtype(dtype))
+    @abstractmethod
+    def begin(self, *, ordered: bool, joins: bool) -> None:
+        """Let the gradients, which are all there, begin to travel.
 
-    def push(self, number: int, gradient: Array, *, ordered: bool) -> None:
-        """Take a variable's gradient; after the last one of the bucket they all begin to travel."""
-        self.begin(gradient.dtype)
-        place = self._places[number]
-        assert self._to_send is not None
-        assert self._received is not None
-        self._device.copy_call([self._to_send[place]], [gradient.reshape(-1)])()
-        self._waiting.discard(number)
-        if not self._waiting:
-            self._arriving = self._communicator.reduce_scatter(self._to_send, self._received, ordered=ordered)
+        Args:
+            ordered: whether they are added in the order of ranks.
+            joins: whether a norm is taken of them.
+        """
 
-    def gradients(self) -> list[Array]:
-        """Where the sum of the ranks' gradients comes to lie, for each piece."""
-        assert self._received is not None
-        first = self._communicator.rank * self.bucket.shard
-        return [self._received[piece.offset - first : piece.offset - first + piece.size] for piece in self._own]
+    @abstractmethod
+    def gradients(self) -> list[Any]:
+        """The gradient of each piece, to be read when `arrive` has been called."""
 
+    @abstractmethod
     def arrive(self) -> None:
         """Wait for the gradients."""
-        pending, self._arriving = self._arriving, None
-        if pending is not None:
-            pending.wait()
-            self._waiting = set(self.bucket.variables)
 
     def depart(self) -> None:
         """Begin to give this rank's parameters to the others."""
@@ -113,35 +108,250 @@ class Shard:
             pending.wait()
 
 
+class ArrayShard(Shard):
+    """A bucket of variables whose gradients are arrays. Each rank receives the sum of its part of them."""
+
+    def __init__(self, bucket: Bucket, variables: Sequence[Variable], communicator: Communicator) -> None:
+        super().__init__(bucket, variables, communicator)
+        self._to_send: Array | None = None
+        self._received: Array | None = None
+        self._arriving: Pending | None = None
+
+    def push(self, number: int, gradient: Array) -> None:
+        """See `Shard`: it is copied beside the others. The first one's dtype is that of all."""
+        if self._to_send is None:
+            device, ranks = self._device, self._communicator.size
+            self._to_send = device.zeros((ranks * self.bucket.shard,), gradient.dtype)
+            self._received = device.zeros((self.bucket.shard,), sum_dtype(gradient.dtype))
+        self._device.copy_call([self._to_send[self._places[number]]], [gradient.reshape(-1)])()
+        self.lacks.discard(number)
+
+    def begin(self, *, ordered: bool, joins: bool) -> None:
+        """See `Shard`."""
+        assert self._to_send is not None
+        assert self._received is not None
+        self._arriving = self._communicator.reduce_scatter(self._to_send, self._received, ordered=ordered)
+
+    def gradients(self) -> list[Array]:
+        """See `Shard`: the same arrays at every step."""
+        assert self._received is not None
+        first = self._communicator.rank * self.bucket.shard
+        return [self._received[piece.offset - first : piece.offset - first + piece.size] for piece in self.own]
+
+    def arrive(self) -> None:
+        """See `Shard`."""
+        pending, self._arriving = self._arriving, None
+        if pending is not None:
+            pending.wait()
+            self.lacks = set(self.bucket.variables)
+
+
+class TableShard(Shard):
+    """A variable whose gradients are `IndexedSlices`. Each rank owns some of its rows, and receives their gradients.
+
+    The slices of all ranks arrive joined in the order of ranks, as if one process had concatenated them. How many go
+    where, the host must know: on a GPU it waits for these numbers.
+
+    With deferred updates no rank hands its rows on after a step: the variable is `Behind` (gpu_adam/behind.py) this
+    object, which fetches the rows that are read from their owners. All ranks read at the same time then.
+
+    Args:
+        bucket, variables, communicator: as of `Shard`; the bucket has one variable.
+        state: of the optimizer, if the variable's updates are deferred.
+    """
+
+    def __init__(
+        self,
+        bucket: Bucket,
+        variables: Sequence[Variable],
+        communicator: Communicator,
+        state: AdamState | None = None,
+    ) -> None:
+        self._whole = variables[bucket.variables[0]]
+        self._row = self._whole.shape[1:]
+        self._row_size = int(np.prod(self._row, dtype=np.int64))
+        self._rows_each = bucket.shard // max(1, self._row_size)
+        super().__init__(bucket, variables, communicator)
+        self._slices: IndexedSlices | None = None
+        self._received: IndexedSlices | None = None
+        self._arriving: list[Pending] = []
+        self._owner = None if state is None else weakref.ref(state)
+        self._is_behind = False
+        if state is not None:
+            self._whole._behind = self
+
+    def _shaped(self, array: Array, variable: Variable) -> Array:
+        return array.reshape(array.size // max(1, self._row_size), *self._row)
+
+    def push(self, number: int, gradient: IndexedSlices) -> None:
+        """See `Shard`."""
+        self._slices = gradient
+        self.lacks.discard(number)
+
+    def begin(self, *, ordered: bool, joins: bool) -> None:
+        """See `Shard`."""
+        slices, self._slices = self._slices, None
+        assert slices is not None
+        device, communicator = self._device, self._communicator
+        with device.activate():
+            sorted_rows, order, counts = self._by_owner(slices.indices)
+            numbers = self._counts_of_all(counts)
+            received = numbers[:, communicator.rank].tolist()
+            indices = device.empty(sum(received), np.dtype(np.int64))
+            values = device.empty(sum(received) * self._row_size, slices.values.dtype).reshape(-1, *self._row)
+            sent = numbers[communicator.rank].tolist()
+            self._arriving = [
+                communicator.all_to_all(send, recv, sent, received)
+                for send, recv in ((sorted_rows, indices), (slices.values[order], values))
+            ]
+            self._received = IndexedSlices(values, indices)
+            if joins:
+                self._received.joined = self._joined(slices.values, numbers.sum(1).tolist())
+
+    def _by_owner(self, indices: Array) -> tuple[Array, Array, Array]:
+        """Row numbers as their owners count them, owner after owner; in which order; and how many each gets."""
+        xp, ranks, each = self._device.xp, self._communicator.size, self._rows_each
+        rows = indices.astype(np.int64)
+        owners = xp.clip(rows // max(1, each), 0, ranks - 1)  # a row out of range is out of range there, too
+        order = xp.argsort(owners, kind="stable")
+        counts = xp.bincount(owners, minlength=ranks).astype(np.int64)
+        return (rows - owners * each)[order], order, counts
+
+    def _counts_of_all(self, counts: Array) -> np.ndarray:
+        """How many slices each rank (row) sends to each (column). The host waits."""
+        ranks = self._communicator.size
+        everything = self._device.zeros((ranks * ranks,), np.dtype(np.int64))
+        self._communicator.all_gather(counts, everything).wait()
+        return self._device.numpy(everything).reshape(ranks, ranks)
+
+    def _joined(self, values: Array, lengths: Sequence[int]) -> Array:
+        """The values of all ranks one after the other, on each of them: what one process would take the norm of."""
+        device, longest = self._device, max(lengths)
+        mine = device.zeros((longest, *self._row), values.dtype)
+        mine[: len(values)] = values
+        everything = device.zeros((self._communicator.size * longest, *self._row), values.dtype)
+        self._communicator.all_gather(mine, everything).wait()
+        parts = [everything[rank * longest :][:length] for rank, length in enumerate(lengths)]
+        return device.xp.ascontiguousarray(device.xp.concatenate(parts))
+
+    def gradients(self) -> list[IndexedSlices]:
+        """See `Shard`. They are waited for: a step looks at row numbers first."""
+        self.arrive()
+        assert self._received is not None
+        return [self._received]
+
+    def arrive(self) -> None:
+        """See `Shard`."""
+        pending, self._arriving = self._arriving, []
+        for each in pending:
+            each.wait()
+            self.lacks = set(self.bucket.variables)
+
+    def depart(self) -> None:
+        """See `Shard`."""
+        if self._owner is None:
+            super().depart()
+        self._is_behind = self._owner is not None
+
+    # As what the variable is `Behind`.
+
+    def owner(self) -> AdamState | None:
+        """The state of the optimizer."""
+        return None if self._owner is None else self._owner()
+
+    def settle(self) -> None:
+        """Bring every row of the variable up to date, on all ranks, each of which calls this."""
+        if self._is_behind:
+            self._is_behind = False
+            (piece,) = self.pieces
+            if piece._behind is not None:
+                piece._behind.settle()
+            super().depart()
+            self.finish()
+
+    def bring_up_to_date(self, rows: Array) -> None:
+        """Bring rows of the variable up to date: each rank asks their owners for those that it names."""
+        if not self._is_behind:
+            return
+        device, communicator, (piece,) = self._device, self._communicator, self.pieces
+        with device.activate():
+            rows = rows[(rows >= 0) & (rows < len(self._whole))].astype(np.int64)
+            asked_for, order, counts = self._by_owner(rows)
+            numbers = self._counts_of_all(counts)
+            sent, received = numbers[communicator.rank].tolist(), numbers[:, communicator.rank].tolist()
+            asked = device.empty(sum(received), np.dtype(np.int64))
+            communicator.all_to_all(asked_for, asked, sent, received).wait()
+            if piece._behind is not None:
+                piece._behind.bring_up_to_date(asked)
+            answer = device.xp.ascontiguousarray(piece._storage[asked])
+            fetched = device.empty(len(rows) * self._row_size, answer.dtype).reshape(-1, *self._row)
+            communicator.all_to_all(answer, fetched, received, sent).wait()
+            self._whole._storage[rows[order]] = fetched
+
+
 class RankSums:
     """The partial sums of a norm over all ranks: see `gpu_adam.step.exchange.SharedSums`.
 
     Args:
         communicator: of the ranks.
-        width: sums that each rank sends, as many as the one that has most.
-        order: where the sums of each variable, chunk after chunk, lie among those of all ranks one after the other.
-        begins: see `SharedSums`.
+        shards: of the parts whose gradients are summed up, in order.
+        chunks_of: for a dtype and a number of elements, how many partial sums they have.
     """
 
-    def __init__(
-        self, communicator: Communicator, width: int, order: np.ndarray, begins: Sequence[tuple[int, int]]
-    ) -> None:
-        device, float64 = communicator.device, np.dtype(np.float64)
-        self._communicator, self.begins = communicator, begins
-        self._all = device.zeros((communicator.size * width,), float64)
-        self._mine = self._all[communicator.rank * width : (communicator.rank + 1) * width]
-        self.own, self.whole = self._mine, device.zeros((len(order),), float64)
-        self._order = device.array(order)
+    def __init__(self, communicator: Communicator, shards: Sequence[Shard], chunks_of: Any) -> None:
+        self._communicator, self._shards, self._chunks_of = communicator, list(shards), chunks_of
+        self._counts: list[int] | None = None
+        empty = communicator.device.empty(0, np.dtype(np.float64))
+        self.own = self.whole = self._mine = self._all = empty
+        self.begins: list[tuple[int, int]] = []
+
+    def bind(self, counts: Sequence[int]) -> bool:
+        """See `SharedSums`. Which chunks the other ranks have follows from the layout."""
+        if list(counts) == self._counts:
+            return False
+        ranks, own_rank, device = self._communicator.size, self._communicator.rank, self._communicator.device
+        begun = [0] * ranks
+        places: dict[int, list[np.ndarray]] = {}  # of each variable: where its sums are, among all ranks' own
+        owned: list[int] = []
+        found: list[tuple[int, int, np.ndarray]] = []
+        for shard, count in zip(self._shards, counts, strict=True):
+            for rank, pieces in enumerate(shard.bucket.pieces):
+                for piece in pieces:
+                    # Every rank has the sums of all slices; each takes its own.
+                    chunks = count if isinstance(shard, TableShard) else self._chunks_of(shard, piece.size)
+                    if not isinstance(shard, TableShard) or rank == own_rank:
+                        found.append((rank, piece.variable, begun[rank] + np.arange(chunks)))
+                    begun[rank] += chunks
+                    if rank == own_rank and (piece.size or isinstance(shard, TableShard)):
+                        owned.append(piece.variable)
+        width = max(1, *begun)
+        for rank, variable, place in found:
+            places.setdefault(variable, []).append(rank * width + place)
+        order: list[np.ndarray] = []
+        ranges: dict[int, tuple[int, int]] = {}
+        end = 0
+        for variable in (number for shard in self._shards for number in shard.bucket.variables):
+            begin, parts = end, places.get(variable, [])
+            order += parts
+            end += sum(map(len, parts))
+            ranges[variable] = begin, end
+        self._all = device.zeros((ranks * width,), np.dtype(np.float64))
+        self.own = self._mine = self._all[own_rank * width : (own_rank + 1) * width]
+        self.whole = device.zeros((end,), np.dtype(np.float64))
+        self._order = device.array(np.concatenate(order))
+        self.begins = [ranges[number] for number in owned]
+        self._counts = list(counts)
+        return True
 
     def calls(self) -> list[Call]:
         """See `SharedSums`."""
         return [partial(self._collect)]
 
     def _collect(self) -> None:
-        communicator = self._communicator
-        communicator.all_gather(self._mine, self._all).wait()
-        with communicator.device.activate():
-            communicator.device.xp.take(self._all, self._order, out=self.whole)
+        device = self._communicator.device
+        self._communicator.all_gather(self._mine, self._all).wait()
+        with device.activate():
+            device.xp.take(self._all, self._order, out=self.whole)
 
 
 class Shards:
@@ -156,6 +366,7 @@ class Shards:
         self._communicator, self._parts_of = communicator, parts_of
         self.shards: list[Shard] = []
         self._part_of: dict[Variable, int] = {}
+        self._begun = 0  # so many shards' gradients travel, or have arrived
 
     def add(self, shard: Shard) -> None:
         """Have one more bucket."""
@@ -186,29 +397,21 @@ class Shards:
         self._communicator.all_reduce(numbers, numbers).wait()
 
     def sums(self, parts: Sequence[int]) -> RankSums:
-        """See `Exchange`. Which chunks the other ranks have follows from the layout."""
-        ranks, own_rank = self._communicator.size, self._communicator.rank
-        counts = [0] * ranks
-        places: dict[int, list[tuple[int, np.ndarray]]] = {}  # of each variable: ranks, and where their sums are there
-        owned: list[int] = []
-        for part in parts:
-            shard = self.shards[part]
-            times = self._parts_of(shard.parameters.dtype)
-            for rank, pieces in enumerate(shard.bucket.pieces):
-                for piece in pieces:
-                    chunks = -(-piece.size * times // CHUNK)
-                    places.setdefault(piece.variable, []).append((rank, counts[rank] + np.arange(chunks)))
-                    counts[rank] += chunks
-                    if rank == own_rank and piece.size:
-                        owned.append(piece.variable)
-        width = max(1, *counts)
-        order: list[np.ndarray] = []
-        ranges: dict[int, tuple[int, int]] = {}
-        end = 0
-        for variable in (number for part in parts for number in self.shards[part].bucket.variables):
-            begin = end
-            for rank, place in places.get(variable, ()):
-                order.append(rank * width + place)
-                end += len(place)
-            ranges[variable] = begin, end
-        return RankSums(self._communicator, width, np.concatenate(order), [ranges[number] for number in owned])
+        """See `Exchange`."""
+        return RankSums(self._communicator, [self.shards[part] for part in parts], self._chunks_of)
+
+    def _chunks_of(self, shard: Shard, size: int) -> int:
+        return int(-(-size * self._parts_of(shard.parameters.dtype) // CHUNK))
+
+    def begin_complete(self, *, ordered: bool, joins: bool) -> None:
+        """Let the buckets begin to travel whose gradients are all there, the last one first, as backward passes go.
+
+        All ranks begin in the same order, in whichever order their gradients come.
+        """
+        while self._begun < len(self.shards) and not self.shards[-1 - self._begun].lacks:
+            self.shards[-1 - self._begun].begin(ordered=ordered, joins=joins)
+            self._begun += 1
+
+    def all_arrived(self) -> None:
+        """To be called when a step has taken all gradients."""
+        self._begun = 0

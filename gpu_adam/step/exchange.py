@@ -28,6 +28,16 @@ class SharedSums(Protocol):
     whole: Array
     begins: Sequence[tuple[int, int]]
 
+    def bind(self, counts: Sequence[int]) -> bool:
+        """Be those of the next step.
+
+        Args:
+            counts: how many sums each of this rank's launches has; of one with slices they may change.
+
+        Returns:
+            Whether `begins`, or where the arrays lie, is other than it was.
+        """
+
     def calls(self) -> list[Call]:
         """The calls that make `whole` of what is in `own` on each rank."""
 
@@ -48,7 +58,10 @@ class Exchange(Protocol):
         """The calls after which all variables of these parts are on all ranks."""
 
     def sums(self, parts: Sequence[int]) -> SharedSums:
-        """Partial sums of a norm over the gradients of these parts, which are updated by dense launches."""
+        """Partial sums of a norm over the gradients of these parts.
+
+        Of slices every rank has those of all ranks, joined, and sums up all of them.
+        """
 
     def adding(self, numbers: Array) -> list[Call]:
         """The calls that add a device's uint64 numbers up over all ranks, in place."""

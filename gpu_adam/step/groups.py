@@ -195,18 +195,24 @@ class SparseGroup:
         if self.device.checks_indices and indices.size and not 0 <= indices.min() <= indices.max() < rows:
             position = int(np.argmax((indices < 0) | (indices >= rows)))
             raise index_error(variable, position, int(indices[position]))
-        return SparseGradient(self, values, indices)
+        return SparseGradient(self, values, indices, gradient.joined)
 
 
 class SparseGradient:
-    """A gradient that passed its checks: contiguous arrays on the variable's device."""
+    """A gradient that passed its checks: contiguous arrays on the variable's device.
 
-    __slots__ = ("_group", "indices", "values")
+    Attributes:
+        values, indices: of the slices.
+        joined: the values of which a norm is taken: those of all ranks, of which these are some; else these.
+    """
+
+    __slots__ = ("_group", "indices", "joined", "values")
 
     may_be_remembered = False  # for the number of rows may change
 
-    def __init__(self, group: SparseGroup, values: Array, indices: Array) -> None:
+    def __init__(self, group: SparseGroup, values: Array, indices: Array, joined: Array | None = None) -> None:
         self._group, self.values, self.indices = group, values, indices
+        self.joined = values if joined is None else joined
 
     def reads(self) -> tuple[np.ndarray, np.ndarray]:
         """Addresses and sizes in bytes of the memory that the launches read for this gradient."""
@@ -216,9 +222,11 @@ class SparseGradient:
 
     def with_copy(self, pairs: Sequence[Any], index: int) -> SparseGradient:
         """The same gradient, its values (index 0) or indices (index 1) read from a copy. The pairs are not needed."""
-        arrays = [self.values, self.indices]
-        arrays[index] = self._group.device.array(arrays[index])
-        return SparseGradient(self._group, *arrays)
+        values, indices, array = self.values, self.indices, self._group.device.array
+        joined = None if self.joined is values else self.joined
+        if index == 0:
+            return SparseGradient(self._group, array(values), indices, joined)
+        return SparseGradient(self._group, values, array(indices), joined)
 
 
 def _as_indices(indices: Any, variable: Variable) -> Array:

@@ -101,7 +101,7 @@ class NormPass:
         self._sums = self._device.empty(0, np.dtype(np.float64))
         self._sums_pointer, self._count = kernels.pointer(0), kernels.scalar(0)
         self._limit, self._total = kernels.scalar(0, np.float64), kernels.pointer(0)
-        self._finish = None
+        self._finish, self._begins_pointer = None, kernels.pointer(0)
         if rule.searched:
             arguments = [self._sums_pointer, self._count, self._total]
             self._add = self._device.prepare(norm("add_square_sum"), arguments)
@@ -116,10 +116,8 @@ class NormPass:
             launch.arguments.factors[0], launch.arguments.factor_stride[0] = factors, stride
         counters = launches[0].counters
         if self._shared is not None and stride:
-            begins = np.array(self._shared.begins, np.int64).reshape(-1)
-            self._begins = self._device.array(begins)
-            arguments = [kernels.pointer(self._device.address(self._begins)), kernels.scalar(len(begins) // 2)]
-            arguments = [self._sums_pointer, *arguments, self._limit, kernels.pointer(factors)]
+            ranges = [self._begins_pointer, kernels.scalar(launches[0].tensors)]
+            arguments = [self._sums_pointer, *ranges, self._limit, kernels.pointer(factors)]
             self._finish = self._device.prepare(norm("clip_by_norms"), arguments)
         elif self._shared is None and len(launches) == 1 and counters is not None:
             own = launches[0].arguments.norm
@@ -131,8 +129,12 @@ class NormPass:
 
     def bind(self) -> None:
         """Make room for the partial sums of the gradients bound last."""
-        if self._shared is not None:
-            self._sums_pointer[0], self._count[0] = self._device.address(self._shared.whole), self._shared.whole.size
+        shared = self._shared
+        if shared is not None:
+            if shared.bind([launch.sum_count for launch in self._launches]):
+                self._sums_pointer[0], self._count[0] = self._device.address(shared.whole), shared.whole.size
+                self._begins = self._device.array(np.array(shared.begins, np.int64).reshape(-1))
+                self._begins_pointer[0] = self._device.address(self._begins)
             return
         total = sum(launch.sum_count for launch in self._launches)
         if total > self._sums.size:

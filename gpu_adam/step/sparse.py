@@ -116,7 +116,7 @@ class SparseLaunch:
         self.arguments = arguments = UpdateArguments(
             group.layout, group.device, 1, use, live, guarded=group.rule.guarded
         )
-        self._values, self._size = kernels.pointer(0), kernels.scalar(0)
+        self._values, self._joined, self._size = kernels.pointer(0), kernels.pointer(0), kernels.scalar(0)
         self._sorter = RowSorter(self.device, group.variable.shape[0], errors)
         self._launch = table.prepare(self._sorter, self._values, arguments)
         self._square_sums = None
@@ -124,7 +124,7 @@ class SparseLaunch:
             self._square_sums = self.device.prepare(
                 kernels.norm(self.gradient, "square_sums_of", group.rule),
                 [
-                    *(self._values, self._size, arguments.scalars, arguments.staged),
+                    *(self._joined, self._size, arguments.scalars, arguments.staged),
                     *(arguments.sums, arguments.found, arguments.norm),
                 ],
             )
@@ -137,8 +137,8 @@ class SparseLaunch:
     def bind(self, gradient: SparseGradient) -> None:
         """Read this gradient from now on."""
         self._sorter.bind(gradient.indices)
-        self._values[0] = self.device.address(gradient.values)
-        self._size[0] = self.group.layout.parts * int(gradient.values.size)
+        self._values[0], self._joined[0] = map(self.device.address, (gradient.values, gradient.joined))
+        self._size[0] = self.group.layout.parts * int(gradient.joined.size)
         self._gradient = gradient
 
     def release(self) -> None:
