@@ -7,6 +7,7 @@ the values of all weights (`get_weights`, `set_weights`, files) does so by name,
 from __future__ import annotations
 
 import re
+import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -34,6 +35,9 @@ SCALE, GOOD_STEPS = "loss_scale", "good_steps"
 
 VALUE = "value"
 """What stands for a slot's name in the name of a variable itself."""
+
+_LIVING: weakref.WeakSet[AdamState] = weakref.WeakSet()
+"""All states, which tell each other whose rows are deferred."""
 
 
 class AdamState:
@@ -97,6 +101,7 @@ class AdamState:
         self._weight_names: list[str] | None = None
         self.alone = Door(name)
         self.pending: PendingSave | None = None
+        _LIVING.add(self)
 
     # Reading.
 
@@ -181,6 +186,12 @@ class AdamState:
                 )
             behind.settle()
             variable._behind = None
+
+    def claim(self, variable: Variable) -> None:
+        """Let other optimizers that know the variable look anew at whether they may update it (`check_undivided`)."""
+        for other in list(_LIVING):
+            if other is not self and other.has_slots(variable):
+                other.layout = object()
 
     def link_deferred(self) -> None:
         """Let whoever reads a variable with deferred updates, or its slots, bring it up to date first."""
@@ -368,6 +379,7 @@ class AdamState:
                     slot._move_to(beside(slot._storage, variable))
         if has_masters:
             self.link_masters()
+        _LIVING.add(self)
 
 
 def unique_names(names: Sequence[str]) -> list[str]:

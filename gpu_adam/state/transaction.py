@@ -145,6 +145,7 @@ class Transaction:
             self._remember()
             for variable in deferred.keys() - state.deferred.keys():
                 self._before.append(partial(self._let_go, variable))
+                state.claim(variable)
             state.deferred.update(deferred)
             state.link_deferred()
 

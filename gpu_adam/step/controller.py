@@ -139,13 +139,15 @@ class Controller:
                         self._make_fit(change, request, rule, guard)
                     launches = plan.launches(state, graph, gradients, guard)
                     change.note(plan.index_errors, plan.deferred)
+                    make_ready([launches])
                     launches.bind(pairs, gradients)
                     launches.set_scalars(scalars)
                     count = functools.partial(state.counter._storage.fill, done + 1)
                     report = [] if guard is None else guard.done_calls(plan.cohorts, aim)
-                    calls = [*launches.calls(clip), *self._overwriting(plan, done + 1, graph)]
-                    ending = [*report, *memo.written_calls, count, *plan.counts, *launches.counts, *incoming.taken]
-                    _enqueue([*calls, *ending, *change.commit])
+                    calls = [*launches.calls(clip), *self._overwriting(plan, done + 1, graph), *report, count]
+                    _enqueue(
+                        [*calls, *memo.written_calls, *plan.counts, *launches.counts, *incoming.taken, *change.commit]
+                    )
                 if graph is None:
                     launches.release()
                 else:
@@ -275,8 +277,9 @@ class Controller:
             with self._outside():
                 self._make_fit(change, request, plan.rule, guard)
                 launches = plan.launches_for_replays(state, guard, clip, incoming.divisor, recording.write_outside)
+                recording.check_deferred(state, plan.deferred)
                 change.note(plan.index_errors, plan.deferred)
-                make_ready([launches])
+                make_ready([*(step.launches for _, step in recording.steps), launches])
             launches.bind(pairs, gradients)
             ending = [*incoming.taken, *change.commit]
             if stepper is None:

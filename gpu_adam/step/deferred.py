@@ -11,6 +11,8 @@ import functools
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
 
 import numpy as np
 
@@ -72,6 +74,7 @@ class DeferredRows:
         self.end: Call = functools.partial(self._lock.release)
         self.table: DeferredTable | None = None
         self._sorter: RowSorter | None = None
+        self._of_graphs: list[Any] = []  # that they read and write at replays
 
     def owner(self) -> AdamState | None:
         """The state of the optimizer that defers the rows; None where there is none any more."""
@@ -102,6 +105,7 @@ class DeferredRows:
 
     def settle(self) -> None:
         """Bring every row up to date; nothing where they are."""
+        self._refuse_in_graph()  # also where they are: at the replays they may not be
         if self._count[0]:
             with self._lock:
                 for calls in self._settling():
@@ -109,11 +113,10 @@ class DeferredRows:
 
     def settle_calls(self) -> list[Call]:
         """The calls that do so behind whatever else is enqueued by then; to be made once."""
-        return [call for calls in self._settling() for call in calls]
+        return [self.begin, *(call for calls in self._settling() for call in calls), self.end]
 
     def _settling(self) -> list[list[Call]]:
         """Sequences of calls; after each of them some more rows are up to date, after the last one all are."""
-        self._refuse_in_graph("the contents of")
         table = self.table
         return [] if table is None else [*table.replay_calls(), [table.restart_call(), self._reset_call()]]
 
@@ -122,21 +125,30 @@ class DeferredRows:
 
     def bring_up_to_date(self, rows: Array) -> None:
         """Bring these rows up to date; see `gpu_adam.behind.Behind`."""
-        if not self._count[0] or self.table is None:
+        table, is_capturing = self.table, self._device.is_capturing()
+        if table is None or not (self._count[0] or is_capturing):  # at the replays of a graph rows may be behind
             return
-        with self._lock:
-            if self._sorter is None:
-                self._sorter = RowSorter(self._device, self._variable.shape[0], self._errors)
-            self._sorter.bind(rows)
-            make_all([*self._sorter.calls(), *self.table.touch_calls(self._sorter)])
+        with self._lock, ExitStack() as stack:
+            if is_capturing:
+                pool, memory = self._device.private_pool()
+                stack.enter_context(memory)
+                sorter = self._new_sorter()
+                self._of_graphs.append((pool, sorter, table))
+            else:
+                sorter = self._sorter = self._sorter or self._new_sorter()
+            sorter.bind(rows)
+            make_all([*sorter.calls(), *table.touch_calls(sorter)])
 
-    def _refuse_in_graph(self, what: str) -> None:
+    def _new_sorter(self) -> RowSorter:
+        return RowSorter(self._device, self._variable.shape[0], self._errors)
+
+    def _refuse_in_graph(self) -> None:
         if self._device.is_capturing():
             raise ArgumentValueError(
-                f"{what} variable {self._variable.name!r}",
-                "must not be asked for while a graph is captured, for its rows are deferred",
+                f"variable {self._variable.name!r}, whose rows are deferred,",
+                "must not be read, assigned or updated as a whole while a graph is captured",
                 "such a call",
-                "take the rows that are needed by gather, or read it outside of the graph",
+                "take the rows that are needed by gather, or do it outside of the graph",
             )
 
 
@@ -162,10 +174,9 @@ class DeferredTable:
     ) -> None:
         variable, device, layout = group.variable, group.device, group.layout
         self._group, self.rows, self.rule = group, rows, replayed_rule(group.rule)
-        self._number = variable.shape[0]
-        row_size = layout.parts * variable.size // self._number if self._number else 0
-        self._rows_per_tile = max(1, _tile_size(layout.dtype) // max(1, row_size))
-        self._is_empty = row_size == 0
+        self._number = variable.shape[0] if variable.size else 0  # rows without elements are none
+        row_size = layout.parts * variable.size // self._number if self._number else 1
+        self._rows_per_tile = max(1, _tile_size(layout.dtype) // row_size)
         self.counters = norm_counters(device, group.rule, 1)
         self._struct = np.zeros(1, kernels.DEFERRED_TABLE)
         arrays = {"theta": variable._storage, **{name: array for name, (array,) in slots.items()}}
@@ -217,7 +228,7 @@ class DeferredTable:
     def replay_calls(self) -> list[list[Call]]:
         """For some rows after the others the calls that bring them up to date."""
         calls = []
-        for first in range(0, 0 if self._is_empty else self._number, _ROWS_AT_ONCE):
+        for first in range(0, self._number, _ROWS_AT_ONCE):
             count = min(_ROWS_AT_ONCE, self._number - first)
             self._first[0], self._all["count"] = first, count
             calls.append([self._replay.call(self._blocks(count))])
@@ -229,8 +240,6 @@ class DeferredTable:
 
     def touch_calls(self, sorter: RowSorter) -> list[Call]:
         """The calls that bring sorted rows up to date."""
-        if self._is_empty:
-            return []
         if self._touches is None or self._touches[0] is not sorter:
             self._touches = sorter, self._prepare_replay(sorter.indices, sorter.keys, self.rows._errors)
         self._first[0] = 0

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from gpu_adam.devices import Array
+from gpu_adam.errors import ArgumentValueError
 from gpu_adam.hyperparameters import Clip
 from gpu_adam.kernels import UpdateRule
 from gpu_adam.state.adam_state import AdamState
@@ -203,18 +204,23 @@ class Launches:
     def _capacities(self) -> list[int]:
         return [part.capacity for parts in (self._updates, self._norms) for part in parts]
 
-    def _settle_whole_arrays(self) -> None:
+    def _settle_whole_arrays(self, tables: Sequence[DeferredTable]) -> None:
+        """Bring up to date what is going to be updated as a whole, unless these tables' steps come first."""
         for update in self._whole_arrays:
             for variable in update.group.variables:
-                if variable._behind is not None:
-                    variable._behind.settle()
+                if variable._behind is None:
+                    continue
+                if any(variable._behind is table.rows for table in tables):
+                    rule = "must not be updated as a whole behind a deferred step of the same captured function"
+                    remedy = "capture the two steps apart"
+                    raise ArgumentValueError(f"variable {variable.name!r}", rule, "such a step", remedy)
+                variable._behind.settle()
 
     def bind(self, pairs: Sequence[Any], checked: Sequence[Any]) -> None:
-        """Use these gradients of a step's pairs, which comes next.
+        """Use these gradients of a step's pairs.
 
         A gradient in memory that the step writes is copied first: the memory may be another gradient's variable.
         """
-        make_ready([self])
         if checked is not self._bound:
             self._bound, is_copied = None, False
             for update, gradients in zip(self._updates, checked, strict=True):
@@ -295,12 +301,13 @@ def make_ready(steps: Iterable[Launches]) -> None:
     """Bring up to date what launches are going to update as a whole, and let logs have room for all of them.
 
     Raises:
-        ArgumentValueError: a log has no room for so many steps at once.
+        ArgumentValueError: a log has no room for so many steps at once; rows that one of the steps leaves behind are
+            needed by a later one.
     """
     tables: list[DeferredTable] = []
     for launches in steps:
         if launches._behind:
-            launches._settle_whole_arrays()
+            launches._settle_whole_arrays(tables)
             tables += launches.deferred
     if tables:
         make_logs_ready(tables)

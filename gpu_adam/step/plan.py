@@ -246,6 +246,9 @@ class Plan:
             own = self._make_launches(state, guard)
         if graph is None:
             return own
+        if self.deferred:  # a log has room for so many steps, which nobody counts where a graph is the user's
+            rule, remedy = "must do without deferred rows", "use Adam.capture, or set sparse_update='dense'"
+            raise ArgumentValueError("a step captured in a graph", rule, "one with them", remedy)
         launches = own.take_for_graph(checked)
         graph.kept.append(launches)
         return launches
@@ -265,11 +268,13 @@ class Plan:
         return (self._launches or self._make_launches(state, guard)).for_replays(clip, divisor, write)
 
     def _make_launches(self, state: AdamState, guard: Guard | None) -> Launches:
+        # Between two updates of one variable in a step nobody brings rows up to date.
+        whole = {each for group in self.groups if isinstance(group, DenseGroup) for each in group.variables}
         for group in self.groups:
             if isinstance(group, SparseGroup):
                 variable = group.variable
                 errors = self.index_errors[variable] = state.index_errors.get(variable) or IndexErrors(variable)
-                if state.defers(variable):
+                if state.defers(variable) and variable not in whole:
                     real_dtype = kernels.DTYPES[group.layout.dtype].real_dtype
                     known = state.deferred.get(variable)
                     self.deferred[variable] = known or DeferredRows(variable, state, real_dtype, errors)

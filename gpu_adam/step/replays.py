@@ -32,6 +32,7 @@ from gpu_adam.step.launches import Launches, LaunchScalars, make_ready
 from gpu_adam.step.plan import Plan
 from gpu_adam.step.scalars import Scalars
 from gpu_adam.uninterrupted import Call, make_all
+from gpu_adam.variables import Variable
 
 Configuration = tuple[UpdateRule, dict[str, Any], Clip]
 """Which update an optimizer's present configuration asks for, its stored hyperparameters, its clipping."""
@@ -227,6 +228,17 @@ class Recording:
         if before and (is_guarded or overwrites):
             rule = f"must make one step of an optimizer with {'ema_overwrite_frequency' if overwrites else GUARDING}"
             raise ArgumentValueError("the captured function", rule, "a second one", "capture each step apart")
+
+    def check_deferred(self, state: AdamState, variables: Iterable[Variable]) -> None:
+        """Raise ArgumentValueError for a first deferred step: who read its variable before is not known."""
+        for variable in variables:
+            if variable not in state.deferred:
+                raise ArgumentValueError(
+                    f"a captured step that defers rows of variable {variable.name!r}",
+                    "must have been done before",
+                    "a first one",
+                    "do one such step, then capture",
+                )
 
     def _made_by(self, stepper: Stepper) -> list[CapturedStep]:
         return [step for other, step in self.steps if other.state is stepper.state]
