@@ -186,13 +186,15 @@ __device__ inline void append(LoggedStep* steps, long long count, const StepScal
     steps[count] = next;
 }
 
-// Let the rows from `first` on, or with keys these, take the steps that they have missed; with values also this step.
+// Let the rows from `first` on, or with keys these, take the steps that they have missed; where `steps` is 1, and not 0,
+// also this one. (Values tell nothing: those of no rows may be null.)
 extern "C" __global__ void __launch_bounds__(256)
-deferred(const DeferredTable table, const Indices indices, const Keys keys, const long long first, const Gradient* values,
-         const double* factors, const StepScalars scalars, const StepScalars* staged, IndexErrors* errors) {
+deferred(const DeferredTable table, const Indices indices, const Keys keys, const long long first, const long long steps,
+         const Gradient* values, const double* factors, const StepScalars scalars, const StepScalars* staged,
+         IndexErrors* errors) {
     const StepScalars step = scalars_of(0, scalars, staged, nullptr);
     if (blockIdx.x == 0 && threadIdx.x == 0) record_first(errors, indices);
-    if (STAGED && values && step.apply == 0) return;
+    if (STAGED && steps && step.apply == 0) return;
     const long long now = table.log->count;
     const TouchedRows touched = {keys, first, indices.count, table.rows};
     const SummedGradient gradient = {keys, indices.count, table.row_size, values, Factor(factors ? *factors : 1.0)};
@@ -202,10 +204,10 @@ deferred(const DeferredTable table, const Indices indices, const Keys keys, cons
         update_tile(table, touched, begin, end, now, gradient, step);
         __syncthreads();  // all have read what follows changes
         for (long long k = begin + threadIdx.x; k < end; k += blockDim.x) {
-            if (touched.begins(k)) table.last_step[touched.row(k)] = static_cast<int>(now + (values ? 1 : 0));
+            if (touched.begins(k)) table.last_step[touched.row(k)] = static_cast<int>(now + steps);
         }
     }
-    if (!values || threadIdx.x != 0) return;
+    if (!steps || threadIdx.x != 0) return;
     __threadfence();
     if (atomicAdd(&table.log->blocks, 1ULL) + 1 != gridDim.x) return;
     append(table.log->steps, now, step);

@@ -199,6 +199,7 @@ class DeferredTable:
             indices,
             keys,
             self._first,
+            kernels.scalar(0),
             null,
             null,
             scalars,
@@ -213,7 +214,7 @@ class DeferredTable:
         return group.device.prepare(
             kernels.deferred(group.layout.dtype, group.rule, gradient=group.layout.gradient, staged=arguments.kind),
             [
-                *(self._struct, sorter.indices, sorter.keys, kernels.scalar(0), values),
+                *(self._struct, sorter.indices, sorter.keys, kernels.scalar(0), kernels.scalar(1), values),
                 *(arguments.factors, arguments.scalars, arguments.staged, sorter.errors),
             ],
         )
