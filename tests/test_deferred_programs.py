@@ -134,10 +134,7 @@ def save_and_load(twins: Twins, rng: np.random.Generator, amount: int) -> None:
 def copies(twins: Twins, rng: np.random.Generator, amount: int) -> None:
     """Go on with copies of the optimizers and their variables; the others go."""
     both = list(zip(twins.optimizers, twins.variables, strict=True))
-    if amount % 2:
-        both = copy.deepcopy(both)
-    else:
-        both = pickle.loads(pickle.dumps(both))
+    both = copy.deepcopy(both) if amount % 2 else pickle.loads(pickle.dumps(both))
     twins.optimizers, twins.variables = [optimizer for optimizer, _ in both], [variables for _, variables in both]
     gc.collect(0)
 
