@@ -487,7 +487,7 @@ class IndexedSlices:
             row is left out.
     """
 
-    joined: Any = None  # the values of all ranks, of which these are some; gpu_adam/distributed sets it
+    _joined: Any = None  # the values of all ranks, of which these are some; gpu_adam/distributed sets it
 
     def __init__(self, values: Any, indices: Any, dense_shape: Any = None) -> None:
         self.values, self.indices, self.dense_shape = values, indices, dense_shape

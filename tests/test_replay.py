@@ -79,7 +79,7 @@ def check_phases(
         Table(
             device,
             *(theta, m, v),
-            **{"learning_rate": rate, "beta_1": beta_1, "beta_2": beta_2, "epsilon": 1.0 if number % 2 else 1e-20},
+            learning_rate=rate, beta_1=beta_1, beta_2=beta_2, epsilon=1.0 if number % 2 else 1e-20,
             **{"weight_decay": 0.0 if decay == 0 else decay / abs(rate), **config},
         ).leave_alone(steps, number)
 
@@ -121,7 +121,7 @@ def test_what_is_too_small_to_move_theta(device: Device, dtype: str, beta_1: flo
     table = Table(
         device,
         *(theta.astype(dtype), quotients.astype(dtype), np.zeros(theta.shape, dtype)),
-        **{"learning_rate": 1.0, "beta_1": beta_1, "beta_2": 0.5, "epsilon": 1.0},
+        learning_rate=1.0, beta_1=beta_1, beta_2=0.5, epsilon=1.0,
     )
     table.twins.both(lambda optimizer, variables: setattr(optimizer, "iterations", 10**9))
     table.leave_alone(60)
@@ -143,7 +143,7 @@ def test_theta_that_decays_is_moved_by_less(device: Device) -> None:
     table = Table(
         device,
         *(theta, quotients.astype(np.float32), np.zeros(theta.shape, np.float32)),
-        **{"learning_rate": 1.0, "weight_decay": 0.01, "beta_1": 0.99999, "beta_2": 0.5, "epsilon": 1.0},
+        learning_rate=1.0, weight_decay=0.01, beta_1=0.99999, beta_2=0.5, epsilon=1.0,
     )
     table.twins.both(lambda optimizer, variables: setattr(optimizer, "iterations", 10**9))
     table.leave_alone(200)
@@ -158,7 +158,7 @@ def test_the_sign_of_zero(device: Device, decay: float) -> None:
     table = Table(
         device,
         *(theta, m, np.ones(theta.shape, np.float32)),
-        **{"learning_rate": lambda: -1e-10 if now[0] > 20 else 1e-10, "weight_decay": decay / 1e-10, "beta_2": 0.99999},
+        learning_rate=lambda: -1e-10 if now[0] > 20 else 1e-10, weight_decay=decay / 1e-10, beta_2=0.99999,
     )
     for step in range(60):
         now[0] = step

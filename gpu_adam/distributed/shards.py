@@ -206,7 +206,7 @@ class TableShard(Shard):
             ]
             self._received = IndexedSlices(values, indices)
             if joins:
-                self._received.joined = self._joined(slices.values, numbers.sum(1).tolist())
+                self._received._joined = self._joined(slices.values, numbers.sum(1).tolist())
 
     def _by_owner(self, indices: Array) -> tuple[Array, Array, Array]:
         """Row numbers as their owners count them, owner after owner; in which order; and how many each gets."""

@@ -195,7 +195,7 @@ class SparseGroup:
         if self.device.checks_indices and indices.size and not 0 <= indices.min() <= indices.max() < rows:
             position = int(np.argmax((indices < 0) | (indices >= rows)))
             raise index_error(variable, position, int(indices[position]))
-        return SparseGradient(self, values, indices, gradient.joined)
+        return SparseGradient(self, values, indices, gradient._joined)
 
 
 class SparseGradient:
