@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 import gpu_adam
-from gpu_adam import devices
+from gpu_adam import communicators, devices
 from gpu_adam.bench import commands as bench_commands
 from gpu_adam.demos import Demo
 from gpu_adam.demos.digits import Digits
@@ -118,7 +118,12 @@ def info() -> None:
     except GpuAdamError as error:
         chosen = str(error)
     software = [("gpu_adam", gpu_adam.__version__), ("Python", platform.python_version()), ("NumPy", np.__version__)]
-    sections = [("software", software), *devices.describe(), ("default", [("device", chosen)])]
+    sections = [
+        ("software", software),
+        *devices.describe(),
+        *communicators.describe(),
+        ("default", [("device", chosen)]),
+    ]
     table = Table(show_header=False)
     for section, facts in sections:
         if section != "missing":

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import gpu_adam
-from gpu_adam import devices
+from gpu_adam import communicators, devices
 from gpu_adam.__main__ import main
 from gpu_adam.demos.digits import Digits
 from gpu_adam.devices import Device
@@ -203,7 +203,7 @@ def test_info_names_what_runs_where(
     text = one_line(out)
     assert f"software gpu_adam {gpu_adam.__version__} Python {sys.version.split()[0]} NumPy {np.__version__}" in text
     assert f"default device {device.name}" in text
-    for section, facts in devices.describe():
+    for section, facts in (*devices.describe(), *communicators.describe()):
         assert section == "missing" or section in text
         for label, value in facts:
             if "free" not in value:  # memory, which changes
@@ -215,9 +215,12 @@ def test_info_says_what_is_missing(capsys: pytest.CaptureFixture[str], monkeypat
         return [("host", [("threads", "2")]), ("missing", [("cuda", "device 'cuda' needs [x] CuPy.")])]
 
     monkeypatch.setattr(devices, "describe", describe)
+    monkeypatch.setattr(communicators, "describe", lambda: [("missing", [("NCCL", "no [y] NCCL.")])])
     out = run(capsys, "info")[1]
     assert "Missing for cuda: device 'cuda' needs [x] CuPy.\n" in out
+    assert "Missing for NCCL: no [y] NCCL.\n" in out
     assert "Nothing is missing" not in out
+    monkeypatch.setattr(communicators, "describe", list)
     monkeypatch.setattr(devices, "describe", lambda: describe()[:1])
     assert "Nothing is missing.\n" in run(capsys, "info")[1]
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -29,8 +31,28 @@ def mpi_module() -> Any:
     try:
         return importlib.import_module("mpi4py.MPI")
     except (ImportError, RuntimeError) as error:  # no mpi4py; no MPI, or one that is another than mpi4py wants
-        remedy = 'pip install "gpu-adam[mpi]", or install mpi4py beside the MPI of your machine'
-        raise DeviceError("a communicator of MPI", "needs mpi4py and an MPI", error, remedy) from error
+        raise _missing(error) from error
+
+
+def mpi_version() -> str:
+    """Which mpi4py and which MPI there are, found out by another process: MPI can be initialised once in each.
+
+    Raises:
+        DeviceError: as `mpi_module`.
+    """
+    code = (
+        "import mpi4py, mpi4py.MPI as m; print('mpi4py', mpi4py.__version__, m.Get_library_version().splitlines()[0])"
+    )
+    environment = {**os.environ, "MPI4PY_RC_INITIALIZE": "0"}
+    asked = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    if asked.returncode:
+        raise _missing((asked.stderr.strip().splitlines() or [f"status {asked.returncode}"])[-1])
+    return " ".join(asked.stdout.split())
+
+
+def _missing(what: object) -> DeviceError:
+    remedy = 'pip install "gpu-adam[mpi]", or install mpi4py beside the MPI of your machine'
+    return DeviceError("a communicator of MPI", "needs mpi4py and an MPI", what, remedy)
 
 
 def local_rank(comm: Any = None) -> int:

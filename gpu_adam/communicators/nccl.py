@@ -41,6 +41,16 @@ def nccl_module() -> Any:
     return module
 
 
+def nccl_version() -> str:
+    """Version of NCCL.
+
+    Raises:
+        DeviceError: as `nccl_module`.
+    """
+    number = int(nccl_module().get_version())  # 22707, say
+    return f"{number // 10000}.{number // 100 % 100}.{number % 100}"
+
+
 class Nccl(Communicator):
     """A communicator of NCCL: one process and one GPU for each rank.
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gpu_adam.communicators import Mpi
+from gpu_adam.communicators import Mpi, mpi_version
 from gpu_adam.communicators import mpi as module
 from gpu_adam.devices import Device
 from gpu_adam.errors import ArgumentValueError, DeviceError, DistributedError
@@ -79,6 +79,15 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "mpi4py.MPI", None)
     with pytest.raises(DeviceError, match=r'needs mpi4py and an MPI .*pip install "gpu-adam\[mpi\]"'):
         Mpi()
+
+
+def test_the_version_is_found_out_by_another_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs.launcher()
+    assert re.match(r"mpi4py \d+\.\d+\S* \S.*\d", mpi_version())
+    (tmp_path / "mpi4py.py").write_text("raise ImportError('libmpi.so: cannot open')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(DeviceError, match=r"got ImportError: libmpi.so: cannot open\); pip install"):
+        mpi_version()
 
 
 @pytest.mark.parametrize("timeout", [0, -1, float("nan")])

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import numpy as np
 import pytest
 
-from gpu_adam.communicators import Nccl, ordered_sum, sum_dtype
+from gpu_adam.communicators import Nccl, nccl_version, ordered_sum, sum_dtype
 from gpu_adam.communicators import nccl as module
 from gpu_adam.communicators.base import SUMMED
 from gpu_adam.devices import Device
@@ -269,6 +269,10 @@ def test_what_is_missing_is_named(gpu: Device, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(cuda, "nccl_module", lambda: fake)
     with pytest.raises(DeviceError, match=r'needs CuPy and NCCL \(got no NCCL\); pip install "gpu-adam\[nccl13\]"'):
         Nccl(Comm(0, 1), gpu)
+
+
+def test_the_version(nccl: Library) -> None:
+    assert nccl_version() == "2.27.7"
 
 
 def test_the_module_is_found_or_says_that_it_is_not(gpu: Device) -> None:
