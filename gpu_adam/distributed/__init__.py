@@ -1,13 +1,21 @@
-"""Optimizers on several ranks, each a process with a device of its own.
+"""Training on several ranks: processes with a device each, which a communicator connects.
 
-    layout.py      how parameters lie in buckets, and which elements each rank owns: arithmetic
-    shards.py      the buckets' memory, and what ranks exchange within a step
-    agreement.py   whether all ranks mean the same variables and configuration
-    sharded.py     ShardedAdam: each rank has the slots of its share alone
+    sharded.py        ShardedAdam: each rank has the slots of its share alone
+    layout.py         how its parameters lie in buckets, and which elements each rank owns: arithmetic
+    shards.py         the buckets' memory, and what ranks exchange within a step
+    data_parallel.py  DataParallelAdam: every rank has all variables and slots
+    gathered.py       the gradients of all ranks as those of one
+    agreement.py      whether all ranks train the same thing
 
-Who moves arrays between ranks is a `Communicator` (gpu_adam/communicators).
+::
+
+    with gpu_adam.communicators.Mpi() as communicator:
+        adam = gpu_adam.distributed.ShardedAdam(communicator, 0.01)
+
+A script is started by ``mpiexec -n 4 python -m mpi4py script.py``.
 """
 
+from gpu_adam.distributed.data_parallel import DataParallelAdam
 from gpu_adam.distributed.sharded import ShardedAdam
 
-__all__ = ["ShardedAdam"]
+__all__ = ["DataParallelAdam", "ShardedAdam"]

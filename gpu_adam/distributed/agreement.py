@@ -1,15 +1,17 @@
-"""Whether all ranks mean the same: what they are told apart by, and the first difference."""
+"""Whether all ranks train the same thing: a mistake in one rank's program is named, instead of made by all."""
 
 from __future__ import annotations
 
-import importlib.metadata
+import hashlib
 from collections.abc import Sequence
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
 
 from gpu_adam.communicators import Communicator
-from gpu_adam.errors import ArgumentTypeError
+from gpu_adam.devices import Array
+from gpu_adam.errors import ArgumentTypeError, DistributedError
 
 
 def check_communicator(communicator: Any) -> None:
@@ -19,44 +21,41 @@ def check_communicator(communicator: Any) -> None:
         raise ArgumentTypeError("communicator", "must be a Communicator", got, remedy)
 
 
-def gpu_adam_version() -> str:
-    """The version of this package; "unknown" where it is not installed."""
-    try:
-        return importlib.metadata.version("gpu_adam")
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown"
-
-
-def first_difference(communicator: Communicator, facts: Sequence[str]) -> tuple[int, str, str] | None:
-    """The first fact in which another rank differs from this one; all ranks find a difference where there is one.
+def agree(communicator: Communicator, what: Sequence[str]) -> None:
+    """Compare descriptions over all ranks. The host waits. Every rank calls it.
 
     Args:
-        communicator: of the ranks, each of which calls this.
-        facts: short texts, in an order.
+        communicator: of the ranks.
+        what: a line for each thing that must be the same in all ranks.
 
-    Returns:
-        The first such rank, its fact and this rank's, "nothing" where one has fewer; None where all have the same.
+    Raises:
+        DistributedError: a rank has others; in every rank, with the first line that differs.
     """
-    lists = [text.split("\0") for text in gathered(communicator, "\0".join(facts))]
-    own = lists[communicator.rank]
-    for rank, theirs in enumerate(lists):
-        longest = max(len(theirs), len(own))
-        padded = [[*each, *["nothing"] * (longest - len(each))] for each in (theirs, own)]
-        for one, other in zip(*padded, strict=True):
-            if one != other:
-                return rank, one, other
-    return None
+    text = "\n".join(what)
+    digest = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint64)
+    digests = _gathered(communicator, digest)
+    if (digests == digests[0]).all():
+        return
+    lines = [each.split("\n") for each in gathered(communicator, text)]
+    rank = next(rank for rank in range(communicator.size) if lines[rank] != lines[0])
+    first, other = next(pair for pair in zip_longest(lines[0], lines[rank], fillvalue="nothing") if pair[0] != pair[1])
+    rule, remedy = f"must train what rank 0 does, {first}", "run the same program with the same arguments in all ranks"
+    raise DistributedError(f"rank {rank}", rule, other, remedy)
 
 
 def gathered(communicator: Communicator, text: str) -> list[str]:
-    """The texts of all ranks, in their order."""
-    device, own = communicator.device, text.encode()
-    lengths = device.zeros((communicator.size,), np.dtype(np.int64))
-    communicator.all_gather(device.array(np.array([len(own)], np.int64)), lengths).wait()
-    counts = device.numpy(lengths)
-    width = -(-int(counts.max()) // 8)
-    padded = device.array(np.frombuffer(own.ljust(8 * width, b"\0"), np.uint64))
-    everything = device.zeros((communicator.size * width,), np.dtype(np.uint64))
-    communicator.all_gather(padded, everything).wait()
-    rows = device.numpy(everything).reshape(communicator.size, width)
-    return [row.tobytes()[:count].decode() for row, count in zip(rows, counts.tolist(), strict=True)]
+    """The texts of all ranks, in their order. The host waits. Every rank calls it."""
+    own = np.frombuffer(text.encode(), np.uint8)
+    sizes = _gathered(communicator, np.array([own.size], np.int64))[:, 0]
+    padded = np.zeros(-(-int(sizes.max()) // 8) * 8, np.uint8)
+    padded[: own.size] = own
+    texts = _gathered(communicator, padded.view(np.uint64)).view(np.uint8)
+    return [bytes(row[: int(size)]).decode() for row, size in zip(texts, sizes, strict=True)]
+
+
+def _gathered(communicator: Communicator, row: np.ndarray) -> np.ndarray:
+    """Every rank's array, which has the same size in all, as the rows of one."""
+    device = communicator.device
+    rows: Array = device.zeros((communicator.size, row.size), row.dtype)
+    communicator.all_gather(device.array(row), rows).wait()
+    return device.numpy(rows)

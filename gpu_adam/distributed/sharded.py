@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 from gpu_adam import adam
 from gpu_adam.autodiff_seam import refuse_in_loss
 from gpu_adam.communicators import Communicator
-from gpu_adam.distributed.agreement import check_communicator, first_difference, gpu_adam_version
+from gpu_adam.distributed.agreement import agree, check_communicator
 from gpu_adam.distributed.layout import buckets_of, table_bucket
 from gpu_adam.distributed.shards import ArrayShard, Shard, Shards, TableShard
 from gpu_adam.errors import ArgumentTypeError, ArgumentValueError, SlotNotFoundError
@@ -112,8 +112,8 @@ class ShardedAdam(adam.Adam):
             tables: those of them whose gradients are `IndexedSlices`, of which each rank owns rows.
 
         Raises:
-            ArgumentTypeError, ArgumentValueError: something else; variables that are not those of the other ranks;
-                gradients for a step have been handed over.
+            ArgumentTypeError, ArgumentValueError: something else; gradients for a step have been handed over.
+            DistributedError: another rank builds other variables, or has another configuration.
         """
         listed = [var_list] if isinstance(var_list, Variable) else list(var_list)
         with_rows = {tables} if isinstance(tables, Variable) else set(tables)
@@ -123,7 +123,7 @@ class ShardedAdam(adam.Adam):
             raise ArgumentValueError("build", rule, got, "call apply_gradients first")
         for number, variable in enumerate(new):
             self._check_variable(variable, f"var_list[{number}]")
-        self._check_alike([f"{'table' if each in with_rows else 'variable'} {_described(each)}" for each in new])
+        self._agree([f"{'table' if each in with_rows else 'variable'} {_described(each)}" for each in new])
         if not new:
             return
         groups: dict[Any, list[int]] = {}  # in the order in which one process updates them
@@ -170,16 +170,13 @@ class ShardedAdam(adam.Adam):
             rule, remedy = f"must lie on the communicator's device, {self._communicator.device.name}", "create it there"
             raise ArgumentValueError(argument, rule, variable.device.name, remedy)
 
-    def _check_alike(self, variables: Sequence[str]) -> None:
-        """Raise ArgumentValueError where other ranks build other variables, or have another configuration."""
-        config = json.dumps(self.get_config(), sort_keys=True, default=str)
-        facts = [f"gpu_adam {gpu_adam_version()}", config, f"deterministic={self._ordered}"]
-        found = first_difference(self._communicator, [*facts, f"bucket_bytes={self._bucket_bytes}", *variables])
-        if found is not None:
-            rank, theirs, ours = found
-            rule = f"must be the same on all ranks; rank {rank} has {theirs}"
-            remedy = "build the same variables, in the same order, with the same arguments and version"
-            raise ArgumentValueError("variables and configuration", rule, ours, remedy)
+    def _agree(self, variables: Sequence[str]) -> None:
+        """Raise DistributedError where other ranks build other variables, or have another configuration."""
+        config = [f"{key} = {value!r}" for key, value in sorted(self.get_config().items())]
+        version = sys.modules["gpu_adam"].__version__
+        done = f"iterations = {self._state.steps_done}"
+        options = [f"deterministic = {self._ordered}", f"bucket_bytes = {self._bucket_bytes}"]
+        agree(self._communicator, [f"gpu_adam {version}", done, *config, *options, *variables])
 
     def _number_of(self, variable: Any, argument: str) -> int:
         number = self._numbers.get(variable) if isinstance(variable, Variable) else None

@@ -23,22 +23,6 @@ TYPES = {"float32": 7, "float64": 8, "complex64": 7, "complex128": 8, "int32": 2
 """NCCL's numbers of the types that it adds."""
 
 
-class Comm:
-    """An mpi4py communicator, as far as it is used."""
-
-    def __init__(self, rank: int, size: int) -> None:
-        self.rank, self.size, self.asked = rank, size, list[Any]()
-
-    def bcast(self, obj: Any, root: int) -> Any:
-        """What rank 0 has."""
-        self.asked.append((obj, root))
-        return fake_nccl.ID
-
-    def Abort(self, status: int) -> None:  # noqa: N802
-        """End nothing, but say so."""
-        self.asked.append(status)
-
-
 class Library:
     """NCCL as the tests see it.
 
@@ -52,7 +36,7 @@ class Library:
 
     def communicator(self, rank: int = 1, size: int = 3, **options: Any) -> Nccl:
         """A new one, whose calls alone are in the log."""
-        self._made.append(made := Nccl(Comm(rank, size), self.gpu, **options))
+        self._made.append(made := Nccl(fake_nccl.Comm(rank, size), self.gpu, **options))
         self.fake.log.clear()
         return made
 
@@ -86,7 +70,7 @@ def test_one_rank(nccl: Library) -> None:
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_the_id_comes_from_rank_0(nccl: Library, rank: int) -> None:
-    comm = Comm(rank, 2)
+    comm = fake_nccl.Comm(rank, 2)
     communicator = Nccl(comm, nccl.gpu)
     communicator._is_closed.set()
     own = [("get_unique_id",)] if rank == 0 else []
@@ -197,11 +181,13 @@ def test_operations_come_behind_what_is_enqueued_and_before_what_waits(
         assert gpu.numpy(gathered).tolist() == [7.0] * 300
 
 
-def test_waiting_does_not_hold_up_the_host(nccl: Library, emulation: Any) -> None:
+@pytest.mark.parametrize("ordered", [False, True])
+def test_waiting_does_not_hold_up_the_host(nccl: Library, emulation: Any, ordered: bool) -> None:
     communicator = nccl.communicator()
     x = nccl.gpu.zeros((300,), np.dtype(np.float32))
+    communicator.all_reduce(x, x, ordered=ordered).wait()  # compiles
     emulation.reset()
-    communicator.all_reduce(x, x).wait()
+    communicator.all_reduce(x, x, ordered=ordered).wait()
     assert not emulation.counters.syncs
 
 
@@ -268,7 +254,7 @@ def test_what_is_missing_is_named(gpu: Device, monkeypatch: pytest.MonkeyPatch) 
     fake.available = False
     monkeypatch.setattr(cuda, "nccl_module", lambda: fake)
     with pytest.raises(DeviceError, match=r'needs CuPy and NCCL \(got no NCCL\); pip install "gpu-adam\[nccl13\]"'):
-        Nccl(Comm(0, 1), gpu)
+        Nccl(fake_nccl.Comm(0, 1), gpu)
 
 
 def test_the_version(nccl: Library) -> None:
@@ -287,6 +273,6 @@ def test_the_module_is_found_or_says_that_it_is_not(gpu: Device) -> None:
 
 def test_arguments() -> None:
     with pytest.raises(ArgumentValueError, match=r"device must be a CUDA device .*got host"):
-        Nccl(Comm(0, 1), "host")
+        Nccl(fake_nccl.Comm(0, 1), "host")
     with pytest.raises(ArgumentValueError, match="timeout must be above 0"):
-        Nccl(Comm(0, 1), "host", timeout=0)
+        Nccl(fake_nccl.Comm(0, 1), "host", timeout=0)
