@@ -4,6 +4,8 @@
 //     the pass of norm.cu    counts the elements of the gradients that are not finite
 //     guard_end              whether the step is applied; counts it, and lets the loss scale follow
 //     the updates            with GPU_ADAM_STAGED, which look at `apply`
+//     copies of averages     by the kernel of sums, which looks at an `apply` of its own: 1 in the rows of steps that
+//                            end with the averages in the variables' places
 //     add_square_sum         of norm.cu, twice, where the updates measure
 //
 // The host computes the scalars, as powers computed here would have other bits than the reference. How many steps were
@@ -101,8 +103,10 @@ __device__ inline void follow(const LossScale& loss, bool is_bad) {
 extern "C" __global__ void __launch_bounds__(256)
 guard_end(Guard* guard, const GuardRows rows, const long long skips, const float* found_inf, const LossScale loss) {
     const bool is_bad = (skips && guard->found != 0) || (found_inf && *found_inf != 0);
-    for (long long i = threadIdx.x; i < rows.count; i += blockDim.x) {
-        put(rows.row, rows.places[i].apply, rows.places[i].size, is_bad ? 0 : 1);
+    if (is_bad) {
+        for (long long i = threadIdx.x; i < rows.count; i += blockDim.x) {
+            put(rows.row, rows.places[i].apply, rows.places[i].size, 0);
+        }
     }
     __syncthreads();  // all threads have read what follows changes
     if (threadIdx.x != 0) return;

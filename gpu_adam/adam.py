@@ -94,11 +94,12 @@ class Adam:
             ``weight_decay`` >= 0 and ``l2`` >= 0, None for none; ``maximize``; ``epsilon_form`` "hat" (default) or
             "paper"; ``use_ema`` keeps each variable's moving average in the slot "average", which begins at the
             variable's value, with ``ema_momentum`` in [0, 1] (0.99), and ``ema_overwrite_frequency``: after so many
-            steps the updated variables are overwritten by their averages. For variables of 16 bits, float16 and
-            bfloat16, which are computed with in float32 and rounded once, when they are stored: ``master_weights``
-            keeps them unrounded in the slot "master", from which each step goes on; or ``stochastic_rounding`` rounds
-            those of bfloat16 to one of two neighbours, so that the mean is right, by noise that depends on ``seed`` in
-            [0, 2^64) (0), t, the variable's place in order of its slots and the element's index alone.
+            steps, not counting those left out, the updated variables are overwritten by their averages. For variables
+            of 16 bits, float16 and bfloat16, which are computed with in float32 and rounded once, when they are stored:
+            ``master_weights`` keeps them unrounded in the slot "master", from which each step goes on; or
+            ``stochastic_rounding`` rounds those of bfloat16 to one of two neighbours, so that the mean is right, by
+            noise that depends on ``seed`` in [0, 2^64) (0), t, the variable's place in order of its slots and the
+            element's index alone.
             ``slot_dtype="bfloat16"`` halves the slots m, v and vhat, which are float32 otherwise; it needs variables of
             16 bits or float32. ``skip_nonfinite`` leaves a step out, t and all, whose gradients are not all finite;
             ``loss_scale``, a `LossScale`, does so too, and divides all gradients by a scale that follows: see
@@ -315,6 +316,7 @@ class Adam:
                 *(self._complex_mode, self._amsgrad, clip.clipvalue is not None, clip.norm, flavour.use_ema),
                 *(bool(adjusts), *flavour.halves, scaled, guarded, searched),
                 measured=flavour.telemetry,
+                overwrites=flavour.ema_overwrite_frequency is not None,
             )
         return rule
 
@@ -433,7 +435,7 @@ class Adam:
         Returns:
             An object with `replay()`, which enqueues everything on the current stream and returns the steps done, or
             None as `apply_gradients` does. It keeps alive what it needs. Averages that overwrite variables
-            (`ema_overwrite_frequency`) do so at the end of a replay.
+            (`ema_overwrite_frequency`) do so at the end of a replay, or of a step that the device decides about.
 
         Raises:
             ArgumentTypeError: `function` is not callable; a gradient in host memory.

@@ -243,10 +243,6 @@ def checked_flavour(arguments: Mapping[str, Any]) -> Flavour:
         if not flavour.use_ema:
             rule = "must be None without use_ema=True"
             raise ArgumentValueError("ema_overwrite_frequency", rule, frequency, "pass use_ema=True too")
-        if flavour.skips:
-            rule = "must be None where steps may be left out, as the host does not know their number"
-            remedy = "call overwrite_by_averages() where it is wanted"
-            raise ArgumentValueError("ema_overwrite_frequency", rule, frequency, remedy)
         flavour = flavour._replace(ema_overwrite_frequency=int(frequency))
     return PLAIN if flavour == PLAIN else flavour
 

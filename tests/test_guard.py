@@ -382,10 +382,70 @@ def test_a_flag_of_another_search(device: Device) -> None:
     assert int(optimizer.iterations) == 4
 
 
-def test_overwriting_by_averages_wants_to_know_the_count() -> None:
-    with pytest.raises(ArgumentValueError, match="must be None where steps may be left out"):
-        Adam(use_ema=True, ema_overwrite_frequency=2, skip_nonfinite=True)
-    Adam(use_ema=True, ema_overwrite_frequency=2, telemetry=True)
+AVERAGES = {"use_ema": True, "ema_momentum": 0.75}
+OVERWRITING: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "float32, float64": ({}, ("float32", "float64")),
+    "complex64, complex128": ({"amsgrad": True}, ("complex64", "complex128")),
+    "real and imaginary parts": ({"complex_mode": "real_imag"}, ("complex64",)),
+    "masters": ({"master_weights": True}, ("float16",)),
+    "chance": ({"stochastic_rounding": True, "slot_dtype": "bfloat16"}, ("bfloat16",)),
+}
+
+
+@pytest.mark.parametrize("frequency", [1, 3])
+@pytest.mark.parametrize("name", OVERWRITING)
+def test_averages_overwrite_where_steps_are_left_out(device: Device, name: str, frequency: int) -> None:
+    """By the number of steps that were done; rows and other elements without a gradient are overwritten too."""
+    config, dtypes = OVERWRITING[name]
+    config = {**config, **AVERAGES, "ema_overwrite_frequency": frequency}
+    job, other = Job(device, {**config, "skip_nonfinite": True}, dtypes), Job(device, config, dtypes)
+    for step in range(10):
+        gradients = job.gradients(step)
+        if step in (0, 3, 4, 9):
+            gradients[step % 3].reshape(-1)[-1] = np.nan
+        else:
+            other.optimizer.apply_gradients(other.pairs(gradients))
+        job.optimizer.apply_gradients(job.pairs(gradients))
+    assert job.optimizer.skipped_steps == 4
+    assert_same_state(job, other)
+    overwritten = [variable.numpy() for variable in job.variables]
+    averages = [job.optimizer.get_slot(variable, "average").numpy() for variable in job.variables]
+    for variable, average in zip(overwritten, averages, strict=True):
+        assert_same_bits(variable, average.astype(variable.dtype))
+
+
+@pytest.mark.parametrize("kind", ["found_inf", "grad_scale", "accumulated", "several"])
+def test_other_steps_that_end_with_averages(device: Device, kind: str) -> None:
+    """Whatever makes the device decide, for a part of the variables too, and where the count is assigned."""
+    config = {**AVERAGES, "ema_overwrite_frequency": 2}
+    other = Job(device, config)
+    job = Job(device, config if kind in ("found_inf", "grad_scale") else {**config, "skip_nonfinite": True})
+    flag, scale = (device.array(np.float32(number)) for number in (0, 1))
+    for step in range(9):
+        is_bad, places = step in (1, 4), slice(step % 2, None) if kind == "several" else slice(None)
+        gradients = job.gradients(step)
+        own, others = job.pairs(gradients)[places], other.pairs(gradients)[places]
+        if kind == "several":
+            own, others = [*own, *own[:1]], [*others, *others[:1]]
+        if step == 6:
+            job.optimizer.iterations = other.optimizer.iterations = 11
+        if kind == "found_inf":
+            flag[...] = is_bad
+            rule = job.optimizer._rule(is_guarded=True)
+            job.optimizer._controller.step(own, rule, job.optimizer._hyper, job.optimizer._clip, Incoming(None, flag))
+        elif kind == "grad_scale":  # every other step is decided on the host
+            is_bad = False
+            job.optimizer.apply_gradients(own, grad_scale=scale if step % 3 else None)
+        else:
+            if is_bad:
+                own[0][0].reshape(-1)[-1:] = np.inf
+            if kind == "accumulated":
+                job.optimizer.accumulate(own)
+            job.optimizer.apply_gradients(None if kind == "accumulated" else own)
+        if not is_bad:
+            other.optimizer.apply_gradients(others)
+    assert_same_state(job, other)
+    assert job.optimizer.iterations == other.optimizer.iterations
 
 
 # The loss scale.

@@ -36,6 +36,19 @@ CASES: dict[str, dict[str, Any]] = {
         "dtypes": ("float16",),
     },
     "sparse, skipping": {"config": {"learning_rate": "schedule", "skip_nonfinite": True}, "kind": "sparse"},
+    "skipping, averages that overwrite, constraints, dtypes": {
+        "config": {"skip_nonfinite": True, "use_ema": True, "ema_overwrite_frequency": 3, "telemetry": True},
+        "dtypes": ("float32", "float64", "complex64"),
+        "constraint": lambda variable: variable * variable.real.dtype.type(0.75),  # applied twice it would show
+    },
+    "16 bits, masters, loss scale, averages that overwrite": {
+        "config": {"master_weights": True, "loss_scale": SMALL, "use_ema": True, "ema_overwrite_frequency": 2},
+        "dtypes": ("float16", "float32"),
+    },
+    "both, skipping, averages that overwrite": {
+        "config": {"learning_rate": "schedule", "skip_nonfinite": True, "use_ema": True, "ema_overwrite_frequency": 5},
+        "kind": "both",
+    },
     "telemetry, averages that overwrite": {
         "config": {"telemetry": True, "use_ema": True, "ema_overwrite_frequency": 7, "learning_rate": "schedule"},
     },
@@ -201,6 +214,7 @@ def test_a_replay_waits_where_its_room_ends(
         ({"skip_nonfinite": True}, ["square_sums"]),
         ({"loss_scale": SCALE, "global_clipnorm": 1.0}, ["square_sums"]),
         ({"telemetry": True}, ["square_sums", *["add_square_sum"] * 3]),
+        ({"skip_nonfinite": True, "use_ema": True, "ema_overwrite_frequency": 9}, ["square_sums", "dense"]),
     ],
 )
 def test_nodes_of_a_guarded_step(gpu: Device, emulation: Any, config: dict[str, Any], nodes: list[str]) -> None:

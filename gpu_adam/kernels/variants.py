@@ -62,6 +62,7 @@ class UpdateRule(NamedTuple):
         searched: whether the gradients of a guarded step are searched for elements that are not finite.
         accumulates: whether the variable is a sum to which the gradient is added, and nothing else happens.
         measured: whether a guarded update adds up the squares of the variables and of what is added to them.
+        overwrites: whether the averages take the variables' places after some steps.
     """
 
     complex_mode: str = "abs2"
@@ -78,6 +79,7 @@ class UpdateRule(NamedTuple):
     searched: bool = False
     accumulates: bool = False
     measured: bool = False
+    overwrites: bool = False
 
     @property
     def clip(self) -> int:

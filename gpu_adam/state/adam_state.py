@@ -39,6 +39,9 @@ VALUE = "value"
 _LIVING: weakref.WeakSet[AdamState] = weakref.WeakSet()
 """All states, which tell each other whose rows are deferred."""
 
+Copies = Sequence[tuple[Variable, Variable]]
+"""What is overwritten, and by what."""
+
 
 class AdamState:
     """The state of one optimizer.
@@ -220,17 +223,21 @@ class AdamState:
         by_device: dict[Device, list[Variable]] = {}
         for variable in dict.fromkeys(variables):
             by_device.setdefault(variable.device, []).append(variable)
-        averages, masters = (self.slots.get(name, {}) for name in ("average", "master"))
         calls: list[Call] = []
         for device, there in by_device.items():
             for variable in there:
                 if variable in self.deferred:
                     calls += self.deferred[variable].settle_calls()
-            with_master = [variable for variable in there if variable in masters]
-            targets = [*there, *(masters[variable] for variable in with_master)]
-            sources = [averages[variable]._storage for variable in (*there, *with_master)]
-            calls.append(device.copy_call([target._storage for target in targets], sources))
+            copies = self.overwriting_copies(there)
+            targets, sources = zip(*((to._storage, by._storage) for to, by in copies), strict=True)
+            calls.append(device.copy_call(targets, sources))
         return calls
+
+    def overwriting_copies(self, variables: Sequence[Variable]) -> Copies:
+        """What is overwritten, variables and their masters, and by which averages."""
+        averages, masters = (self.slots.get(name, {}) for name in ("average", "master"))
+        own = [(variable, averages[variable]) for variable in variables]
+        return own + [(masters[variable], average) for variable, average in own if variable in masters]
 
     def raise_error_of_save(self) -> None:
         """Raise the error of the last asynchronous save, if it has ended with one that nobody was told."""

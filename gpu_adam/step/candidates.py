@@ -24,10 +24,12 @@ class Candidates(NamedTuple):
     Attributes:
         first: the least number of steps that may be done.
         rows: for each number from there on, for each update, for each of its settings.
+        overwrites: for each of these numbers, whether the averages take the variables' places at the end of the step.
     """
 
     first: int
     rows: Sequence[Sequence[Sequence[tuple[Any, ...]]]]
+    overwrites: Sequence[bool]
 
 
 class GuardedScalars:
@@ -36,13 +38,25 @@ class GuardedScalars:
     Args:
         guard: chooses the row.
         updates: the updates' arguments, which are told where their scalars lie.
+        overwriting: those of the launches that put averages in the variables' places, likewise.
         searched: whether elements that are not finite are counted.
         room: for how many candidates there is memory. More get other memory, which a graph would not read.
     """
 
-    def __init__(self, guard: Guard, updates: Sequence[UpdateArguments], *, searched: bool, room: int) -> None:
-        self._guard, device = guard, guard.device
-        parts = np.dtype([(str(n), (u.scalars_dtype, (u.settings,))) for n, u in enumerate(updates)], align=True)
+    def __init__(
+        self,
+        guard: Guard,
+        updates: Sequence[UpdateArguments],
+        overwriting: Sequence[UpdateArguments],
+        *,
+        searched: bool,
+        room: int,
+    ) -> None:
+        self._guard, device, self._updates = guard, guard.device, len(updates)
+        launches = [*updates, *overwriting]
+        parts = np.dtype(
+            [(str(n), (each.scalars_dtype, (each.settings,))) for n, each in enumerate(launches)], align=True
+        )
         fields = parts.fields
         assert fields is not None
         offsets = [fields[name][1] for name in fields]
@@ -50,11 +64,11 @@ class GuardedScalars:
         formats = [fields[name][0] for name in fields]
         self._dtype = np.dtype({"names": list(fields), "formats": formats, "offsets": offsets, "itemsize": 8 * words})
         self._row = device.array(np.zeros(words, np.int64))
-        places = np.concatenate([_places(update, offset) for update, offset in zip(updates, offsets, strict=True)])
+        places = np.concatenate([_places(update, offset) for update, offset in zip(launches, offsets, strict=True)])
         self._places = device.array(places.view(np.uint8))
         row, table = device.address(self._row), device.address(self._places)
         self._rows = kernels.struct(kernels.GUARD_ROWS, 0, row, table, words, len(places))
-        for update, offset in zip(updates, offsets, strict=True):
+        for update, offset in zip(launches, offsets, strict=True):
             update.staged[0] = row + offset
             update.found[0] = guard.address("found") if searched else 0
         self._have_room_for(room)
@@ -78,8 +92,11 @@ class GuardedScalars:
         if number > len(self._candidates):
             self._have_room_for(2 * number)
         self._known[:] = candidates.first, number
-        for update, name in enumerate(self._dtype.names or ()):
+        names = self._dtype.names or ()
+        for update, name in enumerate(names[: self._updates]):
             self._candidates[name][:number] = [scalars[update] for scalars in candidates.rows]
+        for name in names[self._updates :]:  # all other scalars are zeros: theta = g
+            self._candidates[name]["apply"][:number, 0] = candidates.overwrites
         self._table.write(self._values)
 
     def begin(self) -> list[Call]:

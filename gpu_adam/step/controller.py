@@ -158,8 +158,11 @@ class Controller:
             return done + 1 if guard is None or not guard.is_unsure else None
 
     def _overwriting(self, plan: Plan, step: int, graph: Graph | None) -> Sequence[Call]:
-        """The calls that overwrite variables by their averages at the end of step t, where that is asked for."""
-        if not self._flavour.overwrites_at(step):
+        """The calls that overwrite variables by their averages at the end of step t, where that is asked for.
+
+        Launches of guarded steps do so themselves.
+        """
+        if not self._flavour.overwrites_at(step) or plan.rule.guarded:
             return ()
         if graph is not None:
             raise _overwriting_in_graph()

@@ -224,9 +224,6 @@ class Guard:
             array = device_scalar(incoming.scale, self.device, "grad_scale")
         if incoming.found_inf is not None:
             flag = device_scalar(incoming.found_inf, self.device, "found_inf").astype(np.float32, copy=False)
-        if flag is not None and flavour.ema_overwrite_frequency is not None:
-            rule = "must be left out with ema_overwrite_frequency, as the host does not know the number of steps"
-            raise ArgumentValueError("found_inf", rule, "an array", "call overwrite_by_averages() where it is wanted")
         self.number[0] = incoming.divisor
         self.scale[0] = 0 if array is None else self.device.address(array)
         self.wide[0] = array is not None and array.dtype.itemsize == 8

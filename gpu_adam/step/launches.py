@@ -13,8 +13,9 @@ from gpu_adam.devices import Array
 from gpu_adam.errors import ArgumentValueError
 from gpu_adam.hyperparameters import Clip
 from gpu_adam.kernels import UpdateRule
-from gpu_adam.state.adam_state import AdamState
+from gpu_adam.state.adam_state import AdamState, Copies
 from gpu_adam.step.arguments import CAPTURED, Use, Writer, replayed
+from gpu_adam.step.averages import overwriting_launches
 from gpu_adam.step.candidates import ROOM, Candidates, GuardedScalars
 from gpu_adam.step.deferred import DeferredRows, DeferredTable
 from gpu_adam.step.deferred import make_ready as make_logs_ready
@@ -50,6 +51,7 @@ class Launches:
         exchange: what other ranks do in the step, if there are some.
         guard: of a guarded step.
         room: for how many candidates of a guarded step there is memory.
+        copies: by which a guarded step overwrites variables where its candidates have it.
 
     Attributes:
         deferred: the tables of the deferred updates.
@@ -69,6 +71,7 @@ class Launches:
         pools: Sequence[Any] = (),
         guard: Guard | None = None,
         room: int = 1,
+        copies: Copies = (),
     ) -> None:
         self._updates, self._written, self._rule, self._guard = list(updates), written, rule, guard
         self._kept, self._pools, self._behind = [*kept, *pools], list(pools), behind
@@ -84,9 +87,10 @@ class Launches:
         self._graph_launches: Launches | None = None
         self._guarded: GuardedScalars | None = None
         self._update_norms: UpdateNorms | None = None
+        self._copies, self._overwriting = copies, overwriting_launches(copies)
         if guard is not None:
-            arguments = [update.arguments for update in self._updates]
-            self._guarded = GuardedScalars(guard, arguments, searched=rule.searched, room=room)
+            own, others = ([each.arguments for each in every] for every in (self._updates, self._overwriting))
+            self._guarded = GuardedScalars(guard, own, others, searched=rule.searched, room=room)
             if rule.measured:
                 self._update_norms = UpdateNorms(self._updates, rule, guard.update_totals)
 
@@ -133,9 +137,10 @@ class Launches:
         written_on = {place: Intervals(np.concatenate(parts)) for place, parts in memory.items()}
         captures = guard is None and not deferred and any(group.device.captures for group in groups)
         others: dict[str, Any] = {"behind": state.deferred, "exchange": state.exchange, "guard": guard}
+        others["copies"] = _copies(groups, rule, state)
         return cls(updates, written_on, rule, kept, captures=captures, **others)
 
-    def part(self, groups: Sequence[DenseGroup | SparseGroup], guard: Guard | None) -> Launches:
+    def part(self, groups: Sequence[DenseGroup | SparseGroup], state: AdamState, guard: Guard | None) -> Launches:
         """The launches of groups that are parts of these launches' groups. They keep all of these launches' memory."""
         tables = {id(update.group): update.table for update in self._updates if isinstance(update, DenseLaunch)}
         updates: list[DenseLaunch | SparseLaunch] = []
@@ -146,6 +151,7 @@ class Launches:
             updates.append(DenseLaunch(group, DenseTable(group, tables[id(origin)].rows[places])))
         shared = self._written, self._rule, self._kept
         others: dict[str, Any] = {"behind": self._behind, "exchange": self._exchange, "guard": guard}
+        others["copies"] = _copies(groups, self._rule, state)
         return Launches(updates, *shared, captures=self._captures, **others)
 
     def take_for_graph(self, checked: Sequence[Any]) -> Launches:
@@ -196,6 +202,7 @@ class Launches:
         updates = [update.for_graph(use) for update in self._updates]
         shared = self._written, self._rule, self._kept
         others: dict[str, Any] = {"behind": self._behind, "exchange": self._exchange, "guard": self._guard}
+        others["copies"] = self._copies
         launches = Launches(updates, *shared, captures=False, pools=pools, room=ROOM, **others)
         for norm, own in zip(launches._norms, self._norms, strict=True):
             norm.reserve(own.capacity)
@@ -292,6 +299,11 @@ class Launches:
                 calls += [*exchange.arriving([part]), *update.calls(), *exchange.departing(part)]
         if exchange is not None:
             calls += exchange.finishing(self._parts)
+        if self._overwriting:  # the device alone knows whether it comes to that
+            for table in self.deferred:
+                calls += table.rows.settle_calls()
+        for launch in self._overwriting:
+            calls += launch.calls()
         if self._update_norms is not None:
             calls += self._update_norms.calls()
         return calls
@@ -311,3 +323,11 @@ def make_ready(steps: Iterable[Launches]) -> None:
             tables += launches.deferred
     if tables:
         make_logs_ready(tables)
+
+
+def _copies(groups: Sequence[DenseGroup | SparseGroup], rule: UpdateRule, state: AdamState) -> Copies:
+    """By which a step of these groups overwrites variables, if it is a guarded one."""
+    if not (rule.guarded and rule.overwrites):
+        return ()
+    variables = dict.fromkeys(variable for group in groups for variable in group.variables)
+    return state.overwriting_copies(list(variables))

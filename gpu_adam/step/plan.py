@@ -218,7 +218,7 @@ class Plan:
             counts: these numbers; the largest one is what the counters say.
         """
         rows = [self.scalars(now.at(count, rate), clip, scale, counts[-1] - count) for count in counts]
-        return Candidates(counts[0], rows)
+        return Candidates(counts[0], rows, [now.flavour.overwrites_at(count + 1) for count in counts])
 
     def constrain(self) -> None:
         """Apply the variables' constraints, one after the other."""
@@ -281,7 +281,7 @@ class Plan:
         if self._whole is None:
             self._launches = Launches.of(self.groups, self.rule, state, self.index_errors, self.deferred, guard)
         else:
-            self._launches = self._whole.launches(state, None, (), guard).part(self.groups, guard)
+            self._launches = self._whole.launches(state, None, (), guard).part(self.groups, state, guard)
         return self._launches
 
 

@@ -368,7 +368,7 @@ class CapturedFunction:
                 ending, overwriting = list[Call](), list[CapturedStep]()
                 for (stepper, step), number in zip(self._steps, numbers, strict=True):
                     ending += step.done_calls(stepper.state, number)
-                    if stepper.flavour.overwrites_at(number):
+                    if step.guard is None and stepper.flavour.overwrites_at(number):
                         ending += stepper.state.overwriting_calls(step.plan.variables)
                         overwriting.append(step)
                 make_all([self._capture.launch_call(), *ending, counting.done])
