@@ -60,6 +60,9 @@ struct StepScalars {
 constexpr bool ADJUSTS = GPU_ADAM_ADJUST > 0;
 constexpr bool SCALED = GPU_ADAM_ADJUST > 1;
 
+// Whether theta is rounded here, for what follows or by chance, and not where it is stored.
+constexpr bool ROUNDS_AT_ONCE = ROUNDS && !MASTER && (EMA || STOCHASTIC || MEASURES);
+
 // The two moving averages.
 __device__ inline Value first_moment(Value m, Value g, const StepScalars& step) {
     return m + (g - m) * real(step.one_minus_beta_1);
@@ -91,7 +94,10 @@ __device__ inline Element adam(Element e, Value g, const StepScalars& step, unsi
     }
     if constexpr (MEASURES) e.moved = e.theta - before;
     if constexpr (MASTER) e.master = e.theta;
-    if constexpr (ROUNDS && !MASTER && (EMA || STOCHASTIC || MEASURES)) e.theta = as_stored(e.theta, noise);
+    if constexpr (ROUNDS_AT_ONCE) {
+        e.rounded = as_stored(e.theta, noise);
+        e.theta = value(e.rounded);
+    }
     if constexpr (EMA) e.average = e.average * real(step.momentum) + e.theta * real(step.one_minus_momentum);
     return e;
 }

@@ -182,6 +182,8 @@ __device__ inline void update_pack(const Range& range, const Source& gradient, c
     if constexpr (present) store(packs.slot.x[k], e.slot);
         GPU_ADAM_SLOTS(WRITE)
 #undef WRITE
+        // In place of a second rounding, which changes nothing, and which no compiler knows to change nothing.
+        if constexpr (ROUNDS_AT_ONCE) packs.theta.x[k] = e.rounded;
     }
 #define STORE(slot, Memory, Register, present) \
     if constexpr (present) store_pack(slots.slot + i, packs.slot);

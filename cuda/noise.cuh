@@ -37,12 +37,12 @@ __device__ inline unsigned noise_at(unsigned long long noise, long long first, i
 
 // A number as its variable's memory keeps it.
 template <typename Memory = Stored>
-__device__ inline Value as_stored(Value x, unsigned noise) {
+__device__ inline Memory as_stored(Value x, unsigned noise) {
     Memory place;
     if constexpr (STOCHASTIC) {
         narrow_stochastically(place, x, noise);
     } else {
         store(place, x);
     }
-    return value(place);
+    return place;
 }

@@ -56,5 +56,6 @@ struct Element {
 #define NUMBER(slot, Memory, Register, present) Register slot;
     GPU_ADAM_SLOTS(NUMBER)
 #undef NUMBER
-    Value moved;  // theta_t - theta_{t-1}, where MEASURES
+    Value moved;     // theta_t - theta_{t-1}, where MEASURES
+    Stored rounded;  // theta_t, where ROUNDS_AT_ONCE
 };
