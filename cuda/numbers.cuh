@@ -119,23 +119,26 @@ struct BFloat16 {
 // By integers and by float operations whose operands and results are no denormals: the same bits on every device in every
 // mode, in a form that compilers vectorise. Every NaN is stored as one and the same.
 __device__ inline float widened(Float16 x) {
-    const unsigned magnitude = x.bits & 0x7fffu;
+    const int extended = static_cast<short>(x.bits);  // whose sign is a float's
+    const unsigned magnitude = extended & 0x7fffu;
     // The exponent is brought from one end of float's range to where it belongs, so that infinity stays infinity.
     const float normal = __uint_as_float((magnitude << 13) + (224u << 23)) * __uint_as_float(15u << 23);  // 2^-112
     const float denormal = __uint_as_float(magnitude | 126u << 23) - 0.5f;  // 0.5 + magnitude 2^-24, less 0.5
-    return __uint_as_float((x.bits & 0x8000u) << 16 | __float_as_uint(magnitude < 0x400u ? denormal : normal));
+    return __uint_as_float((extended & 0x80000000u) | __float_as_uint(magnitude < 0x400u ? denormal : normal));
 }
 __device__ inline float widened(BFloat16 x) { return __uint_as_float(static_cast<unsigned>(x.bits) << 16); }
 
 // To the nearest, ties to even; beyond the largest number infinity.
 __device__ inline void narrow(Float16& place, float x) {
-    const unsigned bits = __float_as_uint(x), exponent = bits & 0x7f800000u, smallest = 113u << 23;  // 2^-14
-    // 4 |x|, infinite from 2^16 on: times 2^112, times 2^-110. A number 2^13 times as large is added, so that the sum is
-    // rounded where a Float16 is: its last 12 bits are the fraction and the leading 1, which counts up the exponent.
-    const float scaled = magnitude(x) * __uint_as_float(239u << 23) * __uint_as_float(17u << 23);
-    const float larger = __uint_as_float((exponent > smallest ? exponent : smallest) + (15u << 23));
-    const unsigned sum = __float_as_uint(scaled + larger);
-    const unsigned rounded = (sum >> 13 & 0x7c00u) + (sum & 0xfffu);
+    const unsigned bits = __float_as_uint(x), absolute = bits & 0x7fffffffu, smallest = 113u << 23;  // 2^-14
+    const unsigned infinite = 143u << 23, bounded = absolute < infinite ? absolute : infinite;       // 2^16
+    const unsigned exponent = bounded & 0x7f800000u;
+    // A number 2^13 times as large is added, so that the sum is rounded where a Float16 is. The last 16 bits of the sum
+    // are the fraction and the leading 1, which counts up the exponent that the shift brings there: one that is 2 too
+    // small, modulo 64.
+    const float larger = __uint_as_float((exponent > smallest ? exponent : smallest) + (13u << 23));
+    const unsigned sum = __float_as_uint(__uint_as_float(bounded) + larger);
+    const unsigned rounded = (sum >> 13) + sum + (2u << 10);
     place.bits = static_cast<unsigned short>(x != x ? 0x7e00u : rounded | (bits >> 16 & 0x8000u));
 }
 __device__ inline void narrow(BFloat16& place, float x) {
@@ -145,11 +148,10 @@ __device__ inline void narrow(BFloat16& place, float x) {
 }
 
 // To one of the two neighbours, away from zero with the probability that makes the mean x. `noise` is uniform in its
-// lower 16 bits.
+// lower 16 bits, which infinity has zeros in: it stays.
 __device__ inline void narrow_stochastically(BFloat16& place, float x, unsigned noise) {
     const unsigned bits = __float_as_uint(x);
-    const unsigned rounded = (bits & 0x7f800000u) == 0x7f800000u ? bits : bits + (noise & 0xffffu);
-    place.bits = static_cast<unsigned short>(x != x ? 0x7fc0u : rounded >> 16);
+    place.bits = static_cast<unsigned short>(x != x ? 0x7fc0u : (bits + (noise & 0xffffu)) >> 16);
 }
 
 // Memory <-> registers.
