@@ -18,7 +18,13 @@
 #define GPU_ADAM_INDEPENDENT
 #endif
 
-constexpr int PACK = GPU_ADAM_PACK_BYTES / sizeof(Stored) > 0 ? GPU_ADAM_PACK_BYTES / sizeof(Stored) : 1;
+// Whether pairs of elements are moved as words of 32 bits: where a word has two BFloat16 of every array. As floats these are
+// the word shifted, and the word masked; so a vector of floats comes out of a vector of words without a permutation.
+template <typename T> constexpr bool IS_BFLOAT16 = false;
+template <> constexpr bool IS_BFLOAT16<BFloat16> = true;
+constexpr bool PAIRS = GPU_ADAM_ONE_THREAD && !EMA && !MASTER && IS_BFLOAT16<Stored> && IS_BFLOAT16<Gradient> &&
+                       IS_BFLOAT16<Slot> && IS_BFLOAT16<SlotReal>;
+constexpr int PACK = PAIRS ? 2 : GPU_ADAM_PACK_BYTES / sizeof(Stored) > 0 ? GPU_ADAM_PACK_BYTES / sizeof(Stored) : 1;
 
 // N consecutive elements. Where the variable's are of 16 bits, eight of 32 are loaded as two times 16 bytes.
 template <typename T, int N = PACK>
@@ -27,7 +33,14 @@ struct alignas(sizeof(T) * N < 16 || N == 1 ? sizeof(T) * N : 16) Pack {
 };
 
 template <int N, typename T>
-__device__ inline Pack<T, N> load_pack(const T* p) { return *reinterpret_cast<const Pack<T, N>*>(p); }
+__device__ inline Pack<T, N> load_pack(const T* p) {
+    if constexpr (PAIRS && IS_BFLOAT16<T> && N == 2) {
+        const unsigned word = *reinterpret_cast<const unsigned*>(p);
+        return {{{static_cast<unsigned short>(word)}, {static_cast<unsigned short>(word >> 16)}}};
+    } else {
+        return *reinterpret_cast<const Pack<T, N>*>(p);
+    }
+}
 
 // A variable with a master is stored without having been loaded. NVRTC would store its pack of 16-bit numbers one by one,
 // and words of 32 bits too.
@@ -38,6 +51,8 @@ __device__ inline void store_pack(T* p, const Pack<T, N>& pack) {
 #pragma unroll
         for (int k = N - 1; k >= 0; --k) words.x[k / 4] = words.x[k / 4] << 16 | pack.x[k].bits;
         *reinterpret_cast<Pack<unsigned long long, 2>*>(p) = words;
+    } else if constexpr (PAIRS && IS_BFLOAT16<T> && N == 2) {
+        *reinterpret_cast<unsigned*>(p) = pack.x[0].bits | static_cast<unsigned>(pack.x[1].bits) << 16;
     } else {
         *reinterpret_cast<Pack<T, N>*>(p) = pack;
     }
@@ -200,8 +215,9 @@ __device__ inline Measures update_range(const Range range, const Source gradient
     const int head = head_size(range.slots.theta, range.size);
     const int packs = (range.size - head) / PACK;
     const bool prefetches = GPU_ADAM_PREFETCHES;
-    for (int strip = 0; strip < packs; strip += GPU_ADAM_STRIP) {
-        const int end = packs - strip < GPU_ADAM_STRIP ? packs : strip + GPU_ADAM_STRIP;
+    constexpr int STRIP = PAIRS ? GPU_ADAM_STRIP / PACK : GPU_ADAM_STRIP;  // packs; on a GPU one strip is all there is
+    for (int strip = 0; strip < packs; strip += STRIP) {
+        const int end = packs - strip < STRIP ? packs : strip + STRIP;
         if (prefetches) prefetch(range, gradient, head + strip * PACK);
         GPU_ADAM_INDEPENDENT
         for (int j = strip + threadIdx.x; j < end; j += blockDim.x) {

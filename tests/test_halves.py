@@ -236,6 +236,34 @@ def test_stochastic_rounding_does_not_depend_on_the_launch() -> None:
             same(one, other)
 
 
+@pytest.mark.parametrize("is_by_chance", [False, True])
+def test_elements_that_are_moved_in_pairs(is_by_chance: bool) -> None:
+    """Where all arrays are of bfloat16: they begin anywhere, are of any size, and other devices move single ones."""
+    rng = np.random.default_rng(11)
+    offsets, sizes = (0, 1, 2, 3), (1, 2, 3, 65, 4099)
+    starts = [(offset, rng.standard_normal(size).astype(BFLOAT16)) for offset in offsets for size in sizes]
+    gradients = [rng.standard_normal(x.size).astype(BFLOAT16) for _, x in starts]
+    for gradient in gradients[::2]:
+        gradient[::7], gradient[3::9] = np.nan, np.inf
+    table = rng.standard_normal((9, 5)).astype(BFLOAT16)
+    results = []
+    for device in (HostDevice(threads=1), HostDevice(block_size=96)):
+        arrays = [device.empty(offset + x.size, x.dtype)[offset:] for offset, x in starts]
+        for array, (_, x) in zip(arrays, starts, strict=True):
+            array[...] = x
+        rows = Variable(table, device=device)
+        optimizer = Adam(0.01, slot_dtype="bfloat16", stochastic_rounding=is_by_chance)
+        for turn in range(3):  # a gradient lies as its variable does, or not
+            memory = [device.empty(x.size + turn, x.dtype)[turn:] for x in gradients]
+            for place, gradient in zip(memory, gradients, strict=True):
+                place[...] = gradient
+            pairs: list[Any] = [*zip(memory, arrays, strict=True), (IndexedSlices(table[:3], [7, 1, 7]), rows)]
+            optimizer.apply_gradients(pairs)
+        results.append([*arrays, rows.numpy(), *(slot.numpy() for slot in optimizer.weights[1:])])
+    for one, other in zip(*results, strict=True):
+        same(one, other)
+
+
 @pytest.mark.thorough
 @pytest.mark.parametrize("gradient", ["bfloat16", "float32"])
 @pytest.mark.parametrize("dtype", HALVES)
