@@ -1,12 +1,19 @@
 // Common to both modes of the shim: qualifiers, bit casts, atomics, the denormal mode and the call of a kernel.
 #pragma once
-#include <math.h>
 #include <stddef.h>
 #include <string.h>
 
+// By name, and not all intrinsics or what C++ makes of math.h: compilers read those two for longer than they compile most
+// kernels.
 #if defined(__x86_64__)
-#include <immintrin.h>
+#include <xmmintrin.h>  // _mm_getcsr
 #endif
+extern "C" {
+float sqrtf(float);
+double sqrt(double);
+float fabsf(float);
+double fabs(double);
+}
 
 // gpu_adam/devices/compiler.py asks for IEEE arithmetic; this is for a $CXX that adds words behind ours.
 #if defined(__FAST_MATH__) || (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__) || \
