@@ -16,6 +16,7 @@
 #define GPU_ADAM_PREFETCHES false
 #define GPU_ADAM_PREFETCH(pointer)
 #define GPU_ADAM_INDEPENDENT
+#define GPU_ADAM_CALLED
 #endif
 
 // Whether pairs of elements are moved as words of 32 bits: where a word has two BFloat16 of every array. As floats these are

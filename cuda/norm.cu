@@ -128,6 +128,10 @@ struct Partials {
     }
 };
 
+__device__ GPU_ADAM_CALLED inline double sum_of_partials(const double* sums, long long count, double* lanes) {
+    return ordered_sum(count, Partials{sums}, lanes);
+}
+
 // min(1, c / n), the factor that takes a gradient of norm n to at most c; 0 where c / n is denormal, NaN where n is not
 // finite.
 __device__ inline double clip_factor(double norm, double clipnorm) {
@@ -161,7 +165,7 @@ __device__ inline void write_sum(double* place, double sum, const NormSums& sums
     }
     __syncthreads();
     if (!is_last) return;
-    const double length = sqrt(ordered_sum(sums.count, Partials{sums.begin}, lanes));
+    const double length = sqrt(sum_of_partials(sums.begin, sums.count, lanes));
     if (threadIdx.x == 0) {
         norm.factors[sums.which] = clip_factor(length, norm.limit);
         norm.written[sums.which] = 0;
@@ -211,7 +215,7 @@ square_sums_of(const Gradient* values, const long long size, const StepScalars s
 extern "C" __global__ void __launch_bounds__(256)
 clip_by_global_norm(const double* sums, const long long count, const double clipnorm, double* factor) {
     __shared__ double lanes[LANES];
-    const double norm = sqrt(ordered_sum(count, Partials{sums}, lanes));
+    const double norm = sqrt(sum_of_partials(sums, count, lanes));
     if (threadIdx.x == 0) *factor = clip_factor(norm, clipnorm);
 }
 
@@ -231,6 +235,6 @@ clip_by_norms(const double* sums, const long long* begins, const long long norms
 extern "C" __global__ void __launch_bounds__(256)
 add_square_sum(const double* sums, const long long count, double* total) {
     __shared__ double lanes[LANES];
-    const double sum = ordered_sum(count, Partials{sums}, lanes);
+    const double sum = sum_of_partials(sums, count, lanes);
     if (threadIdx.x == 0) *total += sum;
 }

@@ -30,6 +30,7 @@ template <typename T> static inline T __shfl_up_sync(unsigned, T x, unsigned) { 
 #else
 #define GPU_ADAM_INDEPENDENT _Pragma("GCC ivdep")
 #endif
+#define GPU_ADAM_CALLED __attribute__((noinline))  // a function that is compiled once, for the compiler's time
 static thread_local bool fetches_ahead = false;
 // By force: GCC drops calls of a function that does nothing but prefetch.
 template <typename T>
