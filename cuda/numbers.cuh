@@ -119,12 +119,12 @@ struct BFloat16 {
 // By integers and by float operations whose operands and results are no denormals: the same bits on every device in every
 // mode, in a form that compilers vectorise. Every NaN is stored as one and the same.
 __device__ inline float widened(Float16 x) {
-    const int extended = static_cast<short>(x.bits);  // whose sign is a float's
-    const unsigned magnitude = extended & 0x7fffu;
+    const unsigned extended = static_cast<unsigned>(static_cast<short>(x.bits));  // its sign is where a float has it
+    const unsigned places = extended << 13 & 0x0fffe000u;  // of exponent and fraction, in a float
     // The exponent is brought from one end of float's range to where it belongs, so that infinity stays infinity.
-    const float normal = __uint_as_float((magnitude << 13) + (224u << 23)) * __uint_as_float(15u << 23);  // 2^-112
-    const float denormal = __uint_as_float(magnitude | 126u << 23) - 0.5f;  // 0.5 + magnitude 2^-24, less 0.5
-    return __uint_as_float((extended & 0x80000000u) | __float_as_uint(magnitude < 0x400u ? denormal : normal));
+    const float normal = __uint_as_float(places + (224u << 23)) * __uint_as_float(15u << 23);  // 2^-112
+    const float denormal = __uint_as_float(places + (113u << 23)) - 0x1p-14f;  // without the leading 1
+    return __uint_as_float((extended & 0x80000000u) | __float_as_uint(places < 1u << 23 ? denormal : normal));
 }
 __device__ inline float widened(BFloat16 x) { return __uint_as_float(static_cast<unsigned>(x.bits) << 16); }
 
