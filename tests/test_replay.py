@@ -1,6 +1,6 @@
 """Steps that rows have missed, made up for: every phase of replay.cuh, at its borders.
 
-Slots and variables get numbers of all sizes, and rows are touched by gradients of zeros, which leave them to themselves.
+Slots and variables get numbers of all sizes, and rows are touched by gradients of zeros, which leave them alone.
 """
 
 from typing import Any
@@ -21,11 +21,13 @@ def spread(rng: np.random.Generator, shape: Any, dtype: str, low: float, high: f
     values = np.where(rng.random(shape) < 0.2, 2.0 ** np.round(exponents), 2.0**exponents)
     tiny = float(np.finfo(dtype).tiny)
     special = np.array([0.0, 0.0, tiny, tiny / 4, tiny * 3])
-    return np.where(rng.random(shape) < 0.1, rng.choice(special, shape), values).astype(dtype)
+    made: np.ndarray = np.where(rng.random(shape) < 0.1, rng.choice(special, shape), values).astype(dtype)
+    return made
 
 
 def signed(rng: np.random.Generator, values: np.ndarray) -> np.ndarray:
-    return np.copysign(values, rng.choice([-1.0, 1.0], values.shape)).astype(values.dtype)
+    made: np.ndarray = np.copysign(values, rng.choice([-1.0, 1.0], values.shape)).astype(values.dtype)
+    return made
 
 
 class Table:
