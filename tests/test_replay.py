@@ -21,13 +21,13 @@ def spread(rng: np.random.Generator, shape: Any, dtype: str, low: float, high: f
     values = np.where(rng.random(shape) < 0.2, 2.0 ** np.round(exponents), 2.0**exponents)
     tiny = float(np.finfo(dtype).tiny)
     special = np.array([0.0, 0.0, tiny, tiny / 4, tiny * 3])
-    made: np.ndarray = np.where(rng.random(shape) < 0.1, rng.choice(special, shape), values).astype(dtype)
-    return made
+    mixed: np.ndarray = np.where(rng.random(shape) < 0.1, rng.choice(special, shape), values)
+    return mixed.astype(dtype)
 
 
 def signed(rng: np.random.Generator, values: np.ndarray) -> np.ndarray:
-    made: np.ndarray = np.copysign(values, rng.choice([-1.0, 1.0], values.shape)).astype(values.dtype)
-    return made
+    with_signs: np.ndarray = np.copysign(values, rng.choice([-1.0, 1.0], values.shape))
+    return with_signs.astype(values.dtype)
 
 
 class Table:
@@ -81,7 +81,10 @@ def check_phases(
         Table(
             device,
             *(theta, m, v),
-            learning_rate=rate, beta_1=beta_1, beta_2=beta_2, epsilon=1.0 if number % 2 else 1e-20,
+            learning_rate=rate,
+            beta_1=beta_1,
+            beta_2=beta_2,
+            epsilon=1.0 if number % 2 else 1e-20,
             **{"weight_decay": 0.0 if decay == 0 else decay / abs(rate), **config},
         ).leave_alone(steps, number)
 
@@ -123,7 +126,10 @@ def test_what_is_too_small_to_move_theta(device: Device, dtype: str, beta_1: flo
     table = Table(
         device,
         *(theta.astype(dtype), quotients.astype(dtype), np.zeros(theta.shape, dtype)),
-        learning_rate=1.0, beta_1=beta_1, beta_2=0.5, epsilon=1.0,
+        learning_rate=1.0,
+        beta_1=beta_1,
+        beta_2=0.5,
+        epsilon=1.0,
     )
     table.twins.both(lambda optimizer, variables: setattr(optimizer, "iterations", 10**9))
     table.leave_alone(60)
@@ -145,25 +151,60 @@ def test_theta_that_decays_is_moved_by_less(device: Device) -> None:
     table = Table(
         device,
         *(theta, quotients.astype(np.float32), np.zeros(theta.shape, np.float32)),
-        learning_rate=1.0, weight_decay=0.01, beta_1=0.99999, beta_2=0.5, epsilon=1.0,
+        learning_rate=1.0,
+        weight_decay=0.01,
+        beta_1=0.99999,
+        beta_2=0.5,
+        epsilon=1.0,
     )
     table.twins.both(lambda optimizer, variables: setattr(optimizer, "iterations", 10**9))
     table.leave_alone(200)
 
 
-@pytest.mark.parametrize("decay", [0.0, 0.5])
+@pytest.mark.parametrize("decay", [0.0, 1e-3])
 def test_the_sign_of_zero(device: Device, decay: float) -> None:
-    """-0 - 0 is -0, and -0 - (-0) is 0: the sign of a quotient that is zero matters, and rates may change theirs."""
-    theta = np.array([-0.0, 0.0, -(2.0**-110), 2.0**-110, -1.0], np.float32)[:, None].repeat(4, axis=1)
-    m = np.array([2.0**-120, -(2.0**-120), 0.0, -0.0], np.float32)[None].repeat(5, axis=0)
+    """-0 - 0 is -0, and -0 - (-0) is 0: the sign of a quotient that is zero matters, and rates may change theirs.
+
+    A negative theta may decay to -0.
+    """
+    thetas = [-0.0, 0.0, -(2.0**-110), 2.0**-110, -1.005 * 2.0**-126, 1.02 * 2.0**-126, -1.0]
+    theta = np.array(thetas, np.float32)[:, None].repeat(4, axis=1)
+    m = np.array([2.0**-120, -(2.0**-120), 0.0, -0.0], np.float32)[None].repeat(len(theta), axis=0)
     now = [0]
+    for turn in (20, 100):
+        table = Table(
+            device,
+            *(theta, m, np.ones(theta.shape, np.float32)),
+            learning_rate=lambda turn=turn: -1e-10 if now[0] > turn else 1e-10,
+            weight_decay=decay / 1e-10,
+            beta_2=0.99999,
+        )
+        for step in range(60):
+            now[0] = step
+            table.touch()
+        table.twins.check()
+
+
+@pytest.mark.parametrize(
+    "change", [("epsilon", 1e-9), ("learning_rate", 1e3), ("weight_decay", 0.7), ("l2", 0.5)], ids=str
+)
+def test_numbers_of_some_missed_steps(device: Device, change: tuple[str, float]) -> None:
+    """What later steps are bounded by holds for all of them, not for the last one alone."""
+    theta, quotients = borders(-30)
+    (name, value), before = change, {"learning_rate": 1.0, "epsilon": 1.0, "weight_decay": 1e-5, "l2": 0.0}
     table = Table(
         device,
-        *(theta, m, np.ones(theta.shape, np.float32)),
-        learning_rate=lambda: -1e-10 if now[0] > 20 else 1e-10, weight_decay=decay / 1e-10, beta_2=0.99999,
+        *(theta, quotients.astype(np.float32), np.zeros(theta.shape, np.float32)),
+        learning_rate=1.0,
+        beta_1=0.99,
+        epsilon=1.0,
+        weight_decay=1e-5,
     )
+    table.twins.both(lambda optimizer, variables: setattr(optimizer, "iterations", 10**9))
     for step in range(60):
-        now[0] = step
+        for optimizer in table.twins.optimizers:
+            if step in (30, 33):
+                setattr(optimizer, name, value if step == 30 else before[name])
         table.touch()
     table.twins.check()
 
