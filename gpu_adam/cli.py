@@ -55,6 +55,13 @@ class Precision(str, Enum):
     float64 = "float64"
 
 
+class SparseUpdate(str, Enum):
+    """When a demo's tables move the rows that have no gradient, as typer wants a choice."""
+
+    dense = "dense"
+    deferred = "deferred"
+
+
 @app.command()
 def demo(
     what: Annotated[
@@ -72,6 +79,10 @@ def demo(
     plot: Annotated[Path | None, typer.Option(help="PNG file for a picture of the result; ptychography only.")] = None,
     dtype: Annotated[Precision | None, typer.Option(help="Of the variables; digits only; default: float32.")] = None,
     master: Annotated[bool, typer.Option("--master", help="Keep variables of 16 bits in 32 bits too.")] = False,
+    sparse: Annotated[
+        SparseUpdate | None,
+        typer.Option(help="When rows without gradient move: each step, or when needed; words only; default: dense."),
+    ] = None,
     watch: Annotated[bool, typer.Option(help="Show the gradients' norm, and how many are not finite.")] = False,
 ) -> None:
     """Train a small model on real data."""
@@ -84,7 +95,7 @@ def demo(
         if kind is not Ptychography:
             raise ArgumentValueError("--plot", "must be left out where there is no picture", what.value, "leave it out")
         require("matplotlib", "matplotlib")
-    choices = _choices(kind, dtype, master)
+    choices = _choices(kind, dtype=dtype and dtype.value, master=master, sparse=sparse and sparse.value)
     try:
         if device is not None:
             gpu_adam.set_device(device)
@@ -160,9 +171,9 @@ def _check_target(option: str, save: Path) -> None:
         raise ArgumentValueError(option, "must be a file in a writable directory", save, "choose another path")
 
 
-def _choices(kind: type[Demo], dtype: Precision | None, master: bool) -> dict[str, Any]:
+def _choices(kind: type[Demo], **options: Any) -> dict[str, Any]:
     """What was chosen of what the demo leaves to its user."""
-    choices = {name: value for name, value in (("dtype", dtype and dtype.value), ("master", master)) if value}
+    choices = {name: value for name, value in options.items() if value}
     for name in choices:
         if name not in kind.defaults:
             rule = "must be left out where the demo has no choice of it"

@@ -25,6 +25,8 @@ from gpu_adam.kernels import DTYPES
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
+OTHERS = ("static.json", "laziness.json", "sparse-scaling.json")
+"""Results that are no report of the bench."""
 README, PROFILING, KERNELS = HERE.parent / "README.md", HERE / "README.md", HERE.parent / "cuda" / "README.md"
 
 
@@ -130,7 +132,7 @@ def documents() -> dict[Path, dict[str, str]]:
 
 def results() -> dict[str, Report]:
     """Every machine's report by the name of its file."""
-    files = sorted(path for path in RESULTS.glob("*.json") if path.name != "static.json")
+    files = sorted(path for path in RESULTS.glob("*.json") if path.name not in OTHERS)
     return {path.stem: Report.load(path) for path in files}
 
 

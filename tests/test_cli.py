@@ -121,6 +121,8 @@ def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         (["words", "--master"], 1, "--master must be left out where the demo has no choice of it (got words); leave"),
         (["--master"], 1, "--master must come with --dtype float16 or bfloat16, which are rounded to 16 bits (got fl"),
         (["--master", "--dtype", "float64"], 1, "which are rounded to 16 bits (got float64); leave it out."),
+        (["--sparse", "deferred"], 1, "--sparse must be left out where the demo has no choice of it (got digits)"),
+        (["words", "--sparse", "lazy"], 2, "'lazy' is not one of 'dense', 'deferred'."),
         (["--resume", "SAVED", "--dtype", "float16"], 1, "--dtype must be float32, as in SAVED (got float16); leave"),
         (["--resume", "SAVED", "--master"], 1, "--master must be False, as in SAVED (got True); leave --master out."),
         (["words", "--resume", "SAVED"], 1, "SAVED must hold a training of the demo words (got digits); pass a file"),

@@ -184,9 +184,24 @@ def test_words_learns(device: Device) -> None:
     # The context table starts with zeros: six decisions by the toss of a coin, and no score above another.
     assert demo.measure().loss == pytest.approx(6 * np.log(2))
     assert demo.measure().score == 0
-    for _ in range(35):
+    for _ in range(50):
         demo.train()
     assert demo.measure().loss < 4
+
+
+def test_words_have_the_same_bits_when_rows_are_deferred(device: Device) -> None:
+    losses: list[list[object]] = []
+    states = []
+    for sparse in ("dense", "deferred"):
+        demo = Words(sparse=sparse)
+        assert demo.optimizer.flavour.sparse_update == sparse
+        losses.append([])
+        for _ in range(20):
+            demo.train()
+            losses[-1].append(demo.measure())
+        states.append({name: array.tobytes() for name, array in demo.state().items()})
+    assert losses[0] == losses[1]
+    assert states[0] == states[1]
 
 
 def test_digits_holds_out_a_fifth_of_every_class(device: Device) -> None:
