@@ -22,6 +22,7 @@ from gpu_adam.bench import own_step
 from gpu_adam.bench.runner import Report, Row
 from gpu_adam.bench.tables import HEADER, cells, markdown, summary
 from gpu_adam.kernels import DTYPES
+from profiling import sparse_scaling
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -125,6 +126,7 @@ def documents() -> dict[Path, dict[str, str]]:
             "goals": waiting(reports),
             "results": full(reports),
             "static": static(),
+            "scaling": scaling(),
         },
         KERNELS: {"variants": variants()},
     }
@@ -239,6 +241,18 @@ def static() -> str:
     gpu = markdown(("Kernel", *keys), ([name, *(named[name].get(key, "") for key in keys)] for name in order))
     host = markdown(("Host kernel", "instructions per element"), ((k, *v.values()) for k, v in found["host"].items()))
     return f"By {found['nvrtc']} and {found['compiler']}.\n\n{gpu}\n\n{host}"
+
+
+def scaling() -> str:
+    """What a step with deferred rows takes beside others, by the size of the table."""
+    path = RESULTS / "sparse-scaling.json"
+    if not path.exists():
+        return "Not measured yet."
+    rows, found = sparse_scaling.loaded(path), json.loads(path.read_text())
+    processor = found["machine"]["devices"]["host"]["processor"]
+    load = f"load of the machine up to {max(row.load for row in rows):.1f}"
+    facts = f"{processor}, {found['threads']} threads, {found['machine']['date']}, {load}."
+    return f"{facts}\n\n{sparse_scaling.goals(rows)}\n\n{sparse_scaling.table_of(rows)}"
 
 
 SHOWN = "sm_90"
