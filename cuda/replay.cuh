@@ -59,7 +59,8 @@ struct StepLog {
 
 constexpr int STRIP_SIZE = GPU_ADAM_ONE_THREAD ? GPU_ADAM_STRIP : PACK;  // elements of a strip
 constexpr int STRIP_ROWS = GPU_ADAM_ONE_THREAD ? STRIP_SIZE : 1;        // rows, at most
-constexpr int PATIENCE = 16;                                       // steps between two looks whether a phase is over
+constexpr int PATIENCE = 16;                                       // steps between two looks whether theta still moves
+constexpr int LONG_PATIENCE = 64;                                  // the same of a moment, whose steps are short
 constexpr bool WIDE_REAL = sizeof(Real) == sizeof(double);
 
 __device__ inline bool is_minus_zero(float x) { return __float_as_uint(x) == 0x80000000u; }
@@ -101,15 +102,15 @@ struct Bounds {
         smallest = real(static_cast<StoredReal>(kept > 0 ? (WIDE_REAL ? 0x1p-1022 : 0x1p-126) : 0));
     }
 
-    // Whether theta stays, but for its decay, whatever of these steps comes.
+    // Whether theta stays, but for its decay, whatever of these steps comes. No && and ||: branches are no vector code.
     __device__ bool keep(Real theta, Real m, Real divisor) const {
         const Real quotient = (magnitude(m) * alpha) / divisor;
         const bool is_small = quotient < magnitude(theta) * share;
-        return is_small || (quotient < smallest && (decays ? is_plus_zero(theta) : !is_minus_zero(theta)));
+        return is_small | ((quotient < smallest) & (decays ? is_plus_zero(theta) : !is_minus_zero(theta)));
     }
     template <typename T>
     __device__ bool keep(Complex<T> theta, Complex<T> m, Real divisor) const {
-        return keep(theta.re, m.re, divisor) && keep(theta.im, m.im, divisor);
+        return keep(theta.re, m.re, divisor) & keep(theta.im, m.im, divisor);
     }
 };
 
@@ -134,9 +135,14 @@ __device__ __forceinline__ void step_lanes(SlotPacks<STRIP_SIZE>& packs, int beg
     }
 }
 
-// Let one slot of every lane take so many steps of its own, `most` at most, by constant scalars; until no lane moves.
-template <typename Register, typename Memory, typename Advance>
-__device__ __forceinline__ void advance_together(Pack<Memory, STRIP_SIZE>& slot, const int* left, int most, Advance advance) {
+// A moment x after a step with a gradient of zeros: x + (0 - x) c to the bit, for (0 - x) c is -(x c), flushed or not, and
+// a zero becomes +0 either way.
+template <typename T>
+__device__ inline T decayed(T x, Real c) { return x - x * c; }
+
+// Let one moment of every lane decay so many times, `most` at most, all of a strip `least`; until no lane moves.
+template <typename Register, typename Memory>
+__device__ __forceinline__ void decay_together(Pack<Memory, STRIP_SIZE>& slot, const int* left, int least, int most, Real c) {
     for (int i = 0; i < most;) {
         int moving = 0;
 #pragma unroll
@@ -144,20 +150,26 @@ __device__ __forceinline__ void advance_together(Pack<Memory, STRIP_SIZE>& slot,
         for (int k = 0; k < STRIP_SIZE; ++k) {
             Memory next = slot.x[k];
             const Register before = Converted<Register>::from(next);
-            store(next, advance(before));
+            store(next, decayed(before, c));
             const bool takes = STRIP_ROWS == 1 || i < left[k];
             moving |= takes && !equal(before, Converted<Register>::from(next));
             slot.x[k] = takes ? next : slot.x[k];
         }
         if (!moving) return;
         ++i;
-        for (const int end = i + PATIENCE < most ? i + PATIENCE : most; i < end; ++i) {
+        const int end = i + LONG_PATIENCE < most ? i + LONG_PATIENCE : most;
+        for (; i < end && (STRIP_ROWS == 1 || i < least); ++i) {
+#pragma unroll
+            GPU_ADAM_INDEPENDENT
+            for (int k = 0; k < STRIP_SIZE; ++k) store(slot.x[k], decayed(Converted<Register>::from(slot.x[k]), c));
+        }
+        for (; i < end; ++i) {
 #pragma unroll
             GPU_ADAM_INDEPENDENT
             for (int k = 0; k < STRIP_SIZE; ++k) {
                 Memory next = slot.x[k];
-                store(next, advance(Converted<Register>::from(next)));
-                slot.x[k] = STRIP_ROWS == 1 || i < left[k] ? next : slot.x[k];
+                store(next, decayed(Converted<Register>::from(next), c));
+                slot.x[k] = i < left[k] ? next : slot.x[k];
             }
         }
     }
@@ -194,12 +206,13 @@ __device__ inline bool advance_at_once(Pack<SlotReal, STRIP_SIZE>& v, const Stri
     return fits;
 }
 
-// How many steps each lane has left, and the most, where its row has missed all from `from` on.
-__device__ inline int count_left(const StripRows& rows, int* left) {
+// How many steps each lane has left, the most and the least, where its row has missed all from `from` on.
+__device__ inline int count_left(const StripRows& rows, int* left, int& least) {
     int most = 0;
     for (int r = 0; r < rows.count(); ++r) {
         const int missed = static_cast<int>(rows.now - rows.from[r]);
         if (missed > most) most = missed;
+        if (r == 0 || missed < least) least = missed;
         for (int k = 0; STRIP_ROWS > 1 && k < rows.columns; ++k) left[r * rows.columns + k] = missed;
     }
     return most;
@@ -210,7 +223,8 @@ __device__ inline void replay(SlotPacks<STRIP_SIZE>& packs, StripRows& rows, con
                               long long place, bool at_once) {
     if constexpr (ACCUMULATES) return;
     alignas(64) int left[STRIP_ROWS > 1 ? STRIP_SIZE : 1] = {};
-    int most = count_left(rows, left);
+    int least = 0;
+    int most = count_left(rows, left, least);
     if (most == 0) return;
     const LoggedStep& last = log[rows.now - 1];
     bool steady = true;
@@ -223,8 +237,7 @@ __device__ inline void replay(SlotPacks<STRIP_SIZE>& packs, StripRows& rows, con
     if (!is_free || at_once) {
         // The full recurrence has it, or it is there.
     } else if (steady) {
-        const StepScalars step = last.scalars;
-        advance_together<Real>(v, left, most, [&](Real x) { return second_moment(x, value(Gradient{}), step); });
+        decay_together<Real>(v, left, least, most, real(last.scalars.one_minus_beta_2));
     } else {
         for (int r = 0; r < rows.count(); ++r) {
             const int begin = rows.begin(r), end = rows.end(r);
@@ -268,10 +281,9 @@ __device__ inline void replay(SlotPacks<STRIP_SIZE>& packs, StripRows& rows, con
         }
     }
 
-    most = count_left(rows, left);
+    most = count_left(rows, left, least);
     if (steady && !EMA && !(ADJUSTS && last.decays)) {
-        const StepScalars step = last.scalars;
-        advance_together<Value>(packs.m, left, most, [&](Value x) { return first_moment(x, value(Gradient{}), step); });
+        decay_together<Value>(packs.m, left, least, most, real(last.scalars.one_minus_beta_1));
     } else {
         for (int r = 0; r < rows.count(); ++r) {
             for (long long t = rows.from[r]; t < rows.now; ++t) {

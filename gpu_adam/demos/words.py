@@ -13,7 +13,7 @@ Reference: T. Mikolov et al., 2013, https://arxiv.org/abs/1310.4546 (negative sa
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
