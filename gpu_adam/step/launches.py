@@ -276,6 +276,17 @@ class Launches:
         for update, own in zip(self._updates, scalars, strict=True):
             update.arguments.stage(own)
 
+    def _update_calls(self) -> list[Call]:
+        """Those of the updates; with other ranks each part's after its gradients, and before it is handed on."""
+        calls, exchange = list[Call](), self._exchange
+        for number, update in enumerate(self._updates):
+            if exchange is None:
+                calls += update.calls()
+            else:
+                part = self._parts[number]
+                calls += [*exchange.arriving([part]), *update.calls(), *exchange.departing(part)]
+        return calls if exchange is None else calls + exchange.finishing(self._parts)
+
     def calls(self, clip: Clip) -> list[Call]:
         """The calls that enqueue the whole step with the gradients bound last; to be made at once, and once."""
         calls: list[Call] = []
@@ -291,14 +302,7 @@ class Launches:
             if exchange is not None:
                 calls += exchange.adding(self._guard.found)
             calls += self._guarded.end(self._norms)
-        for number, update in enumerate(self._updates):
-            if exchange is None:
-                calls += update.calls()
-            else:
-                part = self._parts[number]
-                calls += [*exchange.arriving([part]), *update.calls(), *exchange.departing(part)]
-        if exchange is not None:
-            calls += exchange.finishing(self._parts)
+        calls += self._update_calls()
         if self._overwriting:  # the device alone knows whether it comes to that
             for table in self.deferred:
                 calls += table.rows.settle_calls()
