@@ -98,38 +98,43 @@ def table_bucket(rows: int, row_size: int, ranks: int, number: int) -> Bucket:
 
 def _bucket(sizes: Sequence[int], itemsize: int, ranks: int, numbers: Sequence[int]) -> Bucket:
     line = max(1, LINE // itemsize)
-    shard = _rounded(-(-sum(_rounded(size, line) for size in sizes) // ranks), line)
-    while (offsets := _offsets(sizes, line, ranks, shard)) is None:
-        shard += line
-    pieces = [_pieces(sizes, offsets, numbers, rank * shard, shard) for rank in range(ranks)]
-    return Bucket(list(numbers), offsets, shard, pieces)
+    longest = max(sizes)
+    shard = _rounded(max(1, -(-sum(_rounded(size, line) for size in sizes) // ranks)), line)
+    while True:
+        if longest > shard and shard % CHUNK:  # one of the borders within the longest would go through a chunk
+            shard = min(_rounded(longest, line), _rounded(shard, CHUNK))
+        offsets = _offsets(sizes, line, shard)
+        lacking = offsets[-1] + sizes[-1] - ranks * shard
+        if lacking <= 0:
+            break
+        shard += _rounded(-(-lacking // ranks), line)  # not by a line: for 100,000 variables that takes seconds
+    return Bucket(list(numbers), offsets, shard, _pieces(sizes, offsets, numbers, ranks, shard))
 
 
-def _offsets(sizes: Sequence[int], line: int, ranks: int, shard: int) -> list[int] | None:
-    """Where variables begin, so that borders of shards go between chunks; None where they do not fit."""
+def _offsets(sizes: Sequence[int], line: int, shard: int) -> list[int]:
+    """Where variables begin, so that borders of shards go between chunks."""
     offsets, end = [], 0
     for size in sizes:
         begin = _rounded(end, line)
         border = _rounded(begin + 1, shard)
         if border < begin + size:
-            if size > shard and shard % CHUNK:
-                return None  # a later border would go through a chunk
             begin = border - (border - begin) // CHUNK * CHUNK
         offsets.append(begin)
         end = begin + size
-    return offsets if end <= ranks * shard else None
+    return offsets
 
 
 def _pieces(
-    sizes: Sequence[int], offsets: Sequence[int], numbers: Sequence[int], first: int, shard: int
-) -> list[Piece]:
-    """What the rank owns whose shard begins at element `first`."""
-    pieces = []
+    sizes: Sequence[int], offsets: Sequence[int], numbers: Sequence[int], ranks: int, shard: int
+) -> list[list[Piece]]:
+    """What each rank owns."""
+    pieces: list[list[Piece]] = [[] for _ in range(ranks)]
     for number, size, offset in zip(numbers, sizes, offsets, strict=True):
-        begin, end = max(offset, first), min(offset + size, first + shard)
-        if begin < end:
-            pieces.append(Piece(number, begin - offset, end - begin, begin))
-    return pieces or [Piece(numbers[0], 0, 0, first)]
+        for rank in range(offset // shard, -(-(offset + size) // shard)):
+            begin, end = max(offset, rank * shard), min(offset + size, (rank + 1) * shard)
+            if begin < end:
+                pieces[rank].append(Piece(number, begin - offset, end - begin, begin))
+    return [own or [Piece(numbers[0], 0, 0, rank * shard)] for rank, own in enumerate(pieces)]
 
 
 def _rounded(number: int, multiple: int) -> int:
