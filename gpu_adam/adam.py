@@ -916,7 +916,7 @@ class Adam:
             self._controller.guards.settle_inside()
             written = written_calls(state.registry.arrays(state.variables)) if variables else []
             also = [self._accumulator.clear_call(), *written]
-            saving.restore(name_of(path), state, contents, variables=variables, also=also)
+            saving.restoring(name_of(path), state, contents, variables=variables, also=also)()
 
     # Configuration.
 

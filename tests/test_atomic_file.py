@@ -284,7 +284,7 @@ def test_a_writer_whose_new_file_is_swept_before_it_is_locked(tmp_path: Path, mo
     def late(file: Any, operation: int) -> None:
         if not swept and not operation & fcntl.LOCK_NB:
             swept.append(file.name)
-            atomic_file._sweep(str(tmp_path), "state")
+            atomic_file.sweep(str(tmp_path), "state")
         lock(file, operation)
 
     monkeypatch.setattr(fcntl, "flock", late)

@@ -71,6 +71,8 @@ class AdamState:
         layout: another object whenever a slot or a variable comes to lie elsewhere, or goes. Who has their addresses
             compares.
         exchange: what other ranks do in each step (gpu_adam/step/exchange.py); None for an optimizer by itself.
+        titles: for variables that are parts of others, the names that those have among all: they stand for the
+            variables' own in the names of arrays.
         alone: ``with state.alone():`` is the context of one call at a time. It raises ConcurrentStepError where another
             call of the optimizer is at work, in another thread or around this one.
         pending: the last asynchronous save, until it has ended and its error, if it has one, was raised.
@@ -100,6 +102,7 @@ class AdamState:
         self.index_errors: dict[Variable, Any] = {}
         self.deferred: dict[Variable, Any] = {}
         self.exchange: Any = None
+        self.titles: Mapping[Variable, str] = {}
         self.layout = object()
         self._weight_names: list[str] | None = None
         self.alone = Door(name)
@@ -268,8 +271,9 @@ class AdamState:
 
     def variable_names(self) -> dict[Variable, str]:
         """A name of its own for each variable that has slots."""
-        variables = self.variables
-        return dict(zip(variables, unique_names([variable.name for variable in variables]), strict=True))
+        variables, titles = self.variables, self.titles
+        names = [titles.get(variable, variable.name) for variable in variables]
+        return dict(zip(variables, unique_names(names), strict=True))
 
     def named(self, *, variables: bool = False) -> dict[str, Variable]:
         """The weights by name, and with `variables` the variables that have slots, as "<variable>/value"."""
@@ -308,7 +312,19 @@ class AdamState:
         named: Mapping[str, Variable] | None = None,
         also: Sequence[Call] = (),
     ) -> None:
-        """Overwrite the state: all arrays or, where one does not fit, none.
+        """Overwrite the state: all arrays or, where one does not fit, none. Args and errors: see `restoring`."""
+        self.restoring(arrays, label, from_file=from_file, named=named, also=also)()
+
+    def restoring(
+        self,
+        arrays: Mapping[str, Any],
+        label: Callable[[int], str] | None = None,
+        *,
+        from_file: bool = False,
+        named: Mapping[str, Variable] | None = None,
+        also: Sequence[Call] = (),
+    ) -> Callable[[], None]:
+        """A function that overwrites the state. Until it is called nothing changes.
 
         Args:
             arrays: one for each name that `export` gives; numbers, arrays of any device, or Variables. A live array of
@@ -321,8 +337,7 @@ class AdamState:
 
         Raises:
             ArgumentTypeError, ArgumentValueError: an array is missing, left over, of another shape or dtype, or holds
-                no numbers; a counter that is no number of steps, a loss scale outside its range. Nothing has changed
-                then.
+                no numbers; a counter that is no number of steps, a loss scale outside its range.
         """
         named = self.named() if named is None else named
         names = list(named)
@@ -355,17 +370,20 @@ class AdamState:
             copying = [device.copy_call(targets, sources) for device, (targets, sources) in copies.items()]
             make_all([*copying, *also])
 
-        try:
-            write()
-        except BaseException:
-            write()  # all once more: after an error in between the state would be neither the old nor the new one
-            raise
+        def write_all() -> None:
+            try:
+                write()
+            except BaseException:
+                write()  # all once more: after an error in between the state would be neither the old nor the new one
+                raise
+
+        return write_all
 
     # Copies: everything reachable is copied, by pickle and deepcopy alike.
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
-        for name in ("alone", "deferred", "exchange", "index_errors", "layout", "pending"):  # of this process
+        for name in ("alone", "deferred", "exchange", "index_errors", "layout", "pending", "titles"):  # of this process
             del state[name]
         # As lists: a copied dict of variables would be filled before the variables are.
         state["slots"] = {name: list(owned.items()) for name, owned in self.slots.items()}
@@ -377,7 +395,7 @@ class AdamState:
         has_masters = state.pop("masters")
         self.__dict__.update(state)
         self.alone, self.pending = Door(self.name), None
-        self.index_errors, self.deferred, self.exchange, self.layout = {}, {}, None, object()
+        self.index_errors, self.deferred, self.exchange, self.titles, self.layout = {}, {}, None, {}, object()
         self.slots = {name: dict(owned) for name, owned in state["slots"].items()}
         self.settings = dict(state["settings"])
         for owned in self.slots.values():

@@ -129,7 +129,7 @@ def _replaced(target: str, old: os.stat_result | None) -> Iterator[BinaryIO]:
         os.close(os.open(target, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC))  # the one check that knows every rule
     directory, name = os.path.split(target)
     label = os.fsencode(name)[:_LABEL].decode(errors="ignore")
-    _sweep(directory, label)
+    sweep(directory, re.escape(label))
     file = _locked_file(os.path.join(directory, f".{label}"), mode=0o666 if old is None else 0o600)
     try:
         with file:
@@ -157,9 +157,14 @@ def _locked_file(prefix: str, mode: int) -> BinaryIO:
         file.close()  # another writer has swept it away before it was locked
 
 
-def _sweep(directory: str, label: str) -> None:
-    """Remove the temporary files of writers that are no more: those that nobody has locked."""
-    pattern = re.compile(rf"\.{re.escape(label)}\.[0-9a-f]{{16}}\.tmp")
+def sweep(directory: str, names: str) -> None:
+    """Remove the temporary files of writers that are no more: those that nobody has locked.
+
+    Args:
+        directory: where they are.
+        names: a pattern of the names of the files, of at most 100 bytes, that they were to become.
+    """
+    pattern = re.compile(rf"\.(?:{names})\.[0-9a-f]{{16}}\.tmp")
     with contextlib.suppress(OSError), os.scandir(directory) as entries:
         for entry in entries:
             if pattern.fullmatch(entry.name):

@@ -7,8 +7,9 @@ under every user.
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Container, Iterator, Mapping
 from pathlib import PurePath
 from types import ModuleType
 from typing import Any
@@ -82,18 +83,31 @@ def read(path: PathOrFile) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     return arrays, said.meta
 
 
-def read_all(path: PathOrFile) -> tuple[Manifest, dict[str, np.ndarray]]:
-    """The same with the whole manifest, of which the meta is a part."""
+def read_all(path: PathOrFile, names: Container[str] | None = None) -> tuple[Manifest, dict[str, np.ndarray]]:
+    """The same with the whole manifest, of which the meta is a part.
+
+    Args:
+        path: as for `read`.
+        names: of the arrays that are wanted; None for all. Of an `.npz` file of version 2 nothing but the manifest and
+            the members of these arrays is read.
+    """
     container, title = _container(path), atomic_file.name_of(path)
-    with atomic_file.opened(path) as file:  # outside of `try`: a missing file stays FileNotFoundError
-        try:
-            said, arrays = container.read(file, title)
-            said.check(title, arrays.values())
-        except (CheckpointError, ArgumentTypeError, ArgumentValueError):
-            raise
-        except Exception as error:  # struct, json, ast, numpy and safetensors raise a dozen kinds on damaged bytes
-            raise CheckpointError(title, manifest.WHOLE, manifest.short(error), manifest.ANOTHER) from error
+    # The file is opened outside of `naming`: a missing file stays FileNotFoundError.
+    with atomic_file.opened(path) as file, naming(title):
+        said, arrays = container.read(file, title, names)
+        (said if names is None else said.only(names)).check(title, arrays.values())
     return said, arrays
+
+
+@contextlib.contextmanager
+def naming(title: str) -> Iterator[None]:
+    """A block that reads a file which may be damaged: what it raises is a CheckpointError that names the file."""
+    try:
+        yield
+    except (CheckpointError, ArgumentTypeError, ArgumentValueError):
+        raise
+    except Exception as error:  # struct, json, ast, numpy and safetensors raise a dozen kinds on damaged bytes
+        raise CheckpointError(title, manifest.WHOLE, manifest.short(error), manifest.ANOTHER) from error
 
 
 def _container(path: Any) -> ModuleType:

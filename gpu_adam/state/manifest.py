@@ -12,7 +12,7 @@ of the text itself with 64 zeros in the place of its digits. Version 1 has no di
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 from zlib import crc32
 
@@ -50,6 +50,10 @@ class Manifest(NamedTuple):
         entries = list(self.arrays.values())
         return entries if self.version == 1 else [entry.partition(" ")[0] for entry in entries]
 
+    def only(self, names: Container[str]) -> Manifest:
+        """The same without the other arrays."""
+        return self._replace(arrays={name: entry for name, entry in self.arrays.items() if name in names})
+
     def check(self, file: str, arrays: Iterable[np.ndarray]) -> None:
         """Compare arrays with their entries.
 
@@ -84,6 +88,11 @@ def entries_of(arrays: Iterable[np.ndarray]) -> Iterator[str]:
 def checksum_in(entry: str) -> int:
     """The checksum that an entry ends with."""
     return int(entry[-8:], 16)
+
+
+def kind_in(entry: str) -> str:
+    """The dtype and the shape that an entry of version 2 begins with, such as "float32 [3, 2]"."""
+    return entry[:-9]
 
 
 def text_of(entries: Mapping[str, str], meta: Mapping[str, Any]) -> str:

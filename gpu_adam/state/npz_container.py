@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import BinaryIO, Literal, NamedTuple
 
 import numpy as np
@@ -50,12 +50,13 @@ def write(file: BinaryIO, arrays: Mapping[str, np.ndarray], entries: Mapping[str
     archive.close()
 
 
-def read(file: BinaryIO, title: str) -> tuple[Manifest, dict[str, np.ndarray]]:
+def read(file: BinaryIO, title: str, names: Container[str] | None = None) -> tuple[Manifest, dict[str, np.ndarray]]:
     """Read a file: the manifest and the arrays, which are as large as their members and not compared with the manifest.
 
     Args:
         file: a seekable one.
         title: its name, for messages.
+        names: of the arrays whose members are read; None for all.
 
     Raises:
         CheckpointError: the file is no checkpoint.
@@ -73,8 +74,9 @@ def read(file: BinaryIO, title: str) -> tuple[Manifest, dict[str, np.ndarray]]:
         raise CheckpointError(title, manifest.WHOLE, got, manifest.ANOTHER)
     layouts: dict[tuple[bytes, str], _Layout] = {}
     arrays: dict[str, np.ndarray] = {}
-    contents = archive.contents([f"{name}.npy" for name in said.arrays], _SMALL, summed=summed)
-    for name, dtype, content in zip(said.arrays, said.dtypes(), contents, strict=True):
+    wanted = said if names is None else said.only(names)
+    contents = archive.contents([f"{name}.npy" for name in wanted.arrays], _SMALL, summed=summed)
+    for name, dtype, content in zip(wanted.arrays, wanted.dtypes(), contents, strict=True):
         if isinstance(content, bytes):
             arrays[name] = _small_array(content, dtype, layouts)
         else:

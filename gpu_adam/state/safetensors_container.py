@@ -11,7 +11,7 @@ Reference: https://github.com/huggingface/safetensors#format
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any, BinaryIO
 
 import ml_dtypes
@@ -68,12 +68,13 @@ def write(file: BinaryIO, arrays: Mapping[str, np.ndarray], entries: Mapping[str
         file.write(memoryview(array.reshape(-1).view(np.uint8)))  # type: ignore[arg-type]
 
 
-def read(file: BinaryIO, title: str) -> tuple[Manifest, dict[str, np.ndarray]]:
+def read(file: BinaryIO, title: str, names: Container[str] | None = None) -> tuple[Manifest, dict[str, np.ndarray]]:
     """Read a file: the manifest and the arrays, which are not compared with each other.
 
     Args:
         file: a seekable one.
         title: its name, for messages.
+        names: of the arrays that are returned; None for all. The file is read as a whole.
 
     Raises:
         CheckpointError: the file is no checkpoint.
@@ -94,7 +95,7 @@ def read(file: BinaryIO, title: str) -> tuple[Manifest, dict[str, np.ndarray]]:
     for name in said.arrays.keys() ^ arrays.keys():
         got = f"{name!a} in its {'manifest' if name in said.arrays else 'file'} alone"
         raise CheckpointError(title, manifest.WHOLE, got, manifest.ANOTHER)
-    return said, {name: arrays[name] for name in said.arrays}
+    return said, {name: arrays[name] for name in said.arrays if names is None or name in names}
 
 
 def _array(part: Mapping[str, Any]) -> np.ndarray:

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence, Set
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -26,11 +26,14 @@ from gpu_adam.state import checkpoint, manifest
 from gpu_adam.state.adam_state import COUNTER, VALUE, AdamState, unique_names
 from gpu_adam.state.atomic_file import PathOrFile
 from gpu_adam.uninterrupted import Call
+from gpu_adam.variables import Variable
 
 Contents = tuple[dict[str, np.ndarray], dict[str, Any]]
 """The arrays of a file by name, and its note."""
 
-_OWN = "pass its own checkpoint, or build(variables) with the same variables first"
+T = TypeVar("T")
+
+OWN = "pass its own checkpoint, or build(variables) with the same variables first"
 
 
 def note_of(
@@ -82,6 +85,17 @@ def writing(
         path = os.path.abspath(os.fsdecode(path))  # the working directory may be another one by then
     named = state.named(variables=variables)
     checkpoint.check(path, named)
+    read = reading(named, lasting=lasting)
+    return lambda: checkpoint.write(path, read(), note)
+
+
+def reading(named: Mapping[str, Variable], *, lasting: bool) -> Callable[[], dict[str, np.ndarray]]:
+    """A function that gives the present contents of variables by name, in host memory.
+
+    Args:
+        named: the variables.
+        lasting: whether they may change before the function is called.
+    """
     by_device: dict[Device, dict[str, Array]] = {}
     for name, variable in named.items():
         by_device.setdefault(variable.device, {})[name] = variable.value
@@ -89,13 +103,13 @@ def writing(
         (list(arrays), device.snapshot(list(arrays.values()), lasting=lasting)) for device, arrays in by_device.items()
     ]
 
-    def write() -> None:
+    def read() -> dict[str, np.ndarray]:
         found = {
             name: array for names, snapshot in snapshots for name, array in zip(names, snapshot.read(), strict=True)
         }
-        checkpoint.write(path, {name: found[name] for name in named}, note)
+        return {name: found[name] for name in named}
 
-    return write
+    return read
 
 
 def updated(title: str, contents: Contents) -> Contents:
@@ -112,8 +126,10 @@ def updated(title: str, contents: Contents) -> Contents:
     return arrays, {key: value for key, value in note.items() if key != "names"}
 
 
-def restore(title: str, state: AdamState, contents: Contents, *, variables: bool, also: Sequence[Call] = ()) -> None:
-    """Overwrite a state by what a file holds: all of it or, where the file does not fit, nothing.
+def restoring(
+    title: str, state: AdamState, contents: Contents, *, variables: bool, also: Sequence[Call] = ()
+) -> Callable[[], None]:
+    """A function that overwrites a state by what a file holds. Until it is called nothing changes.
 
     Args:
         title: the file's name, for messages.
@@ -126,6 +142,23 @@ def restore(title: str, state: AdamState, contents: Contents, *, variables: bool
         CheckpointError: the file does not fit, and why.
     """
     arrays, note = updated(title, contents)
+    check_note(title, state, note)
+    named = state.named(variables=variables)
+    arrays = fitting(title, state, arrays, named.keys(), variables=variables)
+    try:
+        return state.restoring(arrays, from_file=True, named=named, also=also)
+    except (ArgumentTypeError, ArgumentValueError) as error:
+        raise CheckpointError(f"{error.argument!r} in {title}", error.rule, error.got, OWN) from error
+
+
+def check_note(title: str, state: AdamState, note: Mapping[str, Any]) -> None:
+    """Raise CheckpointError for the note of a file that is none of an optimizer, or of one with another complex_mode.
+
+    Args:
+        title: the file's name, for messages.
+        state: of the optimizer that loads.
+        note: of the file.
+    """
     if note.get("kind") != "Adam":
         raise CheckpointError(title, "must be written by Adam.save", note.get("kind"), "pass another file")
     config = note.get("config")
@@ -135,20 +168,33 @@ def restore(title: str, state: AdamState, contents: Contents, *, variables: bool
     if mode != state.complex_mode:
         rule = f"must come from an optimizer with complex_mode={state.complex_mode!r}"
         raise CheckpointError(title, rule, repr(mode), "construct the optimizer with the file's complex_mode")
-    named = state.named(variables=variables)
-    fits = arrays.keys() == named.keys()
+
+
+def fitting(
+    title: str, state: AdamState, arrays: Mapping[str, T], named: Set[str], *, variables: bool
+) -> Mapping[str, T]:
+    """What a file holds of a state, by name.
+
+    Args:
+        title: the file's name, for messages.
+        state: of the optimizer that loads.
+        arrays: all that the file holds.
+        named: the names of what it must hold.
+        variables: whether these are among them; otherwise those of the file are left out.
+
+    Raises:
+        CheckpointError: something is missing, or left over.
+    """
+    fits = arrays.keys() == named
     if not fits and not variables:
         arrays = {name: array for name, array in arrays.items() if not name.endswith(f"/{VALUE}")}
-        fits = arrays.keys() == named.keys()
+        fits = arrays.keys() == named
     if not fits:
         missing = [name for name in named if name not in arrays]
         left = [name for name in arrays if name not in named]
         got = " and ".join([*_listed("nothing for", missing), *_listed("also", left)])
-        raise CheckpointError(title, f"must hold the {len(named)} arrays of optimizer {state.name!r}", got, _OWN)
-    try:
-        state.restore(arrays, from_file=True, named=named, also=also)
-    except (ArgumentTypeError, ArgumentValueError) as error:
-        raise CheckpointError(f"{error.argument!r} in {title}", error.rule, error.got, _OWN) from error
+        raise CheckpointError(title, f"must hold the {len(named)} arrays of optimizer {state.name!r}", got, OWN)
+    return arrays
 
 
 def _listed(words: str, names: Sequence[str]) -> list[str]:
@@ -165,10 +211,10 @@ def _of_version_1(title: str, arrays: Mapping[str, np.ndarray], names: Any, pref
     """
     keys = [f"weights/{number}" for number in range(len(arrays))]
     if not isinstance(names, list) or len(names) != len(keys) or not all(type(name) is str for name in names):
-        raise CheckpointError(title, f"must hold a list of {len(keys)} names", type(names).__name__, _OWN)
+        raise CheckpointError(title, f"must hold a list of {len(keys)} names", type(names).__name__, OWN)
     if arrays.keys() != set(keys):
         got = ", ".join(sorted(arrays.keys() - set(keys))[:3])
-        raise CheckpointError(title, f"must hold {len(keys)} weights by number", got, _OWN)
+        raise CheckpointError(title, f"must hold {len(keys)} weights by number", got, OWN)
     seen: Counter[str] = Counter()
     places = []  # of each weight: the variable's name, its number among those of that name, and the slot's name
     for name in names:
