@@ -301,7 +301,12 @@ def test_variants_are_distinct_and_complete() -> None:
     sorts = {kernels.sort(name).source for name in kernels.kernel_names("sort.cu")}
     wide = [dtype for dtype in DTYPES if dtype not in kernels.HALVES]
     sums = {update(dtype, kernels.ACCUMULATION).source for dtype in wide for update in (kernels.dense, kernels.sparse)}
-    assert set(variants) == updates | mixed | norms | sorts | guards | guarded | sums
+    deferred = {
+        kernels.deferred(dtype, rule).source
+        for dtype in DTYPES
+        for rule in (kernels.UpdateRule(), kernels.update_rules(dtype)[-1])
+    } | {kernels.deferred("float32", kernels.GUARDED).source}
+    assert set(variants) == updates | mixed | norms | sorts | guards | guarded | sums | deferred
 
 
 @pytest.mark.parametrize("update", [kernels.dense, kernels.sparse])
