@@ -167,7 +167,7 @@ def test_what_a_graph_would_read_too_early_is_refused(gpu: Device) -> None:
             lambda: variable + 1,
             lambda: variable[2:4],
             lambda: optimizer.get_slot(variable, "v").value,
-            lambda: variable.assign(table()),
+            lambda: variable.assign(gradient),
         ]
         message = (
             r"variable 'w', whose rows are deferred, must not be read.* while a graph is captured \(got .*\); take"
