@@ -506,6 +506,21 @@ def _calls(call: Callable[[World], object], *arguments: Any, **options: Any) -> 
     return lambda device: state_scenario(device, call, *arguments, **options)
 
 
+def _of_deferred(call: Callable[[World], object]) -> Callable[[Device], Factory]:
+    """A call after two deferred steps."""
+
+    def scenario(device: Device) -> Factory:
+        factory = step_scenario(device, 2, (X,), sparse=True, sparse_update="deferred")
+
+        def deferred() -> World:
+            world = factory()
+            return World(world.optimizer, world.targets, call, _two_steps(device, sparse=True))
+
+        return deferred
+
+    return scenario
+
+
 def _build(world: World) -> None:
     world.optimizer.build(world.targets)
 
@@ -524,6 +539,7 @@ SCENARIOS: dict[str, Callable[[Device], Factory]] = {
             (", global norm", (), {"global_clipnorm": 0.5}),
             (", sparse", ((X,),), {"sparse": True}),
             (", mixed", ((X, Y, Z, Z + 2),), {"sparse": True, "amsgrad": True}),
+            (", deferred", ((X,),), {"sparse": True, "sparse_update": "deferred", "max_deferral": 2}),
             (", raw", (), {"raw": True}),
             (", guarded", (), {"loss_scale": gpu_adam.LossScale(4.0, 2), "telemetry": True, "clipnorm": 0.5}),
         )
@@ -563,6 +579,8 @@ SCENARIOS: dict[str, Callable[[Device], Factory]] = {
     "forget": _calls(_forget),
     "forget, raw": _calls(_forget, raw=True),
     "replace": lambda device: state_scenario(device, _replace(device, raw=False)),
+    "forget, deferred": _of_deferred(_forget),
+    "assign, deferred": _of_deferred(lambda world: world.targets[0].assign(X[::-1] + 5)),
     "replace, raw": lambda device: state_scenario(device, _replace(device, raw=True), raw=True),
 }
 """Each operation that must not be torn, by name: a device gives its factory."""
