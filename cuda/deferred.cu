@@ -21,12 +21,14 @@ struct DeferredTable {
     Slots slots;
     long long rows;
     long long row_size;        // elements of a row, > 0
-    long long rows_per_tile;
+    long long rows_per_tile;   // up to TILE
     long long place;           // among the variables, in the order in which they got their slots
     int* last_step;            // of each row: how many of the logged steps it has taken
     StepLog* log;
     long long at_once;         // 1 where v takes missed steps in one product, else 0
 };
+
+constexpr int TILE = 1024;  // keys of a tile, at most
 
 // The rows of a launch, in ascending order: keys, or with null keys all rows from `first` on.
 struct TouchedRows {
@@ -132,27 +134,68 @@ __device__ inline void update_strip(const DeferredTable& table, Strip& strip, co
     move_lanes<false>(packs, table.slots, strip);
 }
 
+// Which keys of a tile begin rows, those first whose rows have missed least: rows that share a strip wait for each other,
+// and so hardly do. On the way the rows are fetched. (profiling/README.md has what either brings.)
+struct RowOrder {
+    int number = 0;
+    int keys[STRIP_ROWS > 1 ? TILE : 1];  // from the tile's first one on
+    int from[STRIP_ROWS > 1 ? TILE : 1];
+
+    __device__ void fill(const DeferredTable& table, const TouchedRows& touched, long long begin, long long end) {
+        for (long long k = begin; k < end; ++k) {
+            if (!touched.begins(k)) continue;
+            const long long row = touched.row(k);
+            keys[number] = static_cast<int>(k - begin);
+            from[number++] = table.last_step[row];
+            const Slots at = table.slots.at(row * table.row_size);
+#define FETCH(slot, Memory, Register, present)              \
+    if constexpr (present) {                                \
+        GPU_ADAM_FETCH(at.slot);                            \
+        GPU_ADAM_FETCH(at.slot + table.row_size - 1);       \
+    }
+            GPU_ADAM_SLOTS(FETCH)
+#undef FETCH
+        }
+        for (int gap = number / 2; gap > 0; gap /= 2) {  // Shell sort
+            for (int i = gap; i < number; ++i) {
+                const int own = from[i], key = keys[i];
+                int j = i;
+                for (; j >= gap && from[j - gap] < own; j -= gap) {
+                    from[j] = from[j - gap];
+                    keys[j] = keys[j - gap];
+                }
+                from[j] = own;
+                keys[j] = key;
+            }
+        }
+    }
+};
+
 // Update the rows that begin among the keys [begin, end).
 __device__ inline void update_tile(const DeferredTable& table, const TouchedRows& touched, long long begin, long long end,
                                    long long now, const SummedGradient& gradient, const StepScalars& step) {
     const long long size = table.row_size;
     const long long strips = (size + STRIP_SIZE - 1) / STRIP_SIZE;
     const int together = STRIP_ROWS == 1 || size > STRIP_SIZE ? 1 : static_cast<int>(STRIP_SIZE / size);
-    const long long items = (end - begin + together - 1) / together * strips;
+    RowOrder order;
+    if (together > 1) order.fill(table, touched, begin, end);
+    const long long count = together > 1 ? order.number : end - begin;
+    const long long items = (count + together - 1) / together * strips;
     for (long long item = threadIdx.x; item < items; item += blockDim.x) {
         Strip strip;
         strip.rows = {};
         strip.column = item % strips * STRIP_SIZE;
         strip.rows.columns = static_cast<int>(size - strip.column < STRIP_SIZE ? size - strip.column : STRIP_SIZE);
         strip.rows.now = now;
-        const long long first = begin + item / strips * together;
-        for (int k = 0; k < together && first + k < end; ++k) {
-            if (!touched.begins(first + k)) continue;
-            const long long row = touched.row(first + k);
+        const long long first = item / strips * together;
+        for (int k = 0; k < together && first + k < count; ++k) {
+            const long long key = begin + (together > 1 ? order.keys[first + k] : first + k);
+            if (!touched.begins(key)) continue;
+            const long long row = touched.row(key);
             const int r = STRIP_ROWS == 1 ? 0 : strip.rows.rows;
             ++strip.rows.rows;
             strip.rows.from[r] = table.last_step[row];
-            strip.keys[r] = first + k;
+            strip.keys[r] = key;
             strip.firsts[r] = row * size + strip.column;
         }
         if (strip.rows.rows) update_strip(table, strip, table.log->steps, gradient, step);

@@ -15,6 +15,7 @@
 #define GPU_ADAM_STRIP (1 << 30)
 #define GPU_ADAM_PREFETCHES false
 #define GPU_ADAM_PREFETCH(pointer)
+#define GPU_ADAM_FETCH(pointer)
 #define GPU_ADAM_INDEPENDENT
 #define GPU_ADAM_CALLED
 #endif

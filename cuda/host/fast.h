@@ -25,6 +25,8 @@ template <typename T> static inline T __shfl_up_sync(unsigned, T x, unsigned) { 
 #define GPU_ADAM_STRIP 64
 #define GPU_ADAM_PREFETCHES fetches_ahead
 #define GPU_ADAM_PREFETCH(pointer) prefetch_strip(pointer)
+// What lies at an address that nothing but an index tells, and will be needed after some other work.
+#define GPU_ADAM_FETCH(pointer) __builtin_prefetch(pointer, 1)
 #if defined(__clang__)
 #define GPU_ADAM_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
 #else
