@@ -1,17 +1,21 @@
-"""Whether all ranks train the same thing: a mistake in one rank's program is named, instead of made by all."""
+"""Whether all ranks train the same thing, and what fails on one of them: a mistake is named, instead of made by all."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
 from itertools import zip_longest
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
+from gpu_adam import errors
 from gpu_adam.communicators import Communicator
 from gpu_adam.devices import Array
-from gpu_adam.errors import ArgumentTypeError, DistributedError
+from gpu_adam.errors import ArgumentTypeError, DistributedError, GpuAdamError
+
+T = TypeVar("T")
 
 
 def check_communicator(communicator: Any) -> None:
@@ -59,3 +63,47 @@ def _gathered(communicator: Communicator, row: np.ndarray) -> np.ndarray:
     rows: Array = device.zeros((communicator.size, row.size), row.dtype)
     communicator.all_gather(device.array(row), rows).wait()
     return device.numpy(rows)
+
+
+def together(communicator: Communicator, work: Callable[[], T]) -> T:
+    """What a function gives that may fail on some rank: all ranks go on, or all raise the same kind of error.
+
+    Args:
+        communicator: of the ranks, each of which calls this.
+        work: does nothing that ranks do together.
+
+    Raises:
+        Exception: what `work` has raised on the first rank where it has. The other ranks raise a copy of an error of
+            this package or of the system, so that a program which catches one goes on alike on all ranks.
+        DistributedError: on the other ranks, for any other error.
+    """
+    error: Exception | None = None
+    try:
+        result = work()
+    except Exception as raised:
+        error = raised
+    told = gathered(communicator, "" if error is None else json.dumps(_told(error)))
+    rank = next((rank for rank, text in enumerate(told) if text), None)
+    if rank is None:
+        return result
+    if error is None or rank != communicator.rank:
+        raise _copy_of(json.loads(told[rank]), rank) from error
+    raise error
+
+
+def _told(error: Exception) -> list[Any]:
+    if isinstance(error, GpuAdamError):
+        return [type(error).__name__, error.argument, error.rule, str(error.got), error.remedy]
+    if isinstance(error, OSError) and error.errno is not None:
+        return ["OSError", error.errno, error.strerror, None if error.filename is None else str(error.filename)]
+    return ["", f"{type(error).__name__}: {error}"]
+
+
+def _copy_of(told: list[Any], rank: int) -> Exception:
+    kind, first, *rest = told
+    if kind == "OSError":  # of the class that belongs to its number
+        return OSError(first, f"{rest[0]} (rank {rank})", rest[1])
+    if kind:
+        made: Exception = getattr(errors, kind)(f"{first} (rank {rank})", *rest)
+        return made
+    return DistributedError(f"rank {rank}", "must go on as the others do", first, "see what it has raised")

@@ -12,15 +12,19 @@ from gpu_adam import adam
 from gpu_adam.autodiff_seam import refuse_in_loss
 from gpu_adam.communicators import Communicator
 from gpu_adam.distributed.agreement import agree, check_communicator
+from gpu_adam.distributed.checkpoint import RankFiles, titles_of
 from gpu_adam.distributed.layout import buckets_of, table_bucket
 from gpu_adam.distributed.shards import ArrayShard, Shard, Shards, TableShard
 from gpu_adam.errors import ArgumentTypeError, ArgumentValueError, SlotNotFoundError
 from gpu_adam.hyperparameters import OWN_SETTINGS, Settings
 from gpu_adam.kernels import UpdateRule
-from gpu_adam.rules import truth_value
+from gpu_adam.rules import one_of, truth_value
+from gpu_adam.state import saving
+from gpu_adam.state.atomic_file import PathOrFile
 from gpu_adam.step.gradients import Incoming, as_array, check_shape, dtype_read
 from gpu_adam.step.groups import SparseGroup
 from gpu_adam.step.guard import checked_scale
+from gpu_adam.step.replays import refuse_in_capture
 from gpu_adam.variables import IndexedSlices, Variable
 
 BUCKET_BYTES = 2**25
@@ -140,6 +144,7 @@ class ShardedAdam(adam.Adam):
                 self._shards.add(shard)
                 pieces += shard.pieces
         self._pairs = None
+        self._state.titles = titles_of(self._whole, self._shards.shards, self._communicator.rank)
         super().build(pieces)
 
     def _buckets(self, numbers: list[int]) -> list[Shard]:
@@ -316,7 +321,10 @@ class ShardedAdam(adam.Adam):
         return super().get_slot(piece, slot_name)
 
     def set_group(self, variables: Iterable[Any], **settings: Any) -> None:
-        """As `Adam.set_group`, on all ranks alike."""
+        """As `Adam.set_group`, on all ranks alike. ``sparse_update`` is for all tables, an argument of the optimizer."""
+        if "sparse_update" in settings:
+            rule, remedy = "must be the same for all tables of an optimizer on several ranks", "pass it to ShardedAdam"
+            raise ArgumentValueError("sparse_update", rule, "one of a group", remedy)
         super().set_group(self._pieces_of(variables, "variables"), **settings)
 
     def get_group(self, variable: Any) -> Settings:
@@ -341,12 +349,99 @@ class ShardedAdam(adam.Adam):
     def overwrite_by_averages(self, var_list: Iterable[Any] | None = None) -> None:
         """As `Adam.overwrite_by_averages`, on all ranks alike and at the same time."""
         super().overwrite_by_averages(None if var_list is None else self._pieces_of(var_list, "var_list"))
+        self._hand_on()
+
+    finalize_variable_values = overwrite_by_averages
+
+    def _hand_on(self) -> None:
+        """Give what this rank owns of the variables to the others."""
         for shard in self._shards.shards:
             shard.depart()
         for shard in self._shards.shards:
             shard.finish()
 
-    finalize_variable_values = overwrite_by_averages
+    # Files.
+
+    def save(
+        self,
+        path: PathOrFile,
+        *,
+        variables: bool = False,
+        asynchronous: bool = False,
+        on_busy: str = "wait",
+        user: Mapping[str, Any] | None = None,
+        gather: bool = False,
+    ) -> None:
+        """Write iterations, slots and configuration into a directory, each rank what it owns: see README.md here.
+
+        Every rank makes the call. A program that is killed at any moment leaves this save or the last one, never a
+        part; a save that raises does so on all ranks.
+
+        Args:
+            path: a directory that all ranks see, which is made where it does not exist and has one checkpoint; with
+                `gather` a file as of `Adam.save`, which rank 0 writes.
+            variables: whether to write the variables too, each rank its part.
+            asynchronous: must be False: when the files of all ranks are there they have to agree that they are.
+            on_busy: of no effect: no save is at work.
+            user: as of `Adam.save`; that of rank 0 counts.
+            gather: whether to write one file, which a plain `Adam` loads too. Rank 0 takes host memory for all arrays,
+                and device memory for an array of one bucket at a time.
+
+        Raises:
+            ArgumentTypeError, ArgumentValueError: as `Adam.save`; `asynchronous`; gradients that were handed over wait
+                for their step; a directory that not all ranks see.
+            OSError: the file system refuses on some rank; what was saved before is still there.
+            SparseIndexError: as `check_errors`, on all ranks.
+        """
+        if asynchronous:
+            rule, remedy = "must be False on several ranks", "save less often, or where nobody waits"
+            raise ArgumentValueError("asynchronous", rule, asynchronous, remedy)
+        one_of("on_busy", on_busy, ("wait", "error"))
+        self._check_between_steps("save")
+        refuse_in_capture(self._communicator.device, "save")
+
+        def note() -> dict[str, Any]:
+            self._controller.check_errors()
+            self._controller.guards.settle_inside()
+            return saving.note_of(self._state, self.flavour, self.get_config(), user)
+
+        with self._state.alone():
+            files = self._files()
+            if gather:
+                files.gather(path, note, variables=variables)
+            else:
+                files.save(path, note, variables=variables)
+
+    def load(self, path: PathOrFile, *, variables: bool = False) -> None:
+        """Read what `save` wrote, on any number of ranks, or a file of `Adam.save`; the slots must exist: see `build`.
+
+        Every rank makes the call, reads what it owns, and gets the others' part of the variables from them. Where a
+        rank finds that something is damaged or does not fit, all raise, and nothing has changed on any of them.
+
+        Args:
+            path: the directory, or a file of version 2.
+            variables: whether to read the variables too, which must have been saved then. Otherwise they stay.
+
+        Raises:
+            FileNotFoundError: there is no such file, or no finished save in the directory.
+            ArgumentValueError: gradients that were handed over wait for their step.
+            CheckpointError: as `Adam.load`; files of another save than the directory's manifest tells of.
+        """
+        refuse_in_loss("load")
+        self._check_between_steps("load")
+        with self._state.alone():
+            self._controller.guards.settle_inside()
+            self._files().loading(path, variables=variables)()
+            if variables:
+                self._hand_on()
+
+    def _files(self) -> RankFiles:
+        return RankFiles(self._communicator, self._state, self._whole, self._shards.shards)
+
+    def _check_between_steps(self, call: str) -> None:
+        if len(self._lacks()) < len(self._whole):
+            rule, got = "must come between steps", "a call after push_gradient"
+            raise ArgumentValueError(call, rule, got, "call apply_gradients first")
 
     # What an optimizer that has a process to itself can do besides.
 

@@ -95,7 +95,7 @@ def make_directory(path: str | os.PathLike[str]) -> None:
     parent = os.path.dirname(os.path.abspath(path))
     make_directory(parent)
     os.makedirs(path, exist_ok=True)
-    _sync_directory(parent)
+    sync_directory(parent)
 
 
 def name_of(file: PathOrFile) -> str:
@@ -142,7 +142,7 @@ def _replaced(target: str, old: os.stat_result | None) -> Iterator[BinaryIO]:
     finally:
         with contextlib.suppress(OSError):
             os.unlink(file.name)
-    _sync_directory(directory)
+    sync_directory(directory)
 
 
 def _locked_file(prefix: str, mode: int) -> BinaryIO:
@@ -197,7 +197,8 @@ def _give(descriptor: int, old: os.stat_result) -> None:
             os.fchown(descriptor, old.st_uid, -1)
 
 
-def _sync_directory(directory: str) -> None:
+def sync_directory(directory: str | os.PathLike[str]) -> None:
+    """Make the names in a directory durable, as far as the file system lets us."""
     try:
         descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:

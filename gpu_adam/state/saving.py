@@ -144,9 +144,9 @@ def restoring(
     arrays, note = updated(title, contents)
     check_note(title, state, note)
     named = state.named(variables=variables)
-    wanted = fitting(title, state, arrays, named.keys(), variables=variables)
+    fits = fitting(title, state, arrays, named.keys(), variables=variables)
     try:
-        return state.restoring(wanted, from_file=True, named=named, also=also)
+        return state.restoring(fits, from_file=True, named=named, also=also)
     except (ArgumentTypeError, ArgumentValueError) as error:
         raise CheckpointError(f"{error.argument!r} in {title}", error.rule, error.got, OWN) from error
 
