@@ -18,7 +18,8 @@ from gpu_adam.state import checkpoint
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 PACKAGE, FORMAT, KERNELS = "gpu_adam/README.md", "gpu_adam/state/README.md", "cuda/README.md"
-DOCUMENTS = ["README.md", PACKAGE, FORMAT, KERNELS, "profiling/README.md", "CONTRIBUTING.md", "CHANGELOG.md"]
+RANKS = "gpu_adam/distributed/README.md"
+DOCUMENTS = ["README.md", PACKAGE, FORMAT, RANKS, KERNELS, "profiling/README.md", "CONTRIBUTING.md", "CHANGELOG.md"]
 
 
 def blocks(document: str) -> list[str]:
@@ -63,7 +64,7 @@ def test_python_runs_as_typed(
 
 
 def test_every_specification_has_a_program() -> None:
-    for document in ("README.md", PACKAGE, FORMAT, KERNELS):
+    for document in ("README.md", PACKAGE, FORMAT, RANKS, KERNELS):
         assert any("print(" in block for block in blocks(document)), document
 
 
@@ -94,7 +95,7 @@ def test_the_first_example_is_short_and_prints() -> None:
 
 def test_the_readme_is_short() -> None:
     assert len(README.splitlines()) <= 150
-    for document in ("README.md", PACKAGE, FORMAT):
+    for document in ("README.md", PACKAGE, FORMAT, RANKS):
         for line in (ROOT / document).read_text().splitlines():
             assert len(line) <= 120 or line.startswith("|"), f"{document}: {line}"
 

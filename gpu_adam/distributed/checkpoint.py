@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gpu_adam.communicators import Communicator
-from gpu_adam.distributed.agreement import first_difference, gathered, together
+from gpu_adam.distributed.agreement import gathered, together
 from gpu_adam.distributed.layout import Piece
 from gpu_adam.distributed.shards import Shard
 from gpu_adam.errors import ArgumentTypeError, ArgumentValueError, CheckpointError
@@ -201,12 +201,17 @@ class RankFiles:
             meta.json does not tell; unless meta.json could not be synced: then it is the old one or the new one.
         """
         rank, ranks = self._communicator.rank, self._communicator.size
-        directory = together(self._communicator, lambda: _directory(path))
+        directory = _directory(path)
         found = together(self._communicator, lambda: (note(), 0 if rank else _new_generation(directory)))
         whole, (generation, *_) = self._joined(found[0]), map(int, gathered(self._communicator, str(found[1])))
-        about = {"kind": _KIND, "generation": generation, "rank": rank, "ranks": ranks}
-        file = os.path.join(directory, _file_name(generation, rank, ranks))
-        together(self._communicator, lambda: checkpoint.write(file, self._pieces(variables=variables), about))
+
+        def write() -> None:
+            atomic_file.make_directory(directory)  # who has looked for it before rank 0 made it might not see it yet
+            about = {"kind": _KIND, "generation": generation, "rank": rank, "ranks": ranks}
+            file = os.path.join(directory, _file_name(generation, rank, ranks))
+            checkpoint.write(file, self._pieces(variables=variables), about)
+
+        together(self._communicator, write)
         shapes = {name: list(variable.shape) for name, variable in self._variables.items()}
         together(self._communicator, lambda: None if rank else _commit(directory, generation, ranks, whole, shapes))
 
@@ -333,12 +338,12 @@ class RankFiles:
             FileNotFoundError, CheckpointError: as `Adam.load`, on all ranks where one of them refuses.
         """
         digest, write = together(self._communicator, lambda: self._read(path, variables=variables))
-        found = first_difference(self._communicator, [digest])
-        if found is not None:
-            rank, theirs, ours = found
-            rule = f"must be the same on all ranks; rank {rank} has one of sha256 {theirs[:12]}..."
-            remedy = "load from a place that all ranks see alike"
-            raise CheckpointError(atomic_file.name_of(path), rule, f"{ours[:12]}...", remedy)
+        digests = gathered(self._communicator, digest)
+        others = [rank for rank, each in enumerate(digests) if each != digests[0]]
+        if others:
+            rule = f"must be the same on all ranks; rank 0 has one of sha256 {digests[0][:12]}..."
+            got, remedy = f"{digests[others[0]][:12]}... on rank {others[0]}", "load from a place that all ranks see alike"
+            raise CheckpointError(atomic_file.name_of(path), rule, got, remedy)
         return write
 
     def _read(self, path: PathOrFile, *, variables: bool) -> tuple[str, Callable[[], None]]:
@@ -388,13 +393,10 @@ def _size(kind: str) -> int:
 
 
 def _directory(path: PathOrFile) -> str:
-    """The path of what is a directory, or nothing yet."""
+    """The path that the argument is."""
     if not isinstance(path, (str, os.PathLike)):
         rule, got = "must be the path of a directory", type(path).__name__
         raise ArgumentTypeError("path", rule, got, "pass one, or gather=True for one file")
-    if os.path.exists(path) and not os.path.isdir(path):
-        rule, got = "must be a directory", f"the file {os.fspath(path)}"
-        raise ArgumentValueError("path", rule, got, "pass another name, or gather=True for one file")
     return os.fspath(path)
 
 
@@ -435,6 +437,9 @@ def _of_directory(title: str, path: str | os.PathLike[str], said: Manifest) -> C
 
 def _new_generation(directory: str) -> int:
     """A number that no file has. Files of saves that were not finished go first, for the disk may be full of them."""
+    if os.path.exists(directory) and not os.path.isdir(directory):
+        rule, remedy = "must be a directory", "pass another name, or gather=True for one file"
+        raise ArgumentValueError("path", rule, f"the file {directory}", remedy)
     atomic_file.make_directory(directory)
     last = 0
     # Without a whole manifest nobody knows what is finished: then all files stay until there is one.

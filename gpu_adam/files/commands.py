@@ -18,7 +18,7 @@ from gpu_adam.state import checkpoint
 
 
 def inspect(
-    file: Annotated[Path, typer.Argument(help="A checkpoint.")],
+    file: Annotated[Path, typer.Argument(help="A checkpoint: a file, or a directory of several ranks.")],
     other: Annotated[Path | None, typer.Argument(help="Another one, to compare it with.")] = None,
 ) -> None:
     """Print what is in a checkpoint, or how two differ: exit status 1 where they do."""
@@ -32,10 +32,10 @@ def inspect(
 
 
 def convert(
-    source: Annotated[Path, typer.Argument(help="A checkpoint of any version.")],
+    source: Annotated[Path, typer.Argument(help="A checkpoint of any version, or a directory.")],
     target: Annotated[Path, typer.Argument(help="The file to write: .safetensors, or .npz for all other suffixes.")],
 ) -> None:
-    """Write a checkpoint in another container, or in today's version of the format."""
+    """Write a checkpoint in another container, in today's version of the format, or as one file."""
     found = read(source)
     checkpoint.write(target, found.arrays, found.note)
     _print([f"{target}: {len(found.arrays)} arrays, sha256 {read(target).digest}"])

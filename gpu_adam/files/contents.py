@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from gpu_adam.distributed import checkpoint as of_ranks
 from gpu_adam.state import checkpoint, saving
 
 _PIECE = 1 << 20  # elements that are looked at together, so that a large array takes little memory
@@ -18,7 +19,7 @@ class File(NamedTuple):
     """A whole checkpoint.
 
     Attributes:
-        path: the file.
+        path: the file; or the directory, of several ranks.
         version: of its format.
         digest: the SHA-256 of its manifest, and so of all there is; version 1 has none, "".
         arrays: by the names of today's version.
@@ -33,12 +34,15 @@ class File(NamedTuple):
 
 
 def read(path: Path) -> File:
-    """Read a checkpoint of any version.
+    """Read a checkpoint of any version, or the one that several ranks have saved into a directory.
 
     Raises:
         FileNotFoundError: there is no such file.
         CheckpointError: it is no whole checkpoint.
     """
+    if path.is_dir():
+        said, whole, note = of_ranks.read_all(path)
+        return File(path, said.version, said.digest, whole, note)
     manifest, arrays = checkpoint.read_all(path)
     return File(path, manifest.version, manifest.digest, *saving.updated(str(path), (arrays, manifest.meta)))
 
