@@ -153,6 +153,7 @@ def test_replays_of_a_graph(device: Device, name: str, seed: int | None) -> None
 def test_what_a_graph_would_read_too_early_is_refused(gpu: Device) -> None:
     with context_of(gpu):
         (optimizer, variable), batch = deferred(gpu), Batch(gpu)
+        gradient = gpu.array(table())
         optimizer.get_slot(variable, "m").numpy()  # no row is behind: at a replay some would be
 
         def reading(look: Callable[[], object]) -> Callable[[], None]:

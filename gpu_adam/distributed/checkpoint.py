@@ -342,7 +342,10 @@ class RankFiles:
         others = [rank for rank, each in enumerate(digests) if each != digests[0]]
         if others:
             rule = f"must be the same on all ranks; rank 0 has one of sha256 {digests[0][:12]}..."
-            got, remedy = f"{digests[others[0]][:12]}... on rank {others[0]}", "load from a place that all ranks see alike"
+            got, remedy = (
+                f"{digests[others[0]][:12]}... on rank {others[0]}",
+                "load from a place that all ranks see alike",
+            )
             raise CheckpointError(atomic_file.name_of(path), rule, got, remedy)
         return write
 

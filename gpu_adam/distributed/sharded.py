@@ -321,7 +321,7 @@ class ShardedAdam(adam.Adam):
         return super().get_slot(piece, slot_name)
 
     def set_group(self, variables: Iterable[Any], **settings: Any) -> None:
-        """As `Adam.set_group`, on all ranks alike. ``sparse_update`` is for all tables, an argument of the optimizer."""
+        """As `Adam.set_group`, on all ranks alike. ``sparse_update`` is an argument of the optimizer, for all tables."""
         if "sparse_update" in settings:
             rule, remedy = "must be the same for all tables of an optimizer on several ranks", "pass it to ShardedAdam"
             raise ArgumentValueError("sparse_update", rule, "one of a group", remedy)
