@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -18,17 +19,22 @@ from gpu_adam.distributed.shards import ArrayShard, Shard, Shards, TableShard
 from gpu_adam.errors import ArgumentTypeError, ArgumentValueError, SlotNotFoundError
 from gpu_adam.hyperparameters import OWN_SETTINGS, Settings
 from gpu_adam.kernels import UpdateRule
-from gpu_adam.rules import one_of, truth_value
+from gpu_adam.rules import is_whole, items_of, one_of, shown, truth_value
 from gpu_adam.state import saving
 from gpu_adam.state.atomic_file import PathOrFile
-from gpu_adam.step.gradients import Incoming, as_array, check_shape, dtype_read
+from gpu_adam.step.gradients import Incoming, OtherDtypeError, as_array, check_shape, dtype_read, on_device
 from gpu_adam.step.groups import SparseGroup
 from gpu_adam.step.guard import checked_scale
+from gpu_adam.step.plan import check_updatable
 from gpu_adam.step.replays import refuse_in_capture
+from gpu_adam.step.request import checked_pair, listed
 from gpu_adam.variables import IndexedSlices, Variable
 
 BUCKET_BYTES = 2**25
 """Of parameters: enough for a collective operation to run at full speed, few enough for several to be under way."""
+
+
+_ONCE = "add them up, or call apply_gradients() where a step has failed that has its gradients"
 
 
 def _described(variable: Variable) -> str:
@@ -52,13 +58,15 @@ class ShardedAdam(adam.Adam):
     Every rank has all parameters, and makes the same calls in the same order, each with its own gradients::
 
         g        = sum over ranks of their g               reduce-scatter: each rank gets the sum for its share
-        m, v, θ  as `Adam` with ``grad_scale`` times the number of ranks, of the share
+        m, v, θ  as `Adam` with ``grad_scale`` times the number of ranks, of the share; with ``accumulation="sum"``
+                 with ``grad_scale`` as it is
         θ        all-gather: each rank gets the others' shares
 
     A rank's memory, in bytes, for P of parameters, S of their slots, G of their gradients and W ranks::
 
-        P + S / W + G + G / W         G, a copy of the gradients that travels, and the sum for the share
-        ordered, while a bucket travels, once more the bucket's G
+        P + S / W + G + F / W         G, a copy of the gradients that travels, and F / W, the sum for the share, where
+                                      F is G, or 2 G for gradients of 16 bits, which are added in float32
+        while a bucket travels, once more its G where gradients are ordered or of 16 bits
 
     Variables are moved into flat arrays: what was taken as ``variable.value`` before is no part of the variable any
     more. Every variable gets a gradient at every step, an array; ranks that disagree about variables are told so.
@@ -87,15 +95,18 @@ class ShardedAdam(adam.Adam):
         bucket_bytes: int = BUCKET_BYTES,
         **kwargs: Any,
     ) -> None:
-        super().__init__(*args, **kwargs)
         check_communicator(communicator)
+        super().__init__(*args, **kwargs)
         flavour = self.flavour
         for name in ("telemetry", "stochastic_rounding", "ema_overwrite_frequency"):
             if getattr(flavour, name):
                 rule = "must be left out by an optimizer on several ranks"
                 raise ArgumentValueError(name, rule, getattr(flavour, name), "leave it out")
         self._communicator, self._ordered = communicator, truth_value("deterministic", deterministic)
-        self._bucket_bytes = bucket_bytes
+        if not is_whole(bucket_bytes) or bucket_bytes < 1:
+            rule = "must be a whole number >= 1"
+            raise ArgumentValueError("bucket_bytes", rule, shown(bucket_bytes), "pass 2**25, say, or leave it out")
+        self._bucket_bytes = int(bucket_bytes)
         self._whole: list[Variable] = []  # by number
         self._numbers: dict[Variable, int] = {}
         self._bucket_numbers: list[int] = []  # of each variable
@@ -119,14 +130,16 @@ class ShardedAdam(adam.Adam):
             ArgumentTypeError, ArgumentValueError: something else; gradients for a step have been handed over.
             DistributedError: another rank builds other variables, or has another configuration.
         """
-        listed = [var_list] if isinstance(var_list, Variable) else list(var_list)
-        with_rows = {tables} if isinstance(tables, Variable) else set(tables)
-        new = [variable for variable in dict.fromkeys(listed) if variable not in self._numbers]
+        variables, with_rows = self._variables(var_list, "var_list"), set(self._variables(tables, "tables"))
+        for variable in with_rows:
+            if variable.ndim == 0:
+                rule, got = "must have rows", f"{variable.name!r} of shape ()"
+                raise ArgumentValueError("a variable of tables", rule, got, "leave it out of tables")
+        new = [variable for variable in dict.fromkeys(variables) if variable not in self._numbers]
+        check_updatable([*self._whole, *new] if new else [], {}, self._rule())
         if new and len(self._lacks()) < len(self._whole):
             rule, got = "must come between steps", "a call after push_gradient"
             raise ArgumentValueError("build", rule, got, "call apply_gradients first")
-        for number, variable in enumerate(new):
-            self._check_variable(variable, f"var_list[{number}]")
         self._agree([f"{'table' if each in with_rows else 'variable'} {_described(each)}" for each in new])
         if not new:
             return
@@ -147,6 +160,12 @@ class ShardedAdam(adam.Adam):
         self._state.titles = titles_of(self._whole, self._shards.shards, self._communicator.rank)
         super().build(pieces)
 
+    def _variables(self, given: Any, argument: str) -> list[Variable]:
+        listed = [given] if isinstance(given, Variable) else items_of(argument, given, "must be variables")
+        for number, variable in enumerate(listed):
+            self._check_variable(variable, f"{argument}[{number}]")
+        return listed
+
     def _buckets(self, numbers: list[int]) -> list[Shard]:
         first = self._whole[numbers[0]]
         sizes = [self._whole[number].size for number in numbers]
@@ -156,9 +175,6 @@ class ShardedAdam(adam.Adam):
 
     def _table(self, number: int) -> list[Shard]:
         variable, communicator = self._whole[number], self._communicator
-        if variable.ndim == 0:
-            rule, got = "must have rows to be a table", "shape ()"
-            raise ArgumentValueError(f"variable {variable.name!r}", rule, got, "leave it out of tables")
         rows = len(variable)
         bucket = table_bucket(rows, variable.size // rows if rows else 0, communicator.size, number)
         defers = self.flavour.sparse_update == "deferred"
@@ -200,7 +216,8 @@ class ShardedAdam(adam.Adam):
             variable: a variable that was built.
             gradient: an array of the variable's shape, as of `Adam.apply_gradients`. All of a bucket have the dtype of
                 the first one. `IndexedSlices` of the rows that this rank has gradients for, none of them out of range,
-                for a variable that was built as one of `tables`.
+                for a variable that was built as one of `tables`; for another one they are written out, unless gradients
+                are clipped by norm.
 
         Raises:
             ArgumentTypeError, ArgumentValueError: what does not fit; a second gradient of the variable for one step.
@@ -211,14 +228,22 @@ class ShardedAdam(adam.Adam):
     def _checked(self, gradient: Any, variable: Any, argument: str) -> tuple[int, Any]:
         """A variable's number, and its gradient ready to be handed over."""
         number = self._number_of(variable, argument)
-        is_table = isinstance(self._shards.shards[self._bucket_numbers[number]], TableShard)
+        if not self._shard_of(number).has(number, variable):
+            rule, got = "must lie where this optimizer has put it", "one that another optimizer has moved since"
+            raise ArgumentValueError(f"variable {variable.name!r}", rule, got, "let one optimizer have it")
+        is_table = isinstance(self._shard_of(number), TableShard)
+        if not is_table and isinstance(gradient, IndexedSlices) and self._clip.norm is None:
+            gradient = gradient.dense(variable.shape)  # the norm would be another one: that of the slices
         if is_table is not isinstance(gradient, IndexedSlices):
             rule = f"must be {'IndexedSlices' if is_table else 'an array'}, as build was told"
             got, remedy = type(gradient).__name__, "name variables with rows in build(variables, tables=)"
             raise ArgumentValueError(f"the gradient of variable {variable.name!r}", rule, got, remedy)
         if is_table:
             return number, self._checked_slices(gradient, variable)
-        array = as_array(gradient, variable, dtype_read(gradient, variable))
+        try:
+            array = as_array(gradient, variable, dtype_read(gradient, variable))
+        except OtherDtypeError:  # an object that does not tell its array's
+            array = on_device(gradient, variable.device, f"gradient of variable {variable.name!r}", None)
         check_shape(array, variable.shape, variable)
         return number, array
 
@@ -231,15 +256,24 @@ class ShardedAdam(adam.Adam):
 
     def _push(self, checked: Sequence[tuple[int, Any]]) -> None:
         lacks = self._lacks()
-        for number, _ in checked:
-            if number not in lacks:
-                argument, rule = f"the gradient of variable {self._whole[number].name!r}", "must come once for a step"
-                raise ArgumentValueError(argument, rule, "a second one", "add them up")
-            lacks.remove(number)
+        dtypes: dict[Shard, np.dtype] = {}
         for number, gradient in checked:
-            self._shards.shards[self._bucket_numbers[number]].push(number, gradient)
+            argument = f"the gradient of variable {self._whole[number].name!r}"
+            if number not in lacks:
+                raise ArgumentValueError(argument, "must come once for a step", "a second one", _ONCE)
+            lacks.remove(number)
+            shard, dtype = self._shard_of(number), getattr(gradient, "values", gradient).dtype
+            wanted = dtypes.setdefault(shard, shard.gradient_dtype or dtype)
+            if dtype != wanted:
+                rule = f"must have dtype {wanted.name}, as the others with which it travels"
+                raise ArgumentValueError(argument, rule, dtype.name, "cast it")
+        for number, gradient in checked:
+            self._shard_of(number).push(number, gradient)
         joins = self._clip.norm is not None or self.flavour.skips
         self._shards.begin_complete(ordered=self._ordered, joins=joins)
+
+    def _shard_of(self, number: int) -> Shard:
+        return self._shards.shards[self._bucket_numbers[number]]
 
     def _lacks(self) -> set[int]:
         """The variables without a gradient for the next step."""
@@ -252,7 +286,7 @@ class ShardedAdam(adam.Adam):
         experimental_aggregate_gradients: bool = True,
         grad_scale: Any = None,
     ) -> int | None:
-        """Average the gradients of all ranks, and update the variables on all of them.
+        """Average the gradients of all ranks, or with ``accumulation="sum"`` add them, and update all variables.
 
         Args:
             grads_and_vars: (gradient, variable) pairs, one for each variable; at the first step they are built in this
@@ -265,10 +299,16 @@ class ShardedAdam(adam.Adam):
             As `Adam.apply_gradients`, on all ranks the same.
 
         Raises:
-            As `Adam.apply_gradients`; ArgumentValueError where a variable has no gradient; DistributedError.
+            As `Adam.apply_gradients`; ArgumentValueError where a variable has no gradient. Arguments are checked before
+                any gradient is taken: then this rank may call again, and the others wait for it. What a callable
+                hyperparameter raises comes after that: the gradients are there for a call without pairs.
+            DistributedError: the other ranks do not answer. This, and a KeyboardInterrupt, may come in the midst of the
+                step, with some variables updated: the job is to end, as by ``with communicator:``.
         """
         refuse_in_loss("apply_gradients")
-        pairs = [] if grads_and_vars is None else [(g, v) for g, v in grads_and_vars if g is not None]
+        scale = None if grad_scale is None else checked_scale(grad_scale)
+        given = [] if grads_and_vars is None else map(checked_pair, listed(grads_and_vars), itertools.count())
+        pairs = [(gradient, variable) for gradient, variable in given if gradient is not None]
         if pairs and not self._whole:
             self.build([v for _, v in pairs], [v for g, v in pairs if isinstance(g, IndexedSlices)])
         checked = [self._checked(g, v, f"grads_and_vars[{number}]") for number, (g, v) in enumerate(pairs)]
@@ -282,10 +322,9 @@ class ShardedAdam(adam.Adam):
             self._pairs = [
                 pair for shard in self._shards.shards for pair in zip(shard.gradients(), shard.pieces, strict=True)
             ]
-        ranks = self._communicator.size
-        scale = None if grad_scale is None else checked_scale(grad_scale)
-        update = self._rule(1.0 if scale is None and ranks > 1 else scale)
-        incoming = Incoming(scale, calls=ranks)
+        calls = self._communicator.size if self.flavour.accumulation == "mean" else 1
+        update = self._rule(1.0 if scale is None and calls > 1 else scale)
+        incoming = Incoming(scale, calls=calls)
         done = self._controller.step(self._pairs, update, self._hyper, self._clip, incoming)
         self._shards.all_arrived()
         for variable in self._whole:
@@ -297,8 +336,7 @@ class ShardedAdam(adam.Adam):
     def _piece_of(self, variable: Any, argument: str) -> Variable | None:
         """What this rank owns of a variable."""
         number = self._number_of(variable, argument)
-        shard = self._shards.shards[self._bucket_numbers[number]]
-        return shard.piece_of(number)
+        return self._shard_of(number).piece_of(number)
 
     def _pieces_of(self, variables: Any, argument: str) -> list[Variable]:
         listed = [variables] if isinstance(variables, Variable) else list(variables)
@@ -321,7 +359,7 @@ class ShardedAdam(adam.Adam):
         return super().get_slot(piece, slot_name)
 
     def set_group(self, variables: Iterable[Any], **settings: Any) -> None:
-        """As `Adam.set_group`, on all ranks alike. ``sparse_update`` is an argument of the optimizer, for all tables."""
+        """As `Adam.set_group`, on all ranks alike. ``sparse_update`` is the optimizer's argument, for all tables."""
         if "sparse_update" in settings:
             rule, remedy = "must be the same for all tables of an optimizer on several ranks", "pass it to ShardedAdam"
             raise ArgumentValueError("sparse_update", rule, "one of a group", remedy)

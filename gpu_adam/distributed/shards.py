@@ -50,6 +50,7 @@ class Shard(ABC):
             variable = variables[number]
             device.copy_call([self.parameters[place].reshape(variable.shape)], [variable.value])()
             variable._move_to(self.parameters[place].reshape(variable.shape))
+        self._arrays = {number: variables[number]._storage for number in bucket.variables}
         self.own = bucket.pieces[communicator.rank]
         self.pieces = [
             Variable.over(
@@ -65,6 +66,15 @@ class Shard(ABC):
     def _shaped(self, array: Array, variable: Variable) -> Array:
         """A piece of a variable as the optimizer sees it."""
         return array
+
+    def has(self, number: int, variable: Variable) -> bool:
+        """Whether a variable of the bucket lies where it was put: another optimizer may have moved it since."""
+        return variable._storage is self._arrays[number]
+
+    @property
+    def gradient_dtype(self) -> np.dtype | None:
+        """The dtype of the gradients, where it is to stay; None before there are some."""
+        return None
 
     def piece_of(self, number: int) -> Variable | None:
         """What this rank owns of a variable of the bucket."""
@@ -117,8 +127,13 @@ class ArrayShard(Shard):
         self._received: Array | None = None
         self._arriving: Pending | None = None
 
+    @property
+    def gradient_dtype(self) -> np.dtype | None:
+        """See `Shard`."""
+        return None if self._to_send is None else self._to_send.dtype
+
     def push(self, number: int, gradient: Array) -> None:
-        """See `Shard`: it is copied beside the others. The first one's dtype is that of all."""
+        """See `Shard`: it is copied beside the others."""
         if self._to_send is None:
             device, ranks = self._device, self._communicator.size
             self._to_send = device.zeros((ranks * self.bucket.shard,), gradient.dtype)

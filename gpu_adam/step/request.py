@@ -46,15 +46,7 @@ def read(pairs: Sequence[Any], registry: Registry) -> Request:
     variables: list[Variable] = []
     without: list[str] = []
     for number, pair in enumerate(pairs):
-        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
-            kind = type(pair).__name__
-            got = f"{kind} of length {len(pair)}" if hasattr(pair, "__len__") else kind
-            rule = "must be a (gradient, variable) pair"
-            raise ArgumentTypeError(f"grads_and_vars[{number}]", rule, got, "pass a list of pairs")
-        gradient, target = pair
-        if isinstance(gradient, Variable) and not isinstance(target, Variable):
-            rule = "must be (gradient, variable), in this order"
-            raise ArgumentTypeError(f"grads_and_vars[{number}]", rule, "a Variable as gradient", "swap the two")
+        gradient, target = checked_pair(pair, number)
         argument = f"the variable of grads_and_vars[{number}]"
         if gradient is None:
             without.append(registry.find(target, argument, News()).name)  # which makes nobody known
@@ -68,6 +60,20 @@ def read(pairs: Sequence[Any], registry: Registry) -> Request:
     sparse = tuple([isinstance(gradient, IndexedSlices) for gradient, _ in with_gradient])
     dtypes = tuple([dtype_read(gradient, each) for (gradient, _), each in zip(with_gradient, variables, strict=True)])
     return Request(with_gradient, variables, sparse, dtypes, without, news)
+
+
+def checked_pair(pair: Any, number: int) -> tuple[Any, Any]:
+    """The gradient and the variable of pair number `number`; ArgumentTypeError where it is no pair of them."""
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+        kind = type(pair).__name__
+        got = f"{kind} of length {len(pair)}" if hasattr(pair, "__len__") else kind
+        rule = "must be a (gradient, variable) pair"
+        raise ArgumentTypeError(f"grads_and_vars[{number}]", rule, got, "pass a list of pairs")
+    gradient, target = pair
+    if isinstance(gradient, Variable) and not isinstance(target, Variable):
+        rule = "must be (gradient, variable), in this order"
+        raise ArgumentTypeError(f"grads_and_vars[{number}]", rule, "a Variable as gradient", "swap the two")
+    return gradient, target
 
 
 def listed(grads_and_vars: Iterable[Any]) -> Sequence[Any]:

@@ -1,0 +1,56 @@
+"""ShardedAdam: several ranks beside one process, memory, what does not fit, and the calls of NCCL."""
+
+import json
+from typing import Any
+
+import pytest
+from communicators import jobs
+
+from . import equality
+
+SCRIPT = """
+from distributed import equality
+from gpu_adam.communicators import Mpi, mpi
+mpi._EAGER_SECONDS = 0.001  # more ranks than processors, one of which does the work of all besides
+with Mpi(timeout=50) as communicator:
+    equality.main(communicator)
+"""
+
+RANKS = [1, 2, 3, 4, 7]
+
+
+@pytest.fixture(scope="module", params=RANKS)
+def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    """What each rank of a job has written down."""
+    folder = tmp_path_factory.mktemp("ranks")
+    ended = jobs.run(folder, request.param, SCRIPT)
+    assert ended.status == 0, ended
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(request.param)]
+
+
+@pytest.mark.parametrize("name", equality.CASES)
+def test_several_ranks_have_the_bits_of_one(found: list[Any], name: str) -> None:
+    digests, _, expected, expected_slots = found[0]["cases"][name]
+    assert len(expected) > 2
+    assert len(set(expected)) > 2, "the training does something"
+    for rank, theirs in enumerate(found):
+        digests, slots, _, _ = theirs["cases"][name]
+        different = [step for step, pair in enumerate(zip(digests, expected, strict=True)) if len(set(pair)) > 1]
+        assert not different, f"rank {rank} of {len(found)} from step {different[0]} on"
+        assert slots == expected_slots[rank], f"slots of rank {rank} of {len(found)}"
+    assert sum(map(len, expected_slots)) >= len(expected_slots[0]) > 0
+
+
+def test_in_any_order_several_ranks_are_near_one(found: list[Any]) -> None:
+    for dtype, (worst, digest) in found[0]["nearly"].items():
+        assert worst <= 1, dtype
+        assert all(theirs["nearly"][dtype][1] == digest for theirs in found), "all ranks have the same bits"
+
+
+def test_memory(found: list[Any]) -> None:
+    """What is kept, and the most that there is at once, are what is said, and chunks that are not full."""
+    padding = 2_000 if len(found) == 1 else 500_000
+    for theirs in found:
+        for kind, (kept, said, peak, most) in theirs["memory"].items():
+            assert abs(kept - said) <= padding, kind
+            assert abs(peak - most) <= padding, kind
