@@ -441,7 +441,9 @@ class Adam:
             ArgumentTypeError: `function` is not callable; a gradient in host memory.
             ArgumentValueError: the function makes no step of this optimizer, waits, steps variables of another device,
                 makes two steps where one is allowed (see above, and `ema_overwrite_frequency`), or does not use what it
-                accumulates; a call inside of a capture. `replay` says the same of a function that the host calls.
+                accumulates; a call inside of a capture. `replay` says the same of a function that the host calls. With
+                deferred rows: their first step, a dense gradient behind an `IndexedSlices` in one function, a look at
+                the variable otherwise than by `gather`.
             And whatever the function raises. Nothing has changed then.
         """
         refuse_in_loss("capture")

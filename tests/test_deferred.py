@@ -191,6 +191,17 @@ def test_dense_and_sparse_gradients_by_turns_and_late_variables(device: Device) 
     twins.check()
 
 
+@pytest.mark.thorough
+def test_noise_of_the_second_variable(device: Device) -> None:
+    """It depends on the variable's place among the others."""
+    rng, initial = np.random.default_rng(13), [numbers(np.random.default_rng(s), (ROWS, 5), "bfloat16") for s in (1, 2)]
+    twins = Twins(device, initial, stochastic_rounding=True, seed=3)
+    for _ in range(20):
+        gradients = [(numbers(rng, (3, 5), "bfloat16"), rng.integers(0, ROWS, 3)) for _ in initial]
+        twins.step(*((gradient, number) for number, gradient in enumerate(gradients)))
+    twins.check()
+
+
 def test_hyperparameters_that_change(device: Device) -> None:
     """Each step is replayed with the numbers that it had."""
     rng, now = np.random.default_rng(10), [0]

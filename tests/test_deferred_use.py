@@ -14,8 +14,8 @@ from snapshots import unchanged
 from twins import Twins, numbers
 
 from gpu_adam import Adam, IndexedSlices, Variable
-from gpu_adam.devices import Device, HostDevice
-from gpu_adam.errors import ArgumentTypeError, ArgumentValueError, SparseIndexError
+from gpu_adam.devices import Device, HostDevice, find_device
+from gpu_adam.errors import ArgumentTypeError, ArgumentValueError, DeviceError, SparseIndexError
 
 ROWS, COLUMNS = 23, 3
 
@@ -276,6 +276,26 @@ def test_a_variable_that_was_forgotten_is_deferred_anew(device: Device) -> None:
         if seed % 4 == 3:
             twins.both(lambda optimizer, variables: optimizer.forget(variables[0]))
     twins.check()
+
+
+def test_variables_of_two_devices(gpu: Device) -> None:
+    """A second GPU where there is one, else the host: rows are brought up to date on theirs, whichever is current."""
+    try:
+        other: Device = find_device("cuda:1")
+    except DeviceError:
+        other = HostDevice(threads=1)
+    variables = [Variable(table(), device=device) for device in (gpu, other, gpu, other)]
+    late, dense = Adam(0.1, sparse_update="deferred", max_deferral=7), Adam(0.1)
+    for seed in range(17):
+        slices = [IndexedSlices(*map(device.array, rows_of(seed))) for device in (gpu, other)]
+        for optimizer, own in ((late, variables[:2]), (dense, variables[2:])):
+            with (gpu, other)[seed % 2].activate():
+                optimizer.apply_gradients(list(zip(slices, own, strict=True)))
+    for current, (found, expected) in zip((other, gpu), zip(variables[:2], variables[2:], strict=True), strict=True):
+        with current.activate():
+            assert_same_bits(found.device.numpy(found.gather([3, 4])), expected.numpy()[3:5])
+            assert_same_bits(found.numpy(), expected.numpy())
+            assert_same_bits(late.get_slot(found, "v").numpy(), dense.get_slot(expected, "v").numpy())
 
 
 # What is refused.
