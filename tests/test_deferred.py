@@ -223,6 +223,7 @@ def test_hyperparameters_that_change(device: Device) -> None:
     twins.check()
 
 
+@pytest.mark.thorough
 def test_assigned_hyperparameters_groups_and_counters(device: Device) -> None:
     rng, twins = np.random.default_rng(11), Twins(device, [table()], decay=0.01)
     changes: dict[int, Any] = {
@@ -246,6 +247,7 @@ def test_assigned_hyperparameters_groups_and_counters(device: Device) -> None:
     twins.check()
 
 
+@pytest.mark.thorough
 def test_scaled_and_accumulated_gradients(device: Device) -> None:
     rng, twins = np.random.default_rng(12), Twins(device, [table()])
     for step in range(20):

@@ -67,6 +67,7 @@ def test_gather_brings_its_rows_up_to_date_and_no_others(device: Device) -> None
     assert twins.behind == 0
 
 
+@pytest.mark.thorough
 def test_averages_that_overwrite_variables(device: Device) -> None:
     twins = Twins(device, [table()], use_ema=True, ema_momentum=0.9)
     for seed in range(20):
@@ -124,9 +125,12 @@ GRAPHS: dict[str, tuple[Callable[[Batch, Adam, Variable], int | None], dict[str,
     "two steps": (two_steps, {"max_deferral": 7}),
     "dense first": (dense_first, {}),
 }
+QUICK = ("small log", "two steps", "dense first")  # which share their kernels with other tests
 
 
-@pytest.mark.parametrize("name", GRAPHS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.thorough) for name in GRAPHS]
+)
 @pytest.mark.parametrize("seed", [None, pytest.param(1, marks=pytest.mark.thorough)])
 def test_replays_of_a_graph(device: Device, name: str, seed: int | None) -> None:
     step, config = GRAPHS[name]
