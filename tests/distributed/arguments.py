@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-import gpu_adam
 from gpu_adam import Variable
 from gpu_adam.distributed import ShardedAdam
 from gpu_adam.errors import ArgumentTypeError, ArgumentValueError, GpuAdamError, SparseIndexError
@@ -74,13 +73,6 @@ CALLS: list[tuple[str, type[GpuAdamError], Call]] = [
         "gradient of variable 'w0' must be an array (got str)",
         ArgumentTypeError,
         lambda given: given.optimizer.apply_gradients(_with(given, "text")),
-    ),
-    (
-        "the gradient of variable 'w0' must be an array, as build was told (got IndexedSlices); name variables with",
-        ArgumentValueError,
-        lambda given: given.optimizer.apply_gradients(
-            _with(given, gpu_adam.IndexedSlices(given.pairs[0][0][:1], np.array([100])))
-        ),
     ),
     (
         "grads_and_vars must be an iterable of (gradient, variable) pairs (got int); pass a list of pairs.",
