@@ -5,6 +5,7 @@ import platform
 import signal
 import time
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,10 +20,12 @@ from rich.text import Text
 import gpu_adam
 from gpu_adam import communicators, devices
 from gpu_adam.bench import commands as bench_commands
+from gpu_adam.communicators import Communicator, Mpi, local_rank
 from gpu_adam.demos import Demo
 from gpu_adam.demos.digits import Digits
 from gpu_adam.demos.ptychography import Ptychography, require
 from gpu_adam.demos.words import Words
+from gpu_adam.devices import Device, find_device
 from gpu_adam.errors import ArgumentValueError, GpuAdamError
 from gpu_adam.files import commands as file_commands
 from gpu_adam.held_signals import HeldSignals
@@ -84,10 +87,15 @@ def demo(
         typer.Option(help="When rows without gradient move: each step, or when needed; words only; default: dense."),
     ] = None,
     watch: Annotated[bool, typer.Option(help="Show the gradients' norm, and how many are not finite.")] = False,
+    distributed: Annotated[
+        bool, typer.Option("--distributed", help="Share each batch, as one of the processes of mpiexec; digits only.")
+    ] = False,
 ) -> None:
     """Train a small model on real data."""
     kind = DEMOS[what.value]
     last = steps or kind.default_steps
+    if distributed:
+        _check_distributed(kind, {"--save": save, "--resume": resume, "--plot": plot, "--watch": watch or None})
     for option, target in (("--save", save), ("--plot", plot)):
         if target is not None:
             _check_target(option, target)
@@ -97,28 +105,31 @@ def demo(
         require("matplotlib", "matplotlib")
     choices = _choices(kind, dtype=dtype and dtype.value, master=master, sparse=sparse and sparse.value)
     try:
-        if device is not None:
-            gpu_adam.set_device(device)
-        training = _begun(kind, seed, choices) if resume is None else _resumed(kind, resume, seed, choices)
-        if training.step >= last:
-            rule = f"must be above {training.step}, the step that {resume} has reached"
-            raise ArgumentValueError("--steps", rule, last, "pass a larger number")
-        if watch:
-            training.watch()
-        figures = _train(training, last, save)
-        if save is not None:
-            training.save(save)
-            figures.append(("saved", f"{save}, continue with --resume"))
-        if plot is not None and isinstance(training, Ptychography):
-            training.plot(plot)
-            figures.append(("picture", str(plot)))
+        with _placed(device, distributed) as ranks:
+            training = _begun(kind, seed, choices, ranks) if resume is None else _resumed(kind, resume, seed, choices)
+            if training.step >= last:
+                rule = f"must be above {training.step}, the step that {resume} has reached"
+                raise ArgumentValueError("--steps", rule, last, "pass a larger number")
+            if watch:
+                training.watch()
+            console = Console(quiet=ranks is not None and ranks.rank > 0)
+            figures = _train(training, last, save, console)
+            if ranks is not None:
+                figures.append(("ranks", f"{ranks.size}, of which rank 0 had this loss for its share of the batch"))
+            if save is not None:
+                training.save(save)
+                figures.append(("saved", f"{save}, continue with --resume"))
+            if plot is not None and isinstance(training, Ptychography):
+                training.plot(plot)
+                figures.append(("picture", str(plot)))
+            figures += training.result()
     except KeyboardInterrupt as interrupt:
         say(f"The demo {what.value} was interrupted {str(interrupt) or 'before its first step was done'}.", "yellow")
         raise typer.Exit(130) from None
     grid = Table.grid(padding=(0, 2))
-    for label, value in figures + training.result():
+    for label, value in figures:
         grid.add_row(Text(label, "bold"), Text(value))
-    Console().print(grid)
+    console.print(grid)
 
 
 @app.command()
@@ -162,6 +173,37 @@ def say(sentence: str, style: str) -> None:
     Console(stderr=True).print(Text(sentence, style), soft_wrap=True)
 
 
+def _check_distributed(kind: type[Demo], others: Mapping[str, object]) -> None:
+    """Refuse what several processes cannot do, before MPI has started."""
+    if kind is not Digits:
+        rule = "must be left out where the demo shares no batches"
+        raise ArgumentValueError("--distributed", rule, kind.name, "leave it out")
+    for option, value in others.items():
+        if value is not None:
+            raise ArgumentValueError(option, "must be left out with --distributed", value, "leave it out")
+
+
+def _placed(device: str | None, distributed: bool) -> AbstractContextManager[Communicator | None]:
+    """Choose this process's device, among the processes of mpiexec where it is one of them."""
+    if distributed:
+        ranks = Mpi(device=_own_device(device))
+        gpu_adam.set_device(ranks.device)
+        return ranks
+    if device is not None:
+        gpu_adam.set_device(device)
+    return nullcontext()
+
+
+def _own_device(name: str | None) -> Device:
+    """The device of that name, of which each process of a machine has one of its own where no number is named."""
+    name = name or os.environ.get("GPU_ADAM_DEVICE") or "auto"
+    device = find_device(name)
+    if ":" in name or not device.name.startswith("cuda"):
+        return device
+    # Slurm may show each process a single GPU, number 0 to all of them.
+    return find_device(f"cuda:{local_rank() % device.xp.cuda.runtime.getDeviceCount()}")
+
+
 def _check_target(option: str, save: Path) -> None:
     """Refuse before the training what could not be written after it."""
     parent = save.absolute().parent
@@ -181,11 +223,11 @@ def _choices(kind: type[Demo], **options: Any) -> dict[str, Any]:
     return choices
 
 
-def _begun(kind: type[Demo], seed: int | None, choices: Mapping[str, Any]) -> Demo:
+def _begun(kind: type[Demo], seed: int | None, choices: Mapping[str, Any], ranks: Communicator | None) -> Demo:
     if choices.get("master") and (dtype := {**kind.defaults, **choices}["dtype"]) not in HALVES:
         rule = f"must come with --dtype {' or '.join(HALVES)}, which are rounded to 16 bits"
         raise ArgumentValueError("--master", rule, dtype, "leave it out")
-    return kind(seed or 0, **choices)
+    return kind(seed or 0, **choices) if ranks is None else Digits(seed or 0, ranks, **choices)
 
 
 def _resumed(kind: type[Demo], resume: Path, seed: int | None, choices: Mapping[str, Any]) -> Demo:
@@ -200,9 +242,9 @@ def _resumed(kind: type[Demo], resume: Path, seed: int | None, choices: Mapping[
     return training
 
 
-def _train(training: Demo, last: int, save: Path | None) -> list[tuple[str, str]]:
+def _train(training: Demo, last: int, save: Path | None, console: Console) -> list[tuple[str, str]]:
     """Train until step `last` under a progress bar; return device, speed and loss as (label, value)."""
-    with _Bar(training, last) as bar:
+    with _Bar(training, last, console) as bar:
         begin = time.perf_counter()
         training.train()
         bar.show(now=True)
@@ -246,10 +288,10 @@ def _keep(training: Demo, last: int, save: Path | None) -> str:
 class _Bar:
     """A progress bar of a training; it reads the loss only every READ_SECONDS."""
 
-    def __init__(self, training: Demo, last: int) -> None:
+    def __init__(self, training: Demo, last: int, console: Console) -> None:
         state = TextColumn("{task.fields[state]}")
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), state, TimeRemainingColumn())
-        self._progress = Progress(*columns, console=Console())
+        self._progress = Progress(*columns, console=console)
         self._training, self._step, self._time = training, training.step, time.perf_counter()
         self._task = self._progress.add_task(training.name, total=last, completed=training.step, state="first step")
 

@@ -7,13 +7,16 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import processes
 import pytest
+from communicators import jobs
 
 import gpu_adam
-from gpu_adam import communicators, devices
+from gpu_adam import cli, communicators, devices
 from gpu_adam.__main__ import main
 from gpu_adam.demos.digits import Digits
 from gpu_adam.devices import Device
@@ -60,6 +63,45 @@ def test_watching_shows_the_gradients_and_changes_nothing(
     assert {name: array.tobytes() for name, array in a.items()} == {name: array.tobytes() for name, array in b.items()}
     note["config"]["telemetry"] = True  # all that differs: the file tells how its optimizer was made
     assert note == watched_note
+
+
+def test_several_ranks_learn_the_same_and_one_prints(tmp_path: Path) -> None:
+    ended = jobs.run(
+        tmp_path, 3, "from gpu_adam.__main__ import main\nmain(['demo', '--distributed', '--steps', '200'])"
+    )
+    assert ended.status == 0, ended
+    (accuracy,) = re.findall(r"^test accuracy +(\d+\.\d)%", ended.out, re.M)
+    assert float(accuracy) > 85
+    assert re.search(r"^ranks +3, ", ended.out, re.M)
+
+
+def test_a_process_without_mpiexec_is_the_only_rank(tmp_path: Path) -> None:
+    jobs.launcher()
+    code = "from gpu_adam.__main__ import main\nmain(['demo', '--distributed', '--steps', '3'])"
+    assert re.search(r"^ranks +1, ", processes.run(code), re.M)
+
+
+def test_several_ranks_need_an_extra(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "mpi4py.MPI", None)
+    status, out, err = run(capsys, "demo", "--distributed")
+    assert (status, out) == (1, "")
+    assert "needs mpi4py and an MPI" in err
+    assert 'pip install "gpu-adam[mpi]"' in err
+
+
+@pytest.mark.parametrize(
+    ("named", "gpus", "expected"),
+    [("cuda", 8, "cuda:5"), ("auto", 8, "cuda:5"), (None, 8, "cuda:5"), (None, 1, "cuda:0"), ("cuda:1", 8, "cuda:1")],
+)
+def test_every_process_of_a_machine_has_a_gpu_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, named: str | None, gpus: int, expected: str
+) -> None:
+    runtime = SimpleNamespace(getDeviceCount=lambda: gpus)
+    xp, automatic = SimpleNamespace(cuda=SimpleNamespace(runtime=runtime)), {"cuda": "cuda:0", "auto": "cuda:0"}
+    monkeypatch.delenv("GPU_ADAM_DEVICE", raising=False)
+    monkeypatch.setattr(cli, "local_rank", lambda: 5)
+    monkeypatch.setattr(cli, "find_device", lambda name: SimpleNamespace(name=automatic.get(name, name), xp=xp))
+    assert cli._own_device(named).name == expected
 
 
 def test_resuming_writes_the_same_file(device: Device, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -126,6 +168,9 @@ def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         (["--resume", "SAVED", "--dtype", "float16"], 1, "--dtype must be float32, as in SAVED (got float16); leave"),
         (["--resume", "SAVED", "--master"], 1, "--master must be False, as in SAVED (got True); leave --master out."),
         (["words", "--resume", "SAVED"], 1, "SAVED must hold a training of the demo words (got digits); pass a file"),
+        (["words", "--distributed"], 1, "--distributed must be left out where the demo shares no batches (got words)"),
+        (["--distributed", "--save", "state"], 1, "--save must be left out with --distributed (got state); leave it"),
+        (["--distributed", "--watch"], 1, "--watch must be left out with --distributed (got True); leave it out."),
         (["--save", "none/state"], 1, "--save must be a file in a writable directory (got none/state); choose"),
         (["--save", "."], 1, "--save must be a file in a writable directory (got .); choose another path."),
     ],

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 
 import gpu_adam
 from gpu_adam.__main__ import main
-from gpu_adam.demos import Demo, product, words
+from gpu_adam.demos import Demo, digits, product, words
 from gpu_adam.demos.digits import CLASSES, Digits
 from gpu_adam.demos.words import Words
 from gpu_adam.devices import Device
@@ -176,6 +177,19 @@ def test_digits_learns(device: Device) -> None:
     assert before < 0.3
     assert demo.accuracy() > 0.7
     assert demo.measure().loss < 1.2  # log(10) = 2.3 at the start
+
+
+def test_the_mean_over_ranks_is_the_gradient_of_the_batch(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of shares of 22, 21 and 21 images."""
+    whole = gradients(Digits(dtype="float64"), monkeypatch, "float64")
+    monkeypatch.setattr(
+        digits, "ShardedAdam", lambda ranks, *arguments, **keywords: gpu_adam.Adam(*arguments, **keywords)
+    )
+    ranks: list[Any] = [SimpleNamespace(rank=rank, size=3) for rank in range(3)]
+    shares = [gradients(Digits(0, each, dtype="float64"), monkeypatch, "float64") for each in ranks]
+    for expected, *found in zip(whole, *shares, strict=True):
+        np.testing.assert_allclose(np.mean(found, 0), expected, rtol=0, atol=1e-7)
+        assert not np.allclose(found[0], expected, rtol=0, atol=1e-4)
 
 
 def test_words_learns(device: Device) -> None:
