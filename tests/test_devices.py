@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -331,3 +332,12 @@ def test_threads_of_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
             HostDevice()
     monkeypatch.delenv("GPU_ADAM_THREADS")
     assert HostDevice().threads >= 1
+
+
+def test_processes_of_one_launcher_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GPU_ADAM_THREADS", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(7), raising=False)
+    for ranks, threads in ((None, 7), (1, 7), (2, 3), (7, 1), (9, 1)):
+        if ranks is not None:
+            monkeypatch.setenv("MPI_LOCALNRANKS", str(ranks))
+        assert HostDevice().threads == threads

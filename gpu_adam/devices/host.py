@@ -39,7 +39,7 @@ class HostDevice(Device):
 
     Args:
         threads: processor threads, the caller's included; default ``GPU_ADAM_THREADS``, or the cores that this process
-            may use.
+            may use, divided by the processes that MPICH's ``mpiexec`` has started on the machine.
         block_size: None for the fast mode, one vectorised thread per block; a number for the faithful mode, in which
             every CUDA thread of a block is a fiber with real barriers and shuffles. For tests: it is slow.
         max_blocks: largest grid; kernels stride over what is beyond.
@@ -283,7 +283,9 @@ class _HostLaunch:
 def _default_threads() -> int:
     given = os.environ.get("GPU_ADAM_THREADS")
     if given is None:
-        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        # MPICH's launcher lets all its processes of a machine use all cores; others give each its own.
+        return max(1, cores // int(os.environ.get("MPI_LOCALNRANKS", "1")))
     if not given.isdecimal() or int(given) < 1:
         raise ArgumentValueError("GPU_ADAM_THREADS", "must be a whole number >= 1", repr(given), "set or unset it")
     return int(given)
