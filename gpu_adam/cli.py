@@ -90,12 +90,15 @@ def demo(
     distributed: Annotated[
         bool, typer.Option("--distributed", help="Share each batch, as one of the processes of mpiexec; digits only.")
     ] = False,
+    replicated: Annotated[
+        bool, typer.Option("--replicated", help="With --distributed: all slots in each process, not a share of them.")
+    ] = False,
 ) -> None:
     """Train a small model on real data."""
     kind = DEMOS[what.value]
     last = steps or kind.default_steps
-    if distributed:
-        _check_distributed(kind, {"--save": save, "--resume": resume, "--plot": plot, "--watch": watch or None})
+    alone = {"--save": save, "--resume": resume, "--plot": plot, "--watch": watch or None}
+    _check_distributed(kind, distributed, alone if distributed else {"--replicated": replicated or None})
     for option, target in (("--save", save), ("--plot", plot)):
         if target is not None:
             _check_target(option, target)
@@ -106,7 +109,8 @@ def demo(
     choices = _choices(kind, dtype=dtype and dtype.value, master=master, sparse=sparse and sparse.value)
     try:
         with _placed(device, distributed) as ranks:
-            training = _begun(kind, seed, choices, ranks) if resume is None else _resumed(kind, resume, seed, choices)
+            together = {} if ranks is None else {"ranks": ranks, "replicated": replicated}
+            training = _resumed(kind, resume, seed, choices) if resume else _begun(kind, seed, {**choices, **together})
             if training.step >= last:
                 rule = f"must be above {training.step}, the step that {resume} has reached"
                 raise ArgumentValueError("--steps", rule, last, "pass a larger number")
@@ -173,14 +177,15 @@ def say(sentence: str, style: str) -> None:
     Console(stderr=True).print(Text(sentence, style), soft_wrap=True)
 
 
-def _check_distributed(kind: type[Demo], others: Mapping[str, object]) -> None:
-    """Refuse what several processes cannot do, before MPI has started."""
-    if kind is not Digits:
+def _check_distributed(kind: type[Demo], distributed: bool, others: Mapping[str, object]) -> None:
+    """Refuse what several processes cannot do, or one alone, before MPI has started."""
+    if distributed and kind is not Digits:
         rule = "must be left out where the demo shares no batches"
         raise ArgumentValueError("--distributed", rule, kind.name, "leave it out")
     for option, value in others.items():
         if value is not None:
-            raise ArgumentValueError(option, "must be left out with --distributed", value, "leave it out")
+            rule = f"must be left out {'with' if distributed else 'without'} --distributed"
+            raise ArgumentValueError(option, rule, value, "leave it out")
 
 
 def _placed(device: str | None, distributed: bool) -> AbstractContextManager[Communicator | None]:
@@ -223,11 +228,11 @@ def _choices(kind: type[Demo], **options: Any) -> dict[str, Any]:
     return choices
 
 
-def _begun(kind: type[Demo], seed: int | None, choices: Mapping[str, Any], ranks: Communicator | None) -> Demo:
+def _begun(kind: type[Demo], seed: int | None, choices: Mapping[str, Any]) -> Demo:
     if choices.get("master") and (dtype := {**kind.defaults, **choices}["dtype"]) not in HALVES:
         rule = f"must come with --dtype {' or '.join(HALVES)}, which are rounded to 16 bits"
         raise ArgumentValueError("--master", rule, dtype, "leave it out")
-    return kind(seed or 0, **choices) if ranks is None else Digits(seed or 0, ranks, **choices)
+    return kind(seed or 0, **choices)
 
 
 def _resumed(kind: type[Demo], resume: Path, seed: int | None, choices: Mapping[str, Any]) -> Demo:

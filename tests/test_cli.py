@@ -65,10 +65,10 @@ def test_watching_shows_the_gradients_and_changes_nothing(
     assert note == watched_note
 
 
-def test_several_ranks_learn_the_same_and_one_prints(tmp_path: Path) -> None:
-    ended = jobs.run(
-        tmp_path, 3, "from gpu_adam.__main__ import main\nmain(['demo', '--distributed', '--steps', '200'])"
-    )
+@pytest.mark.parametrize("more", [[], ["--replicated"]])
+def test_several_ranks_learn_the_same_and_one_prints(more: list[str], tmp_path: Path) -> None:
+    arguments = ["demo", "--distributed", "--steps", "200", *more]
+    ended = jobs.run(tmp_path, 3, f"from gpu_adam.__main__ import main\nmain({arguments})")
     assert ended.status == 0, ended
     (accuracy,) = re.findall(r"^test accuracy +(\d+\.\d)%", ended.out, re.M)
     assert float(accuracy) > 85
@@ -170,6 +170,7 @@ def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         (["words", "--resume", "SAVED"], 1, "SAVED must hold a training of the demo words (got digits); pass a file"),
         (["words", "--distributed"], 1, "--distributed must be left out where the demo shares no batches (got words)"),
         (["--distributed", "--save", "state"], 1, "--save must be left out with --distributed (got state); leave it"),
+        (["--replicated"], 1, "--replicated must be left out without --distributed (got True); leave it out."),
         (["--distributed", "--watch"], 1, "--watch must be left out with --distributed (got True); leave it out."),
         (["--save", "none/state"], 1, "--save must be a file in a writable directory (got none/state); choose"),
         (["--save", "."], 1, "--save must be a file in a writable directory (got .); choose another path."),

@@ -179,14 +179,15 @@ def test_digits_learns(device: Device) -> None:
     assert demo.measure().loss < 1.2  # log(10) = 2.3 at the start
 
 
-def test_the_mean_over_ranks_is_the_gradient_of_the_batch(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("replicated", "kind"), [(False, "ShardedAdam"), (True, "DataParallelAdam")])
+def test_the_mean_over_ranks_is_the_gradient_of_the_batch(
+    device: Device, monkeypatch: pytest.MonkeyPatch, replicated: bool, kind: str
+) -> None:
     """Of shares of 22, 21 and 21 images."""
     whole = gradients(Digits(dtype="float64"), monkeypatch, "float64")
-    monkeypatch.setattr(
-        digits, "ShardedAdam", lambda ranks, *arguments, **keywords: gpu_adam.Adam(*arguments, **keywords)
-    )
+    monkeypatch.setattr(digits, kind, lambda ranks, *arguments, **keywords: gpu_adam.Adam(*arguments, **keywords))
     ranks: list[Any] = [SimpleNamespace(rank=rank, size=3) for rank in range(3)]
-    shares = [gradients(Digits(0, each, dtype="float64"), monkeypatch, "float64") for each in ranks]
+    shares = [gradients(Digits(0, each, replicated, dtype="float64"), monkeypatch, "float64") for each in ranks]
     for expected, *found in zip(whole, *shares, strict=True):
         np.testing.assert_allclose(np.mean(found, 0), expected, rtol=0, atol=1e-7)
         assert not np.allclose(found[0], expected, rtol=0, atol=1e-4)

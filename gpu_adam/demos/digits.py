@@ -19,7 +19,7 @@ import numpy as np
 import gpu_adam
 from gpu_adam.communicators import Communicator
 from gpu_adam.demos import Demo, product
-from gpu_adam.distributed import ShardedAdam
+from gpu_adam.distributed import DataParallelAdam, ShardedAdam
 from gpu_adam.kernels import dtype_named
 from gpu_adam.schedules import CosineDecay
 
@@ -34,7 +34,8 @@ class Digits(Demo):
 
     Args:
         seed: as of every demo; the same on all ranks.
-        ranks: those that share each batch, and have the slots of a share of the variables; None for this process alone.
+        ranks: those that share each batch; None for this process alone.
+        replicated: whether each rank has the slots of all variables, in place of a share of them.
         **choices: as of every demo.
     """
 
@@ -42,8 +43,11 @@ class Digits(Demo):
     default_steps = 3000
     defaults: ClassVar[Mapping[str, Any]] = {"dtype": "float32", "master": False}
 
-    def __init__(self, seed: int = 0, ranks: Communicator | None = None, **choices: Any) -> None:
-        self._adam: Any = gpu_adam.Adam if ranks is None else partial(ShardedAdam, ranks)
+    def __init__(
+        self, seed: int = 0, ranks: Communicator | None = None, replicated: bool = False, **choices: Any
+    ) -> None:
+        kind = DataParallelAdam if replicated else ShardedAdam
+        self._adam: Any = gpu_adam.Adam if ranks is None else partial(kind, ranks)
         self._share = slice(None) if ranks is None else slice(ranks.rank, None, ranks.size)
         self._mean_of = BATCH if ranks is None else BATCH / ranks.size  # of which the mean over ranks is the batch's
         super().__init__(seed, **choices)
