@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import sys
@@ -261,7 +262,7 @@ class Communicator(ABC):
         if not isinstance(array, self.device.xp.ndarray) or self.device.view(array) is None:
             rule = f"must be an array of the communicator's device, {self.device.name}"
             raise ArgumentTypeError(argument, rule, type(array).__name__, "copy it with communicator.device.array")
-        if array.dtype.name not in SUMMED:
+        if _name(array.dtype) not in SUMMED:
             rule = f"must have one of the dtypes {', '.join(SUMMED)}"
             raise ArgumentValueError(argument, rule, array.dtype.name, "cast it, or pass its view")
         if not array.flags.c_contiguous:
@@ -306,7 +307,13 @@ class Communicator(ABC):
 
 def sum_dtype(dtype: np.dtype) -> np.dtype:
     """The dtype of sums over ranks: float32 for numbers of 16 bits, else the same."""
-    return dtype_named(DTYPES[dtype.name].wide_dtype) if dtype.name in HALVES else dtype
+    name = _name(dtype)
+    return dtype_named(DTYPES[name].wide_dtype) if name in HALVES else dtype
+
+
+@functools.lru_cache(64)  # a dtype of NumPy makes its name anew each time
+def _name(dtype: np.dtype) -> str:
+    return str(dtype.name)
 
 
 def offsets(counts: Sequence[int]) -> list[int]:
@@ -315,7 +322,8 @@ def offsets(counts: Sequence[int]) -> list[int]:
 
 
 def _added_by_us(send: Array, ordered: bool) -> bool:
-    return send.dtype.name in HALVES or (ordered and send.dtype.name in DTYPES)
+    name = _name(send.dtype)
+    return name in HALVES or (ordered and name in DTYPES)
 
 
 def _numbers(array: Array) -> Array:

@@ -15,7 +15,7 @@ from gpu_adam.communicators import Communicator
 from gpu_adam.distributed.agreement import agree, check_communicator
 from gpu_adam.distributed.checkpoint import RankFiles, titles_of
 from gpu_adam.distributed.layout import buckets_of, table_bucket
-from gpu_adam.distributed.shards import ArrayShard, Shard, Shards, TableShard
+from gpu_adam.distributed.shards import ArrayShard, RepeatedGradients, Shard, Shards, TableShard
 from gpu_adam.errors import ArgumentTypeError, ArgumentValueError, SlotNotFoundError
 from gpu_adam.hyperparameters import OWN_SETTINGS, Settings
 from gpu_adam.kernels import UpdateRule
@@ -113,6 +113,7 @@ class ShardedAdam(adam.Adam):
         self._shards = Shards(communicator, self._parts_of)
         self._state.exchange = self._shards
         self._pairs: list[tuple[Any, Variable]] | None = None
+        self._repeated: RepeatedGradients | None = None
 
     def _parts_of(self, dtype: np.dtype) -> int:
         return UpdateRule(complex_mode=self.complex_mode).layout(dtype, dtype).parts
@@ -156,7 +157,7 @@ class ShardedAdam(adam.Adam):
                     self._bucket_numbers[number] = len(self._shards.shards)
                 self._shards.add(shard)
                 pieces += shard.pieces
-        self._pairs = None
+        self._pairs = self._repeated = None
         self._state.titles = titles_of(self._whole, self._shards.shards, self._communicator.rank)
         super().build(pieces)
 
@@ -255,20 +256,22 @@ class ShardedAdam(adam.Adam):
         return IndexedSlices(checked.values, checked.indices)
 
     def _push(self, checked: Sequence[tuple[int, Any]]) -> None:
-        lacks = self._lacks()
-        dtypes: dict[Shard, np.dtype] = {}
+        seen, dtypes = set[int](), dict[Shard, np.dtype]()
         for number, gradient in checked:
-            argument = f"the gradient of variable {self._whole[number].name!r}"
-            if number not in lacks:
+            argument, shard = f"the gradient of variable {self._whole[number].name!r}", self._shard_of(number)
+            if number in seen or number not in shard.lacks:
                 raise ArgumentValueError(argument, "must come once for a step", "a second one", _ONCE)
-            lacks.remove(number)
-            shard, dtype = self._shard_of(number), getattr(gradient, "values", gradient).dtype
+            seen.add(number)
+            dtype = getattr(gradient, "values", gradient).dtype
             wanted = dtypes.setdefault(shard, shard.gradient_dtype or dtype)
             if dtype != wanted:
                 rule = f"must have dtype {wanted.name}, as the others with which it travels"
                 raise ArgumentValueError(argument, rule, dtype.name, "cast it")
         for number, gradient in checked:
             self._shard_of(number).push(number, gradient)
+        self._begin_complete()
+
+    def _begin_complete(self) -> None:
         joins = self._clip.norm is not None or self.flavour.skips
         self._shards.begin_complete(ordered=self._ordered, joins=joins)
 
@@ -307,17 +310,12 @@ class ShardedAdam(adam.Adam):
         """
         refuse_in_loss("apply_gradients")
         scale = None if grad_scale is None else checked_scale(grad_scale)
-        given = [] if grads_and_vars is None else map(checked_pair, listed(grads_and_vars), itertools.count())
-        pairs = [(gradient, variable) for gradient, variable in given if gradient is not None]
-        if pairs and not self._whole:
-            self.build([v for _, v in pairs], [v for g, v in pairs if isinstance(g, IndexedSlices)])
-        checked = [self._checked(g, v, f"grads_and_vars[{number}]") for number, (g, v) in enumerate(pairs)]
-        missing = self._lacks() - {number for number, _ in checked}
-        if missing or not self._whole:
-            rule, names = "must come for every variable at each step", [self._whole[n].name for n in sorted(missing)]
-            got = f"none for {names[:5]}" if missing else "none at all"
-            raise ArgumentValueError("gradients", rule, got, "pass zeros where a variable has none")
-        self._push(checked)
+        given = [] if grads_and_vars is None else listed(grads_and_vars)
+        if self._repeated is not None and self._repeated.take(given):
+            self._begin_complete()
+        else:
+            pairs = map(checked_pair, given, itertools.count())
+            self._take([(gradient, variable) for gradient, variable in pairs if gradient is not None])
         if self._pairs is None or any(isinstance(shard, TableShard) for shard in self._shards.shards):
             self._pairs = [
                 pair for shard in self._shards.shards for pair in zip(shard.gradients(), shard.pieces, strict=True)
@@ -330,6 +328,20 @@ class ShardedAdam(adam.Adam):
         for variable in self._whole:
             variable.constrain()
         return done
+
+    def _take(self, pairs: Sequence[tuple[Any, Any]]) -> None:
+        """Hand over the gradients that a step still lacks."""
+        if pairs and not self._whole:
+            self.build([v for _, v in pairs], [v for g, v in pairs if isinstance(g, IndexedSlices)])
+        checked = [self._checked(g, v, f"grads_and_vars[{number}]") for number, (g, v) in enumerate(pairs)]
+        missing = self._lacks() - {number for number, _ in checked}
+        if missing or not self._whole:
+            rule, names = "must come for every variable at each step", [self._whole[n].name for n in sorted(missing)]
+            got = f"none for {names[:5]}" if missing else "none at all"
+            raise ArgumentValueError("gradients", rule, got, "pass zeros where a variable has none")
+        self._push(checked)
+        if len(checked) == len(self._whole):
+            self._repeated = RepeatedGradients.of(self._shards.shards, pairs, checked, self._communicator.device)
 
     # What is said of variables reaches the pieces of them that this rank owns.
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from gpu_adam.communicators import Communicator, Pending, sum_dtype
 from gpu_adam.devices import Array, Device
+from gpu_adam.devices.pair_reader import ExpectedPairs
 from gpu_adam.distributed.layout import Bucket
 from gpu_adam.kernels import CHUNK
 from gpu_adam.state.adam_state import AdamState
@@ -138,8 +139,13 @@ class ArrayShard(Shard):
             device, ranks = self._device, self._communicator.size
             self._to_send = device.zeros((ranks * self.bucket.shard,), gradient.dtype)
             self._received = device.zeros((self.bucket.shard,), sum_dtype(gradient.dtype))
-        self._device.copy_call([self._to_send[self._places[number]]], [gradient.reshape(-1)])()
+        self._device.copy_call([self.place_of(number)], [gradient.reshape(-1)])()
         self.lacks.discard(number)
+
+    def place_of(self, number: int) -> Array:
+        """Where a variable's gradient is copied to, one-dimensional, once there was one in the bucket."""
+        assert self._to_send is not None
+        return self._to_send[self._places[number]]
 
     def begin(self, *, ordered: bool, joins: bool) -> None:
         """See `Shard`."""
@@ -159,6 +165,64 @@ class ArrayShard(Shard):
         if pending is not None:
             pending.wait()
             self.lacks = set(self.bucket.variables)
+
+
+class RepeatedGradients:
+    """Gradients for the variables of an earlier step, in its order, which are recognised and copied all at once.
+
+    Args:
+        shards: all of the optimizer.
+        pairs: of the earlier step, one for each variable.
+        checked: for each pair the variable's number, and its gradient as it was copied.
+        device: of the arrays.
+    """
+
+    def __init__(
+        self,
+        shards: Sequence[ArrayShard],
+        pairs: Sequence[tuple[Any, Variable]],
+        checked: Sequence[tuple[int, Array]],
+        device: Device,
+    ) -> None:
+        self._shards, self._device, count = shards, device, len(pairs)
+        arrays = [array for _, array in checked]
+        targets, shapes = [variable for _, variable in pairs], [array.shape for array in arrays]
+        expected = ExpectedPairs(targets, [None] * count, [None] * count, shapes, [array.dtype for array in arrays])
+        self._read, self._arrays = device.pair_reader(expected), [variable._storage for variable in targets]
+        shard_of = {number: shard for shard in shards for number in shard.bucket.variables}
+        self._places = [shard_of[number].place_of(number).reshape(array.shape) for number, array in checked]
+
+    @classmethod
+    def of(
+        cls,
+        shards: Sequence[Shard],
+        pairs: Sequence[tuple[Any, Variable]],
+        checked: Sequence[tuple[int, Any]],
+        device: Device,
+    ) -> RepeatedGradients | None:
+        """What recognises such a step; None where gradients were no arrays of the device, as they will not be again."""
+        dense = [shard for shard in shards if isinstance(shard, ArrayShard)]
+        as_given = all(array is gradient for (_, array), (gradient, _) in zip(checked, pairs, strict=True))
+        if len(dense) < len(shards) or not as_given:
+            return None
+        return cls(dense, pairs, checked, device)
+
+    def take(self, pairs: Sequence[Any]) -> bool:
+        """Copy the gradients into their buckets; False, and nothing has changed, where they are not such ones."""
+        addresses = self._read(pairs)
+        if addresses is None or not addresses.all():
+            return False
+        gradients = [gradient for gradient, _ in pairs]
+        kind = self._device.xp.ndarray  # tensors of torch have addresses, too
+        has_begun = any(len(shard.lacks) < len(shard.bucket.variables) for shard in self._shards)
+        if has_begun or not all(type(gradient) is kind for gradient in gradients):
+            return False
+        if not all(variable._storage is array for (_, variable), array in zip(pairs, self._arrays, strict=True)):
+            return False  # another optimizer has moved some
+        self._device.copy_call(self._places, gradients)()
+        for shard in self._shards:
+            shard.lacks.clear()
+        return True
 
 
 class TableShard(Shard):
