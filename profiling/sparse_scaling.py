@@ -72,7 +72,10 @@ class Size:
         return f"{label} x {self.width}"
 
 
-SIZES = [Size(10**power, width) for width in (8, 16, 64, 128) for power in (5, 6, 7, 8)] + [Size(8 * 10**6, 64)]
+SIZES = [
+    *(Size(rows, width) for width in (8, 16) for rows in (10**5, 10**6, 10**7, 10**8)),
+    *(Size(rows, width) for width in (64, 128) for rows in (10**5, 10**6, 8 * 10**6)),
+]
 QUICK = [Size(20_000, 8), Size(100_000, 16)]
 
 
@@ -207,7 +210,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", metavar="EXPRESSION", help="for the names of sizes")
     parser.add_argument("--memory", type=float, metavar="GB", help="for tables; default: two thirds of what is free")
-    parser.add_argument("--seconds", type=float, default=1.5, help="of measuring, for each candidate of a size")
+    parser.add_argument("--seconds", type=float, default=1.0, help="of measuring, for each candidate of a size")
     parser.add_argument("--quick", action="store_true", help="small tables, few steps")
     parser.add_argument("--results", type=Path, metavar="FOLDER", help="default: results/, if all is measured")
     options = parser.parse_args(arguments)

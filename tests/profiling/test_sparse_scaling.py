@@ -82,8 +82,11 @@ def test_tables_keep_to_the_memory(monkeypatch: pytest.MonkeyPatch, bytes_each: 
 
 @pytest.mark.skipif(find_spec("torch") is None, reason="torch is not installed (extra: torch)")
 @pytest.mark.usefixtures("one_torch_thread")
-def test_results_are_those_of_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_results_are_those_of_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     image = pytest.importorskip("matplotlib.image", reason="the extra bench brings it")
+    monkeypatch.setattr(gpu_adam, "set_device", lambda _: HostDevice(threads=1))  # and as many of torch
     sparse_scaling.main(["--quick", "--results", str(tmp_path)])
     rows = sparse_scaling.loaded(tmp_path / "sparse-scaling.json")
     assert [(row.size, row.who) for row in rows] == [
