@@ -149,19 +149,20 @@ def test_variables_stay_unless_they_are_asked_for(tmp_path: Path) -> None:
 
 
 def test_the_note_tells_of_variables_that_other_ranks_own(tmp_path: Path) -> None:
+    kinds: tuple[Kind, ...] = (("a", (5,), "float32"), ("b", (9000,), "float32"), ("c", (5,), "float32"))
+
     def work(communicator: Communicator) -> None:
-        found = sharded(communicator, MIXED, weight_decay=0.1)
+        found = sharded(communicator, kinds, weight_decay=0.1)
         for variable in reversed(found.variables):
-            if variable.size:
-                found.optimizer.set_group([variable], learning_rate_multiplier=0.5)
-        found.optimizer.exclude_from_weight_decay([found.variables[1], found.variables[5]])
+            found.optimizer.set_group([variable], learning_rate_multiplier=0.5)
+        found.optimizer.exclude_from_weight_decay(found.variables[::2])
         found.optimizer.save(tmp_path / "run")
         found.optimizer.save(tmp_path / "one", gather=True)
 
     on_ranks(4, work)
     for note in (contents_of(tmp_path / "run").note, checkpoint.read(tmp_path / "one")[1]):
-        assert list(note["groups"]) == ["w", "b", "w_1", "scalar", "field"]
-        assert note["never_decayed"] == ["b", "field"]
+        assert list(note["groups"]) == ["a", "b", "c"]
+        assert note["never_decayed"] == ["a", "c"]
 
 
 # What is read.
@@ -336,6 +337,13 @@ def test_all_ranks_refuse_the_checkpoint_of_another_optimizer(
         assert other.state() == before
 
     on_ranks(3, work)
+
+
+def test_a_file_of_something_else(tmp_path: Path) -> None:
+    checkpoint.write(tmp_path / "file", {"x": np.ones(3)}, {})
+    found = sharded(Alone("host"), SMALL)
+    with pytest.raises(CheckpointError, match=r"must be written by Adam.save \(got None\)"):
+        found.optimizer.load(tmp_path / "file")
 
 
 def test_a_plain_adam_loads_no_directory_and_no_part_of_one(tmp_path: Path) -> None:
@@ -572,6 +580,7 @@ def test_a_manifest_that_was_not_synced_is_before_others_go(tmp_path: Path, monk
     versions, recorder = Versions(tmp_path / "run", 1), Recorder(last, errno.EIO)
     with recorded(recorder):
         versions.save(recorder, 3)
+    assert recorder.log.pop(last).what == "fsync directory"  # which was not made
     assert [operation.number for operation in recorder.log if operation.what == "returned"] == [0, 2]
     assert list(losses(versions, recorder.log)) == []
 
