@@ -16,7 +16,9 @@ So meta.json tells at every moment of files that are all there, which nobody wri
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -86,10 +88,7 @@ class Contents(NamedTuple):
         Raises:
             CheckpointError: a file is missing, damaged, or of another save; elements that no file has.
         """
-        found = {
-            name: np.empty(end - begin, dtype_named(self.kinds[name].partition(" ")[0]))
-            for name, (begin, end) in ranges.items()
-        }
+        found: dict[str, np.ndarray] = {}
         wanted: dict[PathOrFile, list[tuple[str, _Part]]] = {}
         for name, (begin, end) in ranges.items():
             position = begin
@@ -100,15 +99,26 @@ class Contents(NamedTuple):
             if position < end:
                 got = f"not all of the elements {begin} to {end} of {name!r}"
                 raise CheckpointError(self.title, "must have all pieces of its arrays", got, _COPY)
+            if begin == end:
+                found[name] = self._room(name, 0)
         for file, parts in wanted.items():
             arrays = self._arrays(file, {part.member for _, part in parts})
             with checkpoint.naming(atomic_file.name_of(file)):
                 for name, part in parts:
                     begin, end = ranges[name]
+                    source = arrays.pop(part.member).reshape(-1)
+                    if (part.begin, part.end) == (begin, end):
+                        found[name] = source
+                        continue
+                    if name not in found:
+                        found[name] = self._room(name, end - begin)
                     first, last = max(begin, part.begin), min(end, part.end)
-                    source = arrays[part.member].reshape(-1)[first - part.begin : last - part.begin]
-                    found[name][first - begin : last - begin] = source
+                    found[name][first - begin : last - begin] = source[first - part.begin : last - part.begin]
         return found
+
+    def _room(self, name: str, size: int) -> np.ndarray:
+        """Memory for so many elements of an array."""
+        return np.empty(size, dtype_named(self.kinds[name].partition(" ")[0]))
 
     def _arrays(self, file: PathOrFile, members: set[str]) -> dict[str, np.ndarray]:
         title = atomic_file.name_of(file)
@@ -158,6 +168,25 @@ def read_all(path: PathOrFile) -> tuple[Manifest, dict[str, np.ndarray], dict[st
     flat = contents.read({name: (0, _size(kind)) for name, kind in contents.kinds.items()})
     arrays = {name: flat[name].reshape(_shape(kind)) for name, kind in contents.kinds.items()}
     return contents.said, arrays, contents.note
+
+
+class Spec:
+    """What an array is, without its elements.
+
+    Args:
+        dtype: of the array.
+        shape: of the array.
+
+    Attributes:
+        dtype: as above.
+        shape: as above.
+        size: how many elements.
+        kind: dtype and shape as a manifest has them: "float32 [3, 2]".
+    """
+
+    def __init__(self, dtype: np.dtype, shape: tuple[int, ...]) -> None:
+        self.dtype, self.shape, self.size = dtype, shape, math.prod(shape)
+        self.kind = f"{dtype.name} {list(shape)}"
 
 
 def titles_of(variables: Sequence[Variable], shards: Iterable[Shard], rank: int) -> dict[Variable, str]:
@@ -265,12 +294,11 @@ class RankFiles:
         variable, slash, _ = name.rpartition("/")
         return self._ranges[variable] if slash else None
 
-    def _specs(self, *, variables: bool) -> dict[str, np.ndarray]:
-        """For each array of the whole state, one of this dtype and shape that has no memory for its elements."""
+    def _specs(self, *, variables: bool) -> dict[str, Spec]:
+        """What the arrays of the whole state are, in the order in which one optimizer has them."""
+        spec = functools.cache(Spec)  # of a hundred thousand arrays many are alike
         specs = {
-            name: np.broadcast_to(np.empty((), weight.dtype), weight.shape)
-            for name, weight in self._state.named().items()
-            if "/" not in name
+            name: spec(weight.dtype, weight.shape) for name, weight in self._state.named().items() if "/" not in name
         }
         kinds: dict[str, dict[int, np.dtype]] = {name: {} for name in self._state.slots}
         for shard in self._shards:
@@ -282,7 +310,7 @@ class RankFiles:
         for slot_name, dtypes in kinds.items():
             for number, (name, variable) in enumerate(self._variables.items()):
                 if number in dtypes:
-                    specs[f"{name}/{slot_name}"] = np.broadcast_to(np.empty((), dtypes[number]), variable.shape)
+                    specs[f"{name}/{slot_name}"] = spec(dtypes[number], variable.shape)
         return specs
 
     def _kinds(self, shard: Shard) -> Iterator[tuple[str, np.dtype]]:
@@ -291,7 +319,7 @@ class RankFiles:
         yield from ((name, owned[first].dtype) for name, owned in self._state.slots.items() if first in owned)
         yield VALUE, first.dtype
 
-    def _gathered(self, specs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def _gathered(self, specs: Mapping[str, Spec]) -> dict[str, np.ndarray]:
         """All arrays, on rank 0; on the others none."""
         communicator, device, state = self._communicator, self._communicator.device, self._state
         is_first, names = communicator.rank == 0, list(self._variables)
@@ -355,8 +383,8 @@ class RankFiles:
         saving.check_note(title, state, contents.note)
         kinds = saving.fitting(title, state, contents.kinds, specs.keys(), variables=variables)
         for name, spec in specs.items():
-            if kinds[name] != (expected := _kind(spec.dtype, spec.shape)):
-                raise CheckpointError(f"{name!r} in {title}", f'must be "{expected}"', kinds[name], saving.OWN)
+            if kinds[name] != spec.kind:
+                raise CheckpointError(f"{name!r} in {title}", f'must be "{spec.kind}"', kinds[name], saving.OWN)
         named = state.named(variables=variables)
         flat = contents.read({name: self._range_of(name) or (0, specs[name].size) for name in named})
         arrays = {name: flat[name].reshape(variable.shape) for name, variable in named.items()}
@@ -379,17 +407,13 @@ def _piece_name(name: str, found: Range) -> str:
     return f"{name}[{found[0]}:{found[1]}]"
 
 
-def _kind(dtype: np.dtype, shape: Sequence[int]) -> str:
-    """What a manifest says of an array, but for the checksum."""
-    return f"{dtype.name} {list(shape)}"
-
-
+@functools.lru_cache(maxsize=4096)
 def _shape(kind: str) -> tuple[int, ...]:
     return tuple(json.loads(kind.partition(" ")[2]))
 
 
 def _size(kind: str) -> int:
-    return int(np.prod(_shape(kind), dtype=np.int64))
+    return math.prod(_shape(kind))
 
 
 # The directory.

@@ -8,6 +8,7 @@ import numpy as np
 import gpu_adam
 from gpu_adam import Variable
 from gpu_adam.communicators import Communicator
+from gpu_adam.devices import Device
 from gpu_adam.distributed import ShardedAdam
 from gpu_adam.kernels import dtype_named
 
@@ -34,7 +35,8 @@ class Work(NamedTuple):
         """Take the steps of these numbers."""
         for number in steps:
             rng = np.random.default_rng([number, rank])
-            pairs = [(rng.standard_normal(each.shape).astype(each.dtype), each) for each in self.variables]
+            gradients = [np.asarray(rng.standard_normal(each.shape)).astype(each.dtype) for each in self.variables]
+            pairs = [(each.device.array(g), each) for g, each in zip(gradients, self.variables, strict=True)]
             self.optimizer.apply_gradients(pairs)
 
     def values(self) -> list[bytes]:
@@ -43,13 +45,13 @@ class Work(NamedTuple):
 
     def state(self) -> dict[str, bytes]:
         """The bytes of what this rank has."""
-        return {name: array.tobytes() for name, array in self.optimizer.export().items()}
+        return {name: array.tobytes() for name, array in self.optimizer.export().items() if array.size}
 
 
-def variables_of(kinds: Sequence[Kind], value: float) -> list[Variable]:
+def variables_of(kinds: Sequence[Kind], value: float, device: Device | str) -> list[Variable]:
     """Variables whose elements begin at a value."""
     return [
-        Variable(np.full(shape, value).astype(dtype_named(dtype)), name=name, device="host")
+        Variable(np.full(shape, value).astype(dtype_named(dtype)), name=name, device=device)
         for name, shape, dtype in kinds
     ]
 
@@ -57,14 +59,15 @@ def variables_of(kinds: Sequence[Kind], value: float) -> list[Variable]:
 def sharded(communicator: Communicator, kinds: Sequence[Kind] = MIXED, value: float = 1.0, **config: Any) -> Work:
     """An optimizer of this rank, with its slots."""
     work = Work(
-        ShardedAdam(communicator, 0.01, deterministic=True, bucket_bytes=40_000, **config), variables_of(kinds, value)
+        ShardedAdam(communicator, 0.01, deterministic=True, bucket_bytes=40_000, **config),
+        variables_of(kinds, value, communicator.device),
     )
     work.optimizer.build(work.variables)
     return work
 
 
-def alone(kinds: Sequence[Kind] = MIXED, value: float = 1.0, **config: Any) -> Work:
+def alone(kinds: Sequence[Kind] = MIXED, value: float = 1.0, device: Device | str = "host", **config: Any) -> Work:
     """An optimizer by itself, with its slots."""
-    work = Work(gpu_adam.Adam(0.01, **config), variables_of(kinds, value))
+    work = Work(gpu_adam.Adam(0.01, **config), variables_of(kinds, value, device))
     work.optimizer.build(work.variables)
     return work

@@ -22,6 +22,7 @@ from distributed.ranks import HALF, MIXED, Kind, alone, sharded
 from distributed.threads import on_ranks
 from gpu_adam.__main__ import main
 from gpu_adam.communicators import Alone, Communicator
+from gpu_adam.devices import Device
 from gpu_adam.distributed.agreement import together
 from gpu_adam.distributed.checkpoint import Contents, contents_of
 from gpu_adam.errors import ArgumentTypeError, ArgumentValueError, CheckpointError, DistributedError, GpuAdamError
@@ -112,6 +113,23 @@ def test_a_loaded_optimizer_goes_on_as_the_one_that_saved(tmp_path: Path) -> Non
 
     for first, second in on_ranks(3, work):
         assert first == second
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_device_saves_and_loads(device: Device, tmp_path: Path, name: str) -> None:
+    kinds, config = CONFIGS[name]
+    work = sharded(Alone(device), kinds, **config)
+    work.step(range(2))
+    work.optimizer.save(tmp_path / "run", variables=True)
+    work.optimizer.save(tmp_path / "one.npz", variables=True, gather=True)
+    before = work.state(), work.values()
+    for path in ("run", "one.npz"):
+        work.step([2])
+        work.optimizer.load(tmp_path / path, variables=True)
+        assert (work.state(), work.values()) == before
+    plain = alone(kinds, 5.0, device, **config)
+    plain.optimizer.load(tmp_path / "one.npz", variables=True)
+    assert (plain.state(), plain.values()) == before
 
 
 @pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
