@@ -226,12 +226,16 @@ class ShardedAdam(adam.Adam):
         refuse_in_loss("push_gradient")
         self._push([self._checked(gradient, variable, "variable")])
 
-    def _checked(self, gradient: Any, variable: Any, argument: str) -> tuple[int, Any]:
-        """A variable's number, and its gradient ready to be handed over."""
-        number = self._number_of(variable, argument)
+    def _check_place(self, number: int) -> None:
+        variable = self._whole[number]
         if not self._shard_of(number).has(number, variable):
             rule, got = "must lie where this optimizer has put it", "one that another optimizer has moved since"
             raise ArgumentValueError(f"variable {variable.name!r}", rule, got, "let one optimizer have it")
+
+    def _checked(self, gradient: Any, variable: Any, argument: str) -> tuple[int, Any]:
+        """A variable's number, and its gradient ready to be handed over."""
+        number = self._number_of(variable, argument)
+        self._check_place(number)
         is_table = isinstance(self._shard_of(number), TableShard)
         if not is_table and isinstance(gradient, IndexedSlices) and self._clip.norm is None:
             gradient = gradient.dense(variable.shape)  # the norm would be another one: that of the slices
@@ -447,7 +451,7 @@ class ShardedAdam(adam.Adam):
             rule, remedy = "must be False on several ranks", "save less often, or where nobody waits"
             raise ArgumentValueError("asynchronous", rule, asynchronous, remedy)
         one_of("on_busy", on_busy, ("wait", "error"))
-        self._check_between_steps("save")
+        self._check_ready("save", variables)
         refuse_in_capture(self._communicator.device, "save")
 
         def note() -> dict[str, Any]:
@@ -478,7 +482,7 @@ class ShardedAdam(adam.Adam):
             CheckpointError: as `Adam.load`; files of another save than the directory's manifest tells of.
         """
         refuse_in_loss("load")
-        self._check_between_steps("load")
+        self._check_ready("load", variables)
         with self._state.alone():
             self._controller.guards.settle_inside()
             self._files().loading(path, variables=variables)()
@@ -488,7 +492,10 @@ class ShardedAdam(adam.Adam):
     def _files(self) -> RankFiles:
         return RankFiles(self._communicator, self._state, self._whole, self._shards.shards)
 
-    def _check_between_steps(self, call: str) -> None:
+    def _check_ready(self, call: str, variables: bool) -> None:
+        """Raise ArgumentValueError where a step has begun; if variables are saved or loaded, where one was moved."""
+        for number in range(len(self._whole) if variables else 0):
+            self._check_place(number)
         if len(self._lacks()) < len(self._whole):
             rule, got = "must come between steps", "a call after push_gradient"
             raise ArgumentValueError(call, rule, got, "call apply_gradients first")

@@ -22,7 +22,9 @@ MIXED: tuple[Kind, ...] = (
     ("scalar", (), "float64"),
     ("field", (5000,), "complex64"),
 )
-HALF: tuple[Kind, ...] = (("table", (5000, 3), "bfloat16"), ("bias", (7,), "bfloat16"), ("scale", (11,), "float32"))
+HALF: tuple[Kind, ...] = (("matrix", (5000, 3), "bfloat16"), ("bias", (7,), "bfloat16"), ("scale", (11,), "float32"))
+TABLES: tuple[Kind, ...] = (("table", (3000, 3), "float32"), ("b", (5,), "float32"), ("table", (2, 3), "float64"))
+"""What is called "table" gets gradients of some of its rows. Of the second one not every rank owns a row."""
 
 
 class Work(NamedTuple):
@@ -35,9 +37,7 @@ class Work(NamedTuple):
         """Take the steps of these numbers."""
         for number in steps:
             rng = np.random.default_rng([number, rank])
-            gradients = [np.asarray(rng.standard_normal(each.shape)).astype(each.dtype) for each in self.variables]
-            pairs = [(each.device.array(g), each) for g, each in zip(gradients, self.variables, strict=True)]
-            self.optimizer.apply_gradients(pairs)
+            self.optimizer.apply_gradients([(_gradient(rng, variable), variable) for variable in self.variables])
 
     def values(self) -> list[bytes]:
         """The bytes of all variables."""
@@ -46,6 +46,14 @@ class Work(NamedTuple):
     def state(self) -> dict[str, bytes]:
         """The bytes of what this rank has."""
         return {name: array.tobytes() for name, array in self.optimizer.export().items() if array.size}
+
+
+def _gradient(rng: np.random.Generator, variable: Variable) -> Any:
+    device, dtype = variable.device, variable.dtype
+    if variable.name != "table":
+        return device.array(np.asarray(rng.standard_normal(variable.shape)).astype(dtype))
+    rows = rng.integers(len(variable), size=4)
+    return gpu_adam.IndexedSlices(device.array(rng.standard_normal((4, 3)).astype(dtype)), device.array(rows))
 
 
 def variables_of(kinds: Sequence[Kind], value: float, device: Device | str) -> list[Variable]:
@@ -62,7 +70,7 @@ def sharded(communicator: Communicator, kinds: Sequence[Kind] = MIXED, value: fl
         ShardedAdam(communicator, 0.01, deterministic=True, bucket_bytes=40_000, **config),
         variables_of(kinds, value, communicator.device),
     )
-    work.optimizer.build(work.variables)
+    work.optimizer.build(work.variables, [variable for variable in work.variables if variable.name == "table"])
     return work
 
 

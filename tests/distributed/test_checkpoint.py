@@ -18,11 +18,12 @@ from communicators import jobs
 from simulated_disk import Operation, Recorder, after_power_failure, fates, recorded
 
 import gpu_adam
-from distributed.ranks import HALF, MIXED, Kind, alone, sharded
+from distributed.ranks import HALF, MIXED, TABLES, Kind, alone, sharded
 from distributed.threads import on_ranks
 from gpu_adam.__main__ import main
 from gpu_adam.communicators import Alone, Communicator
 from gpu_adam.devices import Device
+from gpu_adam.distributed import ShardedAdam
 from gpu_adam.distributed.agreement import together
 from gpu_adam.distributed.checkpoint import Contents, contents_of
 from gpu_adam.errors import ArgumentTypeError, ArgumentValueError, CheckpointError, DistributedError, GpuAdamError
@@ -33,6 +34,8 @@ TESTS = Path(__file__).parents[1]
 SMALL: tuple[Kind, ...] = (("a", (3,), "float32"), ("b", (5000,), "float32"))
 CONFIGS: dict[str, tuple[tuple[Kind, ...], dict[str, Any]]] = {
     "mixed": (MIXED, {"amsgrad": True}),
+    "tables": (TABLES, {}),
+    "deferred": (TABLES, {"sparse_update": "deferred"}),
     "half": (HALF, {"master_weights": True, "use_ema": True, "loss_scale": gpu_adam.LossScale(4.0, 2)}),
 }
 
@@ -67,14 +70,18 @@ def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def test_any_number_of_ranks_loads_what_any_number_saved(
     saved: tuple[str, dict[int, Path]], tmp_path: Path, ranks: int
 ) -> None:
-    """The state and the variables of all ranks, and the next step: as one file of them."""
+    """The state and the variables of all ranks, as one file of them."""
     name, folders = saved
+
+    def sources_of(number: int) -> list[str]:
+        return ["run", *(["one.npz"] if number == 3 else [])]
+
     kinds, config = CONFIGS[name]
 
     def load(communicator: Communicator) -> list[bytes]:
         work = sharded(communicator, kinds, value=5.0, **config)
         for number, folder in folders.items():
-            for source in ("run", "one.npz"):
+            for source in sources_of(number):
                 work.optimizer.load(folder / source, variables=True)
                 work.optimizer.save(tmp_path / f"{number}-{source}", variables=True, user={"epoch": 3}, gather=True)
         return work.values()
@@ -82,7 +89,7 @@ def test_any_number_of_ranks_loads_what_any_number_saved(
     values = on_ranks(ranks, load)
     for number, folder in folders.items():
         expected = (folder / "one.npz").read_bytes()
-        for source in ("run", "one.npz"):
+        for source in sources_of(number):
             assert (tmp_path / f"{number}-{source}").read_bytes() == expected, (number, source)
     arrays, _ = checkpoint.read(folders[7] / "one.npz")
     expected_values = [arrays[key].tobytes() for key in arrays if key.endswith("/value")]
@@ -100,13 +107,17 @@ def test_one_file_of_several_ranks_is_that_of_a_plain_adam(saved: tuple[str, dic
         assert int(work.optimizer.iterations.numpy()) == 3
 
 
-def test_a_loaded_optimizer_goes_on_as_the_one_that_saved(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_loaded_optimizer_goes_on_as_the_one_that_saved(tmp_path: Path, name: str) -> None:
+    kinds, config = CONFIGS[name]
+
     def work(communicator: Communicator) -> tuple[list[bytes], list[bytes]]:
-        first = sharded(communicator, HALF, master_weights=True)
+        first = sharded(communicator, kinds, **config)
         first.step(range(3), communicator.rank)
         first.optimizer.save(tmp_path / "run", variables=True)
         first.step(range(3, 6), communicator.rank)
-        second = sharded(communicator, HALF, value=5.0, master_weights=True)
+        second = sharded(communicator, kinds, value=5.0, **config)
+        second.step([9], communicator.rank)
         second.optimizer.load(tmp_path / "run", variables=True)
         second.step(range(3, 6), communicator.rank)
         return first.values(), second.values()
@@ -473,6 +484,10 @@ def test_what_cannot_be_saved(tmp_path: Path) -> None:
             with pytest.raises(ArgumentValueError, match="must come between steps"):
                 call(tmp_path / "run")
         assert found.state() == before
+        ShardedAdam(communicator).build(found.variables)
+        for call in (optimizer.save, optimizer.load):
+            with pytest.raises(ArgumentValueError, match="must lie where this optimizer has put it"):
+                call(tmp_path / "run", variables=True)
 
     on_ranks(2, work)
     assert not (tmp_path / "run").exists()
@@ -556,7 +571,7 @@ class Versions:
         return number
 
 
-def losses(versions: Versions, log: list[Operation], count: int = 3) -> Iterator[str]:
+def losses(versions: Versions, log: list[Operation], count: int = 2) -> Iterator[str]:
     """Of all moments of a power failure those that lose a version which was saved, or leave a mixture."""
     folder, begun, returned = versions.folder, -1, -1
     for end, operation in enumerate([*log, Operation("end")]):
