@@ -52,10 +52,11 @@ from gpu_adam.step.replays import Configuration, Replayable, captured, refuse_in
 from gpu_adam.uninterrupted import make_all
 from gpu_adam.variables import Variable, as_dtype, as_shape
 
-_KEYWORDS = (
+KEYWORDS = (
     *("clipnorm", "clipvalue", "global_clipnorm", "lr", "decay", "complex_mode", "weight_decay", "l2"),
     *Flavour._fields,
 )
+"""What the constructor takes by keyword alone."""
 
 
 class Adam:
@@ -136,8 +137,8 @@ class Adam:
         **kwargs: Any,
     ) -> None:
         for keyword in kwargs:
-            if keyword not in _KEYWORDS:
-                known = ", ".join(_KEYWORDS)
+            if keyword not in KEYWORDS:
+                known = ", ".join(KEYWORDS)
                 raise ArgumentTypeError(
                     f"keyword {keyword!r}", f"must be one of {known}", "another", "correct or drop it"
                 )

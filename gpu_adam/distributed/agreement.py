@@ -17,6 +17,9 @@ from gpu_adam.errors import ArgumentTypeError, DistributedError, GpuAdamError
 
 T = TypeVar("T")
 
+_MARK = 0x6770755F6164616D
+"""Begins what ranks tell each other, so that it is not taken for what another operation sends."""
+
 
 def check_communicator(communicator: Any) -> None:
     """Raise ArgumentTypeError for what is no communicator."""
@@ -58,11 +61,21 @@ def gathered(communicator: Communicator, text: str) -> list[str]:
 
 
 def _gathered(communicator: Communicator, row: np.ndarray) -> np.ndarray:
-    """Every rank's array, which has the same size in all, as the rows of one."""
+    """Every rank's array of 64-bit numbers, which has the same size in all, as the rows of one.
+
+    Raises:
+        DistributedError: another rank is at something else, which engines do not see.
+    """
     device = communicator.device
-    rows: Array = device.zeros((communicator.size, row.size), row.dtype)
-    communicator.all_gather(device.array(row), rows).wait()
-    return device.numpy(rows)
+    marked = np.concatenate([np.array([_MARK], np.uint64), row.view(np.uint64)])
+    rows: Array = device.zeros((communicator.size, marked.size), marked.dtype)
+    communicator.all_gather(device.array(marked), rows).wait()
+    found = device.numpy(rows)
+    if (strangers := np.flatnonzero(found[:, 0] != _MARK)).size:
+        rule, got = "must make the same calls as the others", f"another one than rank {communicator.rank}"
+        remedy = "call build, set_group and the like on all ranks, in the same order"
+        raise DistributedError(f"rank {strangers[0]}", rule, got, remedy)
+    return np.ascontiguousarray(found[:, 1:]).view(row.dtype)
 
 
 def together(communicator: Communicator, work: Callable[[], T]) -> T:

@@ -194,7 +194,9 @@ class ShardedAdam(adam.Adam):
 
     def _agree(self, variables: Sequence[str]) -> None:
         """Raise DistributedError where other ranks build other variables, or have another configuration."""
-        config = [f"{key} = {value!r}" for key, value in sorted(self.get_config().items())]
+        # All keywords, so that one that a rank lacks does not move the others.
+        full = {**dict.fromkeys(adam.KEYWORDS), **self.get_config()}
+        config = [f"{key} = {value!r}" for key, value in sorted(full.items())]
         version = sys.modules["gpu_adam"].__version__
         done = f"iterations = {self._state.steps_done}"
         options = [f"deterministic = {self._ordered}", f"bucket_bytes = {self._bucket_bytes}"]

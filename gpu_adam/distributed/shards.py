@@ -13,6 +13,7 @@ import numpy as np
 from gpu_adam.communicators import Communicator, Pending, sum_dtype
 from gpu_adam.devices import Array, Device
 from gpu_adam.devices.pair_reader import ExpectedPairs
+from gpu_adam.distributed.agreement import agree
 from gpu_adam.distributed.layout import Bucket
 from gpu_adam.kernels import CHUNK
 from gpu_adam.state.adam_state import AdamState
@@ -62,6 +63,7 @@ class Shard(ABC):
             for piece in self.own
         ]
         self.lacks = set(bucket.variables)
+        self._name, self._is_agreed = first.name, False
         self._departing: Pending | None = None
 
     def _shaped(self, array: Array, variable: Variable) -> Array:
@@ -96,6 +98,15 @@ class Shard(ABC):
             ordered: whether they are added in the order of ranks.
             joins: whether a norm is taken of them.
         """
+
+    def _agree(self, dtype: np.dtype) -> None:
+        """At the first step, raise DistributedError where other ranks' gradients have another dtype.
+
+        An engine would take their bits for numbers of this one.
+        """
+        if not self._is_agreed:
+            agree(self._communicator, [f"gradients of {dtype.name} for variable {self._name!r}"])
+            self._is_agreed = True
 
     @abstractmethod
     def gradients(self) -> list[Any]:
@@ -151,6 +162,7 @@ class ArrayShard(Shard):
         """See `Shard`."""
         assert self._to_send is not None
         assert self._received is not None
+        self._agree(self._to_send.dtype)
         self._arriving = self._communicator.reduce_scatter(self._to_send, self._received, ordered=ordered)
 
     def gradients(self) -> list[Array]:
@@ -271,6 +283,7 @@ class TableShard(Shard):
         """See `Shard`."""
         slices, self._slices = self._slices, None
         assert slices is not None
+        self._agree(slices.values.dtype)
         device, communicator = self._device, self._communicator
         with device.activate():
             sorted_rows, order, counts = self._by_owner(slices.indices)

@@ -79,7 +79,8 @@ def test_the_calls_of_a_step(nccl: Library, rank: int, options: dict[str, Any], 
     gpu, log = nccl.gpu, nccl.fake.log
     communicator = nccl.communicator(rank=rank)
     optimizer, pairs = training(communicator, **options)
-    shards, stream = optimizer._shards.shards, communicator._stream.ptr
+    shards: list[Any] = list(optimizer._shards.shards)
+    stream = communicator._stream.ptr
     assert len(shards) == 3
     log.clear()
     optimizer.apply_gradients(pairs)
