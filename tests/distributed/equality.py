@@ -49,6 +49,7 @@ class Both:
         dtypes: of the variables, or one for all.
         deterministic: whether bits are to be equal.
         constraint: of all variables.
+        shapes: of the variables; more than these begin with the first again.
         **options: of both optimizers.
 
     Attributes:
@@ -67,10 +68,12 @@ class Both:
         *,
         deterministic: bool = True,
         constraint: Any = None,
+        shapes: Sequence[tuple[int, ...]] = SHAPES,
         **options: Any,
     ) -> None:
         self.communicator, self.steps, self.is_positive = communicator, 0, False
-        self._dtypes = [dtypes] * len(SHAPES) if isinstance(dtypes, str) else list(dtypes)
+        self._shapes = shapes
+        self._dtypes = [dtypes] * len(shapes) if isinstance(dtypes, str) else list(dtypes)
         self._constraint = constraint
         self.variables: list[gpu_adam.Variable] = []
         self.others: list[gpu_adam.Variable] = []
@@ -80,14 +83,14 @@ class Both:
 
         self.sharded = made(ShardedAdam, communicator, deterministic=deterministic, bucket_bytes=BUCKET_BYTES)
         self.reference = made(gpu_adam.Adam) if communicator.rank == 0 else None
-        self.add(len(SHAPES))
+        self.add(len(shapes))
         self.digests: list[str] = []
         self.expected: list[str] = []
 
     def add(self, count: int) -> None:
         """Have some more variables, which are built by the next step or by a call."""
         for number in range(len(self.variables), len(self.variables) + count):
-            shape, dtype = SHAPES[number % len(SHAPES)], self._dtypes[number % len(SHAPES)]
+            shape, dtype = self._shapes[number % len(self._shapes)], self._dtypes[number % len(self._shapes)]
             start, name = numbers([number], shape, dtype), f"{'bias' if number % 3 == 1 else 'w'}{number}"
             lists = [self.variables, self.others] if self.reference is not None else [self.variables]
             for each in lists:
@@ -321,6 +324,15 @@ def _mistaken(both: Both) -> None:
         both.step()
 
 
+def _tiny(both: Both) -> None:
+    """Most ranks own nothing."""
+    both.each(lambda optimizer, variables: optimizer.set_group(variables, learning_rate_multiplier=2.0))
+    _plainly(3)(both)
+    both.each(lambda optimizer, variables: optimizer.exclude_from_weight_decay(variables[0]))
+    both.each(lambda optimizer, variables: optimizer.overwrite_by_averages(variables[0]))
+    _plainly(3, way="push")(both)
+
+
 def _ways(both: Both) -> None:
     for way in ("push", "half", "pairs", "push"):
         _plainly(4, way=way)(both)
@@ -374,6 +386,7 @@ CASES: dict[str, tuple[dict[str, Any], Callable[[Both], None]]] = {
     "minimized, scaled": ({"loss_scale": gpu_adam.LossScale(8.0, 2)}, _minimized),
     "added": ({"accumulation": "sum", "clipnorm": 1.0}, _plainly(4)),
     "scaled": ({"global_clipnorm": 5.0}, _scaled),
+    "tiny": ({"shapes": [(3,), (0, 2)], "use_ema": True, "global_clipnorm": 1.0, "skip_nonfinite": True}, _tiny),
     "mistaken": ({"clipnorm": 1.0}, _mistaken),
     "any order": ({"global_clipnorm": 1.0}, _ways),
     "constraint": ({"constraint": half, "skip_nonfinite": True}, _train(9)),

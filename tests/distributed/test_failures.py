@@ -66,6 +66,8 @@ def test_a_training_without_failures(tmp_path: Path) -> None:
 
 
 RAISES = """
+            class Own(Exception):
+                pass
             class Raising:
                 left = random.Random({seed}).randrange(900)  # lines of the package that a step executes
                 def __call__(self, frame, event, argument):
@@ -73,7 +75,7 @@ RAISES = """
                 def line(self, frame, event, argument):
                     self.left -= 1
                     if self.left == 0:
-                        raise ValueError("of its own")
+                        raise Own("of its own")
                     return self.line
             sys.settrace(Raising())"""
 
@@ -82,7 +84,7 @@ RAISES = """
 def test_a_rank_that_raises_anywhere_in_a_step(seed: int, tmp_path: Path) -> None:
     job = ended(tmp_path, RAISES.format(seed=seed))
     assert job.status != 0, job
-    assert "ValueError: of its own" in job.err, job
+    assert "Own: of its own" in job.err, job
     assert "Rank 1 of 3 ends the job." in job.err, job
     assert job.err.count("Traceback") == 1, "only the rank that failed says so"
 
