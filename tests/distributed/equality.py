@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from communicators import operations
 
 import gpu_adam
 from gpu_adam import schedules
@@ -50,6 +51,7 @@ class Both:
         deterministic: whether bits are to be equal.
         constraint: of all variables.
         shapes: of the variables; more than these begin with the first again.
+        tables: numbers of those that get `IndexedSlices`.
         **options: of both optimizers.
 
     Attributes:
@@ -69,10 +71,11 @@ class Both:
         deterministic: bool = True,
         constraint: Any = None,
         shapes: Sequence[tuple[int, ...]] = SHAPES,
+        tables: Sequence[int] = (),
         **options: Any,
     ) -> None:
         self.communicator, self.steps, self.is_positive = communicator, 0, False
-        self._shapes = shapes
+        self._shapes, self.tables = shapes, tables
         self._dtypes = [dtypes] * len(shapes) if isinstance(dtypes, str) else list(dtypes)
         self._constraint = constraint
         self.variables: list[gpu_adam.Variable] = []
@@ -156,6 +159,53 @@ class Both:
                 self.reference.accumulate(list(zip(map(device.array, given(other)), self.others, strict=True)))
             assert self.reference.apply_gradients() == returned
         self.note()
+
+    def step_tables(self, *, infinity_in: int | None = None, noted: bool = True) -> None:
+        """One step, in which the tables get slices. One process gets the slices of all ranks, and the arrays added up.
+
+        Args:
+            infinity_in: as of `step`.
+            noted: whether to read what there is.
+        """
+        ranks, device = self.communicator.size, self.communicator.device
+        given = [[*self.gradients(rank, None, infinity_in)] for rank in range(ranks)]
+        found: list[list[tuple[Array, Array]]] = []
+        for rank in range(ranks):
+            rng = np.random.default_rng([self.steps, rank])
+            counts = [int(rng.integers(0, 9)) if (self.steps + rank) % 4 else 0 for _ in self.tables]
+            drawn = [
+                rng.integers(0, len(self.variables[n]), count) for n, count in zip(self.tables, counts, strict=True)
+            ]
+            found.append(
+                [
+                    (numbers([self.steps, n, rank], (len(rows), *self.variables[n].shape[1:]), "float32"), rows)
+                    for n, rows in zip(self.tables, drawn, strict=True)
+                ]
+            )
+
+        def slices(values: Array, rows: Array, number: int) -> gpu_adam.IndexedSlices:
+            dtype = self.variables[number].dtype
+            return gpu_adam.IndexedSlices(device.array(values.astype(dtype)), device.array(rows))
+
+        mine: list[Any] = list(map(device.array, given[self.communicator.rank]))
+        for n, (values, rows) in zip(self.tables, found[self.communicator.rank], strict=True):
+            mine[n] = slices(values, rows, n)
+        if not self.steps:
+            assert isinstance(self.sharded, ShardedAdam)
+            self.sharded.build(self.variables, tables=[self.variables[n] for n in self.tables])
+        returned = self.sharded.apply_gradients(zip(mine, self.variables, strict=True))
+        if self.reference is not None:
+            joined: list[Any] = [device.array(operations.summed(list(each))) for each in zip(*given, strict=True)]
+            for place, n in enumerate(self.tables):
+                parts = [each[place] for each in found]
+                values, rows = (np.concatenate([part[k] for part in parts]) for k in (0, 1))
+                joined[n] = slices(values, rows, n)
+            scale = float(ranks) if ranks > 1 else None
+            assert self.reference.apply_gradients(zip(joined, self.others, strict=True), grad_scale=scale) == returned
+        if noted:
+            self.note()
+        else:
+            self.steps += 1
 
     def minimize(self) -> None:
         """One step by a loss of the rank's own."""
@@ -324,6 +374,12 @@ def _mistaken(both: Both) -> None:
         both.step()
 
 
+def _tables(both: Both) -> None:
+    for step in range(10):
+        last = both.communicator.size - 1
+        both.step_tables(infinity_in=last if step == 5 else None, noted=step % 3 == 0)
+
+
 def _tiny(both: Both) -> None:
     """Most ranks own nothing."""
     both.each(lambda optimizer, variables: optimizer.set_group(variables, learning_rate_multiplier=2.0))
@@ -343,6 +399,7 @@ def half(array: Any) -> Any:
     return array * array.dtype.type(0.5)
 
 
+TABLES = {"shapes": [(100, 70), (50, 3), (5,), (3000, 4), (7,), (2, 5)], "tables": [1, 3, 4, 5]}
 MASTERS = {"dtypes": "bfloat16", "master_weights": True}
 MIXED = ["float32", "bfloat16", "float64", "float32", "float16", "bfloat16", "float32"]
 
@@ -386,6 +443,18 @@ CASES: dict[str, tuple[dict[str, Any], Callable[[Both], None]]] = {
     "minimized, scaled": ({"loss_scale": gpu_adam.LossScale(8.0, 2)}, _minimized),
     "added": ({"accumulation": "sum", "clipnorm": 1.0}, _plainly(4)),
     "scaled": ({"global_clipnorm": 5.0}, _scaled),
+    "tables": ({**TABLES}, _tables),
+    "tables, clipped": ({**TABLES, "clipvalue": 1.0, "amsgrad": True}, _tables),
+    "tables, clipped one by one": ({**TABLES, "clipnorm": 0.5}, _tables),
+    "tables, clipped together": ({**TABLES, "global_clipnorm": 0.5, "weight_decay": 0.1}, _tables),
+    "tables, skipped": ({**TABLES, "global_clipnorm": 0.5, "skip_nonfinite": True, "use_ema": True}, _tables),
+    "tables, masters": ({**TABLES, **MASTERS, "skip_nonfinite": True}, _tables),
+    "tables, deferred": ({**TABLES, "sparse_update": "deferred"}, _tables),
+    "tables, deferred, clipped": ({**TABLES, "sparse_update": "deferred", "clipnorm": 0.5}, _tables),
+    "tables, deferred, skipped": (
+        {**TABLES, "sparse_update": "deferred", "global_clipnorm": 0.5, "skip_nonfinite": True},
+        _tables,
+    ),
     "tiny": ({"shapes": [(3,), (0, 2)], "use_ema": True, "global_clipnorm": 1.0, "skip_nonfinite": True}, _tiny),
     "mistaken": ({"clipnorm": 1.0}, _mistaken),
     "any order": ({"global_clipnorm": 1.0}, _ways),
