@@ -125,17 +125,14 @@ class ShardedAdam(adam.Adam):
 
         Args:
             var_list: `Variable`s of the communicator's device, or one alone.
-            tables: those of them whose gradients are `IndexedSlices`, of which each rank owns rows.
+            tables: those of them whose gradients are `IndexedSlices`: each rank owns rows. Without constraints.
 
         Raises:
             ArgumentTypeError, ArgumentValueError: something else; gradients for a step have been handed over.
             DistributedError: another rank builds other variables, or has another configuration.
         """
         variables, with_rows = self._variables(var_list, "var_list"), set(self._variables(tables, "tables"))
-        for variable in with_rows:
-            if variable.ndim == 0:
-                rule, got = "must have rows", f"{variable.name!r} of shape ()"
-                raise ArgumentValueError("a variable of tables", rule, got, "leave it out of tables")
+        self._check_tables(with_rows, variables)
         new = [variable for variable in dict.fromkeys(variables) if variable not in self._numbers]
         check_updatable([*self._whole, *new] if new else [], {}, self._rule())
         if new and len(self._lacks()) < len(self._whole):
@@ -160,6 +157,23 @@ class ShardedAdam(adam.Adam):
         self._pairs = self._repeated = None
         self._state.titles = titles_of(self._whole, self._shards.shards, self._communicator.rank)
         super().build(pieces)
+
+    def _check_tables(self, tables: Iterable[Variable], variables: Iterable[Variable]) -> None:
+        listed = set(variables)
+        for variable in tables:
+            got = f"{variable.name!r} of shape {variable.shape}"
+            for is_wrong, rule, remedy in (
+                (variable.ndim == 0, "must have rows", "leave it out of tables"),
+                (variable not in listed, "must be one of var_list too", "name it there"),
+                (variable.constraint is not None, "must do without a constraint, as with any slices", "leave one out"),
+                (
+                    variable in self._numbers and not isinstance(self._shard_of(self._numbers[variable]), TableShard),
+                    "must be one from the first",
+                    "name it in tables when it is built first",
+                ),
+            ):
+                if is_wrong:
+                    raise ArgumentValueError("a variable of tables", rule, got, remedy)
 
     def _variables(self, given: Any, argument: str) -> list[Variable]:
         listed = [given] if isinstance(given, Variable) else items_of(argument, given, "must be variables")

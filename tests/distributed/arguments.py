@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from gpu_adam import Variable
+from gpu_adam import IndexedSlices, Variable
 from gpu_adam.distributed import ShardedAdam
 from gpu_adam.errors import ArgumentTypeError, ArgumentValueError, GpuAdamError, SparseIndexError
 
@@ -24,6 +24,18 @@ class Given(NamedTuple):
 def _with(given: Given, gradient: Any) -> list[tuple[Any, Variable]]:
     """The pairs with another gradient for the first variable, so that those after it are right."""
     return [(gradient, given.variables[0]), *given.pairs[1:]]
+
+
+def _build_table(given: Given, table: Variable) -> None:
+    given.optimizer.build([table], tables=[table])
+
+
+def _clipped(given: Given, pairs: list[tuple[Any, Variable]]) -> None:
+    before, given.optimizer.clipnorm = given.optimizer.clipnorm, 1.0
+    try:
+        given.optimizer.apply_gradients(pairs)
+    finally:
+        given.optimizer.clipnorm = before
 
 
 Call = Callable[[Given], object]
@@ -108,6 +120,33 @@ CALLS: list[tuple[str, type[GpuAdamError], Call]] = [
         "gradient of variable 'w0' must have shape (100, 70) (got ())",
         ArgumentValueError,
         lambda given: given.optimizer.push_gradient(given.variables[0], 1.0),
+    ),
+    (
+        "the gradient of variable 'w0' must be an array, as build was told (got IndexedSlices); name variables with",
+        ArgumentValueError,
+        lambda given: _clipped(given, _with(given, IndexedSlices(given.pairs[0][0][:1], np.array([0])))),
+    ),
+    (
+        "a variable of tables must be one of var_list too (got 'other' of shape (2,)); name it there.",
+        ArgumentValueError,
+        lambda given: given.optimizer.build([], tables=_other(given)),
+    ),
+    (
+        "a variable of tables must be one from the first (got 'w0' of shape (100, 70)); name it in tables when it is",
+        ArgumentValueError,
+        lambda given: given.optimizer.build(given.variables, tables=given.variables[0]),
+    ),
+    (
+        "a variable of tables must have rows (got 'number' of shape ()); leave it out of tables.",
+        ArgumentValueError,
+        lambda given: _build_table(given, Variable(1.0, name="number", device=given.variables[0].device)),
+    ),
+    (
+        "a variable of tables must do without a constraint, as with any slices (got 'bound' of shape (2,)); leave one",
+        ArgumentValueError,
+        lambda given: _build_table(
+            given, Variable(np.ones(2), name="bound", device=given.variables[0].device, constraint=abs)
+        ),
     ),
     ("var_list must be variables (got int)", ArgumentTypeError, lambda given: given.optimizer.build(5)),
     (
