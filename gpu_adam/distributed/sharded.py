@@ -68,8 +68,9 @@ class ShardedAdam(adam.Adam):
                                       F is G, or 2 G for gradients of 16 bits, which are added in float32
         while a bucket travels, once more its G where gradients are ordered or of 16 bits
 
-    Variables are moved into flat arrays: what was taken as ``variable.value`` before is no part of the variable any
-    more. Every variable gets a gradient at every step, an array; ranks that disagree about variables are told so.
+    Variables begin equal on all ranks (``communicator.broadcast(variable.value).wait()``), or a step mixes them. They
+    are moved into flat arrays: what was taken as ``variable.value`` before is no part of them any more. Every variable
+    gets a gradient at every step, an array; ranks that disagree about variables are told so.
 
     Args:
         communicator: of the ranks; ``with communicator:`` around the program ends all ranks where one fails.
