@@ -22,11 +22,11 @@ from gpu_adam.bench import own_step
 from gpu_adam.bench.runner import Report, Row
 from gpu_adam.bench.tables import HEADER, cells, markdown, summary
 from gpu_adam.kernels import DTYPES
-from profiling import sparse_scaling
+from profiling import distributed, sparse_scaling
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
-OTHERS = ("static.json", "laziness.json", "sparse-scaling.json")
+OTHERS = ("static.json", "laziness.json", "sparse-scaling.json", "distributed.json")
 """Results that are no report of the bench."""
 README, PROFILING, KERNELS = HERE.parent / "README.md", HERE / "README.md", HERE.parent / "cuda" / "README.md"
 
@@ -127,6 +127,8 @@ def documents() -> dict[Path, dict[str, str]]:
             "results": full(reports),
             "static": static(),
             "scaling": scaling(),
+            "ranks": ranks(),
+            "machines": markdown(distributed.MODEL_HEADER, distributed.model()),
         },
         KERNELS: {"variants": variants()},
     }
@@ -253,6 +255,12 @@ def scaling() -> str:
     load = f"load of the machine up to {max(row.load for row in rows):.1f}"
     facts = f"{processor}, {found['threads']} threads, {found['machine']['date']}, {load}."
     return f"{facts}\n\n{sparse_scaling.goals(rows)}\n\n{sparse_scaling.table_of(rows)}"
+
+
+def ranks() -> str:
+    """What a step on several ranks takes."""
+    path = RESULTS / "distributed.json"
+    return "\n\n".join(distributed.tables(json.loads(path.read_text()))) if path.exists() else "Not measured yet."
 
 
 SHOWN = "sm_90"
