@@ -106,19 +106,20 @@ def demo(
         if kind is not Ptychography:
             raise ArgumentValueError("--plot", "must be left out where there is no picture", what.value, "leave it out")
         require("matplotlib", "matplotlib")
-    choices = _choices(kind, dtype=dtype and dtype.value, master=master, sparse=sparse and sparse.value)
+    options = {"dtype": dtype and dtype.value, "master": master, "sparse": sparse and sparse.value}
+    choices = _choices(kind, resume is None, **options)
     try:
         with _placed(device, distributed) as ranks:
-            together = {} if ranks is None else {"ranks": ranks, "replicated": replicated}
-            training = _resumed(kind, resume, seed, choices) if resume else _begun(kind, seed, {**choices, **together})
+            together = {"ranks": ranks, "replicated": replicated} if ranks else {}
+            training = _resumed(kind, resume, seed, choices) if resume else kind(seed or 0, **choices, **together)
             if training.step >= last:
                 rule = f"must be above {training.step}, the step that {resume} has reached"
                 raise ArgumentValueError("--steps", rule, last, "pass a larger number")
             if watch:
                 training.watch()
-            console = Console(quiet=ranks is not None and ranks.rank > 0)
+            console = Console(quiet=bool(ranks and ranks.rank > 0))
             figures = _train(training, last, save, console)
-            if ranks is not None:
+            if ranks:
                 figures.append(("ranks", f"{ranks.size}, of which rank 0 had this loss for its share of the batch"))
             if save is not None:
                 training.save(save)
@@ -218,21 +219,17 @@ def _check_target(option: str, save: Path) -> None:
         raise ArgumentValueError(option, "must be a file in a writable directory", save, "choose another path")
 
 
-def _choices(kind: type[Demo], **options: Any) -> dict[str, Any]:
+def _choices(kind: type[Demo], is_new: bool, **options: Any) -> dict[str, Any]:
     """What was chosen of what the demo leaves to its user."""
     choices = {name: value for name, value in options.items() if value}
     for name in choices:
         if name not in kind.defaults:
             rule = "must be left out where the demo has no choice of it"
             raise ArgumentValueError(f"--{name}", rule, kind.name, "leave it out")
-    return choices
-
-
-def _begun(kind: type[Demo], seed: int | None, choices: Mapping[str, Any]) -> Demo:
-    if choices.get("master") and (dtype := {**kind.defaults, **choices}["dtype"]) not in HALVES:
+    if is_new and choices.get("master") and (dtype := {**kind.defaults, **choices}["dtype"]) not in HALVES:
         rule = f"must come with --dtype {' or '.join(HALVES)}, which are rounded to 16 bits"
         raise ArgumentValueError("--master", rule, dtype, "leave it out")
-    return kind(seed or 0, **choices)
+    return choices
 
 
 def _resumed(kind: type[Demo], resume: Path, seed: int | None, choices: Mapping[str, Any]) -> Demo:
@@ -285,7 +282,7 @@ def _watched(training: Demo) -> str:
 def _keep(training: Demo, last: int, save: Path | None) -> str:
     done = f"after step {training.step} of {last}"
     if save is None:
-        return f"{done}; with --save it would have kept its state"
+        return f"{done}; without --save its state is gone"
     training.save(save)
     return f"{done}; continue with: gpu-adam demo {training.name} --steps {last} --resume {save}"
 

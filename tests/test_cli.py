@@ -171,6 +171,7 @@ def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         (["words", "--distributed"], 1, "--distributed must be left out where the demo shares no batches (got words)"),
         (["--distributed", "--save", "state"], 1, "--save must be left out with --distributed (got state); leave it"),
         (["--replicated"], 1, "--replicated must be left out without --distributed (got True); leave it out."),
+        (["--distributed", "--master"], 1, "--master must come with --dtype float16 or bfloat16, which are rounded to"),
         (["--distributed", "--watch"], 1, "--watch must be left out with --distributed (got True); leave it out."),
         (["--save", "none/state"], 1, "--save must be a file in a writable directory (got none/state); choose"),
         (["--save", "."], 1, "--save must be a file in a writable directory (got .); choose another path."),
@@ -226,7 +227,7 @@ def test_ctrl_c_finishes_the_step_and_saves(
     status, _, err = run(capsys, "demo", "--steps", "9")
     assert (status, err) == (
         130,
-        "The demo digits was interrupted after step 3 of 9; with --save it would have kept its state.\n",
+        "The demo digits was interrupted after step 3 of 9; without --save its state is gone.\n",
     )
 
 
