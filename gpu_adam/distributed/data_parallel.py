@@ -13,6 +13,8 @@ from gpu_adam.distributed.agreement import agree, check_communicator
 from gpu_adam.distributed.gathered import GatheredGradients
 from gpu_adam.errors import ArgumentTypeError, ArgumentValueError
 from gpu_adam.rules import truth_value
+from gpu_adam.state.atomic_file import PathOrFile
+from gpu_adam.state.pending_save import PendingSave
 from gpu_adam.step import request as requests
 from gpu_adam.step.gradients import Incoming
 from gpu_adam.step.guard import checked_scale
@@ -98,6 +100,18 @@ class DataParallelAdam(Adam):
         gathered = [*self._gathered.pairs(request), *(pair for pair in pairs if pair[0] is None)]
         rule = self._rule(1.0 if scale is None and incoming.calls > 1 else scale)
         return self._controller.step(gathered, rule, self._hyper, self._clip, incoming)
+
+    def save(self, path: PathOrFile, **options: Any) -> PendingSave | None:
+        """As `Adam.save`, by rank 0 alone, for all ranks have the same state. Every rank may call it.
+
+        Args:
+            path: as of `Adam.save`.
+            **options: as of `Adam.save`.
+
+        Returns:
+            What `Adam.save` does, on rank 0; None on the others.
+        """
+        return super().save(path, **options) if self.communicator.rank == 0 else None
 
     def _described(self) -> list[str]:
         config = [f"{key} = {value!r}" for key, value in sorted(self.get_config().items())]
