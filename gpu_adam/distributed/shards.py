@@ -305,7 +305,7 @@ class TableShard(Shard):
         xp, ranks, each = self._device.xp, self._communicator.size, self._rows_each
         rows = indices.astype(np.int64)
         owners = xp.clip(rows // max(1, each), 0, ranks - 1)  # a row out of range is out of range there, too
-        order = xp.argsort(owners, kind="stable")
+        order = xp.argsort(owners, kind="stable") if owners.size else owners  # which CuPy sorts at address 0
         counts = xp.bincount(owners, minlength=ranks).astype(np.int64)
         return (rows - owners * each)[order], order, counts
 
