@@ -134,14 +134,32 @@ __device__ inline void update_strip(const DeferredTable& table, Strip& strip, co
     move_lanes<false>(packs, table.slots, strip);
 }
 
-// Which keys of a tile begin rows, those first whose rows have missed least: rows that share a strip wait for each other,
-// and so hardly do. On the way the rows are fetched. (profiling/README.md has what either brings.)
+// The keys of a tile, those first whose rows have missed least: rows that share a strip, or a warp, wait for each other, and
+// so hardly do. (profiling/README.md has what that brings on the host.) In shared memory.
 struct RowOrder {
-    int number = 0;
-    int keys[STRIP_ROWS > 1 ? TILE : 1];  // from the tile's first one on
-    int from[STRIP_ROWS > 1 ? TILE : 1];
+    int number;
+    int keys[TILE];  // from the tile's first one on
+    int from[TILE];  // logged steps that the key's row has taken; -1 for a key that begins no row
 
+    // By all threads of a block; ends with a barrier. A thread counts for each of its keys how many come before.
+    __device__ void fill_together(const DeferredTable& table, const TouchedRows& touched, long long begin, long long end) {
+        const int count = static_cast<int>(end - begin);
+        for (int k = threadIdx.x; k < count; k += blockDim.x) {
+            from[k] = touched.begins(begin + k) ? table.last_step[touched.row(begin + k)] : -1;
+        }
+        __syncthreads();
+        for (int k = threadIdx.x; k < count; k += blockDim.x) {
+            int rank = 0;
+            for (int j = 0; j < count; ++j) rank += from[j] > from[k] || (from[j] == from[k] && j < k);
+            keys[rank] = k;
+        }
+        if (threadIdx.x == 0) number = count;
+        __syncthreads();
+    }
+
+    // By the only thread of a block, in the host's fast mode. On the way the rows are fetched.
     __device__ void fill(const DeferredTable& table, const TouchedRows& touched, long long begin, long long end) {
+        number = 0;
         for (long long k = begin; k < end; ++k) {
             if (!touched.begins(k)) continue;
             const long long row = touched.row(k);
@@ -173,13 +191,18 @@ struct RowOrder {
 
 // Update the rows that begin among the keys [begin, end).
 __device__ inline void update_tile(const DeferredTable& table, const TouchedRows& touched, long long begin, long long end,
-                                   long long now, const SummedGradient& gradient, const StepScalars& step) {
+                                   long long now, const SummedGradient& gradient, const StepScalars& step,
+                                   RowOrder& order) {
     const long long size = table.row_size;
     const long long strips = (size + STRIP_SIZE - 1) / STRIP_SIZE;
     const int together = STRIP_ROWS == 1 || size > STRIP_SIZE ? 1 : static_cast<int>(STRIP_SIZE / size);
-    RowOrder order;
-    if (together > 1) order.fill(table, touched, begin, end);
-    const long long count = together > 1 ? order.number : end - begin;
+    const bool ordered = STRIP_ROWS == 1 ? strips < 32 : together > 1;
+    if constexpr (STRIP_ROWS == 1) {
+        if (ordered) order.fill_together(table, touched, begin, end);
+    } else {
+        if (ordered) order.fill(table, touched, begin, end);
+    }
+    const long long count = ordered ? order.number : end - begin;
     const long long items = (count + together - 1) / together * strips;
     for (long long item = threadIdx.x; item < items; item += blockDim.x) {
         Strip strip;
@@ -189,7 +212,7 @@ __device__ inline void update_tile(const DeferredTable& table, const TouchedRows
         strip.rows.now = now;
         const long long first = item / strips * together;
         for (int k = 0; k < together && first + k < count; ++k) {
-            const long long key = begin + (together > 1 ? order.keys[first + k] : first + k);
+            const long long key = begin + (ordered ? order.keys[first + k] : first + k);
             if (!touched.begins(key)) continue;
             const long long row = touched.row(key);
             const int r = STRIP_ROWS == 1 ? 0 : strip.rows.rows;
@@ -242,9 +265,10 @@ deferred(const DeferredTable table, const Indices indices, const Keys keys, cons
     const TouchedRows touched = {keys, first, indices.count, table.rows};
     const SummedGradient gradient = {keys, indices.count, table.row_size, values, Factor(factors ? *factors : 1.0)};
     const long long each = table.rows_per_tile;
+    __shared__ RowOrder order;
     for (long long begin = blockIdx.x * each; begin < touched.count; begin += gridDim.x * each) {
         const long long end = begin + each < touched.count ? begin + each : touched.count;
-        update_tile(table, touched, begin, end, now, gradient, step);
+        update_tile(table, touched, begin, end, now, gradient, step, order);
         __syncthreads();  // all have read what follows changes
         for (long long k = begin + threadIdx.x; k < end; k += blockDim.x) {
             if (touched.begins(k)) table.last_step[touched.row(k)] = static_cast<int>(now + steps);
