@@ -9,7 +9,8 @@
 //
 // 1. v does not depend on m and theta: it is computed first, for all missed steps. For c2 in (0, 1] rounding, which is
 //    monotone, keeps v from growing, so that this last v is a lower bound of every v on the way. (vhat does not change after
-//    the first missed step: v does not grow, so vhat >= every later v.)
+//    the first missed step: v does not grow, so vhat >= every later v.) A v that is rounded to 16 bits when it is stored may
+//    be more than the v that moves theta, by 2^-8 of it at most: half of the stored one is the bound then.
 // 2. The full recurrence, until theta cannot change any more. |m| does not grow either. With A the largest |alpha| and E
 //    the smallest epsilon of all logged steps, and s the bound of point 1, every later quotient is, all roundings and
 //    flushes being monotone, at most
@@ -20,7 +21,8 @@
 //    and a tie goes to theta, whose mantissa is even where that neighbour is the nearer one. Where Q is below the smallest
 //    normal number, every q is a zero, which changes no theta but -0.
 //    With decay |theta| shrinks to not less than |theta| (1 - n (1 - d)) (1 - 2^-24)^n in the n steps that are left, d
-//    being the smallest decay: then half of the bound, for this number, is asked for (n is below 2^20: max_deferral). A theta of 16 bits without master
+//    being the smallest decay: then half of the bound, for this number, is asked for (n is below 2^21: max_deferral). A
+//    theta of 16 bits without master
 //    is rounded in each step, may lose more than that, and goes through the full recurrence.
 // 3. m (with theta decay and the average, where there are such), until it stands still: m does not reach 0 but stops where
 //    the product m c1 is flushed, near 2^-126 / c1. v stops, too, near 2^-126 / c2.
@@ -61,6 +63,7 @@ constexpr int STRIP_SIZE = GPU_ADAM_ONE_THREAD ? GPU_ADAM_STRIP : PACK;  // elem
 constexpr int STRIP_ROWS = GPU_ADAM_ONE_THREAD ? STRIP_SIZE : 1;        // rows, at most
 constexpr int PATIENCE = 16;                                       // steps between two looks whether theta still moves
 constexpr int LONG_PATIENCE = 64;                                  // the same of a moment, whose steps are short
+constexpr bool SLOTS_ROUND = sizeof(SlotReal) < sizeof(StoredReal);  // v, when it is stored
 constexpr bool WIDE_REAL = sizeof(Real) == sizeof(double);
 
 __device__ inline bool is_minus_zero(float x) { return __float_as_uint(x) == 0x80000000u; }
@@ -198,7 +201,7 @@ __device__ inline bool advance_at_once(Pack<SlotReal, STRIP_SIZE>& v, const Stri
 #pragma unroll
         for (int k = rows.begin(r); k < rows.end(r); ++k) {
             const double x = wide(Converted<Real>::from(v.x[k]));
-            fits = fits && (x == 0 || x * kept > FEW);
+            fits = fits && (x == 0 || (x * kept > FEW && x - x == 0));
             store(next.x[k], real(static_cast<StoredReal>(x * kept)));
         }
     }
@@ -232,7 +235,7 @@ __device__ inline void replay(SlotPacks<STRIP_SIZE>& packs, StripRows& rows, con
 
     const bool is_free = !(ADJUSTS && last.penalized);  // v, of theta
     auto v = packs.v;  // as it is going to be
-    at_once = at_once && is_free && steady && sizeof(SlotReal) == sizeof(StoredReal);
+    at_once = at_once && is_free && steady && !SLOTS_ROUND;
     if (at_once) at_once = advance_at_once(v, rows, last.scalars);
     if (!is_free || at_once) {
         // The full recurrence has it, or it is there.
@@ -267,7 +270,7 @@ __device__ inline void replay(SlotPacks<STRIP_SIZE>& packs, StripRows& rows, con
             for (int k = begin; k < end; ++k) {
                 Real s = Converted<Real>::from(v.x[k]);
                 if constexpr (AMSGRAD) s = Converted<Real>::from(packs.vhat.x[k]);
-                if (at_once) s = s * real(static_cast<StoredReal>(0.5));
+                if (at_once || (!AMSGRAD && SLOTS_ROUND)) s = s * real(static_cast<StoredReal>(0.5));
                 const Real divisor = square_root(s) + bounds.epsilon;
                 Value theta;
                 if constexpr (MASTER) {

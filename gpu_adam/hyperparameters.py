@@ -200,7 +200,7 @@ SLOT_DTYPES = ("bfloat16",)
 SPARSE_UPDATES = ("dense", "deferred")
 """When rows without a gradient move: at each step, or when somebody needs them."""
 REPLAYS = ("exact", "closed_form")
-"""How v takes missed steps once theta and m stand still: one by one, or all in one product."""
+"""How v takes missed steps: one by one, or all in one product."""
 ACCUMULATIONS = ("mean", "sum")
 """What becomes of the gradients that were accumulated: their mean over the calls, or their sum."""
 EPSILON_FORMS = ("hat", "paper")

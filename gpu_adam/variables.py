@@ -68,6 +68,7 @@ class Variable(NDArrayOperatorsMixin):
     __array_priority__ = 200
 
     _master: weakref.ref[Variable] | None = None
+    _changed: Callable[[], object] | None = None  # called after something was assigned; gpu_adam/distributed sets it
 
     _storage: Array  # for its place, shape and dtype; whose contents may be behind
     _behind: Behind | None = None
@@ -138,6 +139,8 @@ class Variable(NDArrayOperatorsMixin):
             else:
                 operation(master._value)
                 self._value[...] = master._value
+            if self._changed is not None:
+                self._changed()
 
     def _move_to(self, array: Array) -> None:
         """Stand for another array of the same shape and dtype: a variable follows the object whose memory it shows."""

@@ -309,7 +309,7 @@ def test_what_is_not_deferred(device: Device) -> None:
     raw = device.array(table())
     optimizer = Adam(sparse_update="deferred")
     slices = IndexedSlices(*map(device.array, rows_of(0)))
-    message = r"a variable with deferred updates must be a gpu_adam.Variable \(got a raw array\); wrap"
+    message = r"a variable with deferred updates must be a Variable \(got a raw array\); wrap"
     with unchanged(optimizer, raw), pytest.raises(ArgumentValueError, match=message):
         optimizer.apply_gradients([(slices, raw)])
     optimizer.set_group([raw], sparse_update="dense")
@@ -458,3 +458,68 @@ def test_every_launch_shape(shape: str, columns: int, dtype: str, config: dict[s
         count = int(rng.integers(0, 7)) if number % 10 else 2 * rows
         twins.step(((numbers(rng, (count, columns), dtype), rng.integers(0, rows - 1, count)), 0))
     twins.check()
+
+
+@pytest.mark.parametrize("settle", ["value", "averages"])
+def test_tables_that_are_brought_up_to_date_in_several_launches(
+    device: Device, settle: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gpu_adam.step.deferred._ROWS_AT_ONCE", 3)
+    frequency: dict[str, Any] = {"use_ema": True, "ema_overwrite_frequency": 5} if settle == "averages" else {}
+    tables = [Variable(np.ones((10, 2), np.float32), device=device) for _ in range(2)]
+    for variable, sparse_update in zip(tables, ("deferred", "dense"), strict=True):
+        optimizer = Adam(0.1, sparse_update=sparse_update, **frequency)
+        for rows in (np.arange(10), *[np.array([0])] * 4):
+            values = device.array(np.ones((len(rows), 2), np.float32))
+            optimizer.apply_gradients([(IndexedSlices(values, device.array(rows)), variable)])
+    assert_same_bits(tables[0].numpy(), tables[1].numpy())
+
+
+def test_noise_of_a_variable_whose_place_changes(device: Device) -> None:
+    tables = {}
+    for sparse_update in ("deferred", "dense"):
+        first, second = (Variable(np.ones((8, 8)), dtype="bfloat16", device=device) for _ in range(2))
+        optimizer = Adam(0.01, stochastic_rounding=True, sparse_update=sparse_update)
+        values = device.array(np.ones((8, 8), np.float32))
+
+        def step(variables: list[Variable], rows: list[int]) -> None:
+            slices = IndexedSlices(values[: len(rows)], device.array(np.array(rows)))  # noqa: B023
+            optimizer.apply_gradients([(slices, variable) for variable in variables])  # noqa: B023
+
+        step([first, second], list(range(8)))
+        for _ in range(5):
+            step([first, second], [0])
+        optimizer.forget(first)
+        step([second], [1])
+        tables[sparse_update] = second.numpy().view(np.uint16)
+    assert_same_bits(tables["deferred"], tables["dense"])
+
+
+def test_another_optimizers_averages_are_refused_while_rows_are_behind(device: Device) -> None:
+    variable = Variable(np.ones((4, 2), np.float32), device=device)
+    averaging = Adam(0.1, use_ema=True)
+    averaging.build([variable])
+    values = device.array(np.ones((1, 2), np.float32))
+    slices = IndexedSlices(values, device.array(np.array([1])))
+    optimizer = Adam(0.1, sparse_update="deferred")
+    optimizer.apply_gradients([(slices, variable)])
+    with pytest.raises(ArgumentValueError, match="one optimizer alone"):
+        averaging.overwrite_by_averages()
+
+
+def test_slots_of_16_bits_bound_what_theta_moves_by(device: Device) -> None:
+    tables = []
+    for sparse_update in ("deferred", "dense"):
+        variable = Variable(np.ones((2, 2), np.float32), device=device)
+        rates: dict[str, Any] = {"learning_rate": 2**-25 * (1 - 1e-4), "beta_1": 0.9999, "beta_2": 0.999}
+        optimizer = Adam(**rates, slot_dtype="bfloat16", sparse_update=sparse_update)
+        optimizer.build([variable])
+        for name in ("m", "v"):
+            optimizer.get_slot(variable, name).assign(np.ones((2, 2)))
+        optimizer.iterations = 10**6
+        zeros = device.array(np.zeros((1, 2), np.float32))
+        for _ in range(60):
+            optimizer.apply_gradients([(IndexedSlices(zeros, device.array(np.array([0]))), variable)])
+        tables.append(variable.numpy())
+    assert_same_bits(tables[0], tables[1])
+    assert (tables[0] != 1).all()

@@ -212,8 +212,14 @@ class Communicator(ABC):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is None or (isinstance(error, SystemExit) and not error.code):
-            self.close()
-        elif self.size > 1:
+            try:
+                self.close()
+                return
+            except BaseException as raised:
+                if self.size == 1:
+                    raise
+                kind, error, trace = type(raised), raised, raised.__traceback__
+        if self.size > 1:
             # Printed here: the process ends before its own hook could.
             text = "".join(traceback.format_exception(kind, error, trace))
             print(f"{text}Rank {self.rank} of {self.size} ends the job.", file=sys.stderr, flush=True)

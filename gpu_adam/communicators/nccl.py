@@ -103,8 +103,9 @@ class Nccl(Communicator):
     def barrier(self) -> None:
         """Wait until all ranks are here. The host waits, and for what the current stream holds."""
         self._all_reduce(self._flag, self._flag)
-        event = self._in_flight[-1][0]
         with self.device.activate():
+            event = self.device.xp.cuda.Event(disable_timing=True)
+            event.record(self._stream)
             while not event.done:
                 if (trouble := self._trouble()) is not None:
                     raise self._failed(trouble)

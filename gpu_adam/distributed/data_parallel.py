@@ -25,7 +25,7 @@ class DataParallelAdam(Adam):
 
     A step is Adam's by the mean of the ranks' gradients::
 
-        g    = (g of rank 0 + g of rank 1 + ...) (1 / ranks)
+        g    = (g of rank 0 + g of rank 1 + ...) (1 / ranks)       with accumulation="sum" without the division
 
     The slices of an IndexedSlices are joined in the order of ranks, and divided by their number. What Adam does with
     gradients, clipping first, it does with the mean. Variables must begin equal in all ranks
@@ -75,7 +75,7 @@ class DataParallelAdam(Adam):
             return self._apply_accumulated(grad_scale)
         self._state.raise_error_of_save()
         scale = None if grad_scale is None else checked_scale(grad_scale)
-        return self._step_together(grads_and_vars, scale, Incoming(scale, None, self.communicator.size))
+        return self._step_together(grads_and_vars, scale, Incoming(scale, None, self._averaged))
 
     def _apply_accumulated(self, grad_scale: Any) -> int | None:
         if grad_scale is not None:
@@ -83,7 +83,12 @@ class DataParallelAdam(Adam):
             raise ArgumentValueError("grad_scale", rule, "one", "pass it to accumulate")
         sums = self._accumulator.now()
         pairs, own = sums.sums(), sums.taken(mean=self._flavour.accumulation == "mean")
-        return self._step_together(pairs, None, Incoming(None, None, own.calls * self.communicator.size, own.taken))
+        return self._step_together(pairs, None, Incoming(None, None, own.calls * self._averaged, own.taken))
+
+    @property
+    def _averaged(self) -> int:
+        """By how many ranks the sum is divided: all, or with ``accumulation="sum"`` one."""
+        return self.communicator.size if self._flavour.accumulation == "mean" else 1
 
     def _step_together(self, pairs: Iterable[Any], scale: Any, incoming: Incoming) -> int | None:
         pairs = requests.listed(pairs)
@@ -114,6 +119,7 @@ class DataParallelAdam(Adam):
         return super().save(path, **options) if self.communicator.rank == 0 else None
 
     def _described(self) -> list[str]:
+        self._controller.guards.settle()  # how many steps are done, each rank may have heard at another time
         config = [f"{key} = {value!r}" for key, value in sorted(self.get_config().items())]
         return [f"gpu_adam {sys.modules['gpu_adam'].__version__}", f"iterations = {self._state.steps_done}", *config]
 

@@ -86,8 +86,8 @@ def table_bucket(rows: int, row_size: int, ranks: int, number: int) -> Bucket:
         ranks: how many there are.
         number: of the variable.
     """
-    whole_chunks = CHUNK // math.gcd(CHUNK, max(1, row_size))
-    shard = _rounded(-(-rows // ranks), whole_chunks) * row_size
+    whole_lines = LINE // math.gcd(LINE, max(1, row_size))  # of elements, whose bytes are a multiple then, too
+    shard = _rounded(-(-rows // ranks), whole_lines) * row_size
     begins = [min(rank * shard, rows * row_size) for rank in range(ranks + 1)]
     pieces = [
         [Piece(number, begin, end - begin, rank * shard)]

@@ -158,6 +158,13 @@ class ShardedAdam(adam.Adam):
         self._pairs = self._repeated = None
         self._state.titles = titles_of(self._whole, self._shards.shards, self._communicator.rank)
         super().build(pieces)
+        masters = self._state.slots.get("master", {})
+        for variable in new:
+            number = self._numbers[variable]
+            shard = self._shard_of(number)
+            piece = shard.piece_of(number)
+            if piece in masters:
+                shard.follow(number, variable, masters[piece])
 
     def _check_tables(self, tables: Iterable[Variable], variables: Iterable[Variable]) -> None:
         listed = set(variables)
@@ -209,6 +216,7 @@ class ShardedAdam(adam.Adam):
 
     def _agree(self, variables: Sequence[str]) -> None:
         """Raise DistributedError where other ranks build other variables, or have another configuration."""
+        self._controller.guards.settle()  # how many steps are done, each rank may have heard at another time
         # All keywords, so that one that a rank lacks does not move the others.
         full = {**dict.fromkeys(adam.KEYWORDS), **self.get_config()}
         config = [f"{key} = {value!r}" for key, value in sorted(full.items())]

@@ -79,6 +79,17 @@ class Shard(ABC):
         """The dtype of the gradients, where it is to stay; None before there are some."""
         return None
 
+    def follow(self, number: int, variable: Variable, master: Variable) -> None:
+        """Let a master of what this rank owns of a variable follow what is assigned to the variable, rounded."""
+        piece, of_piece = self.piece_of(number), weakref.ref(master)
+
+        def copy() -> None:
+            slot = of_piece()
+            if slot is not None and piece is not None:
+                slot._storage[...] = piece._storage
+
+        variable._changed = copy
+
     def piece_of(self, number: int) -> Variable | None:
         """What this rank owns of a variable of the bucket."""
         for piece, variable in zip(self.own, self.pieces, strict=True):
@@ -176,7 +187,6 @@ class ArrayShard(Shard):
         pending, self._arriving = self._arriving, None
         if pending is not None:
             pending.wait()
-            self.lacks = set(self.bucket.variables)
 
 
 class RepeatedGradients:
@@ -264,6 +274,7 @@ class TableShard(Shard):
         self._rows_each = bucket.shard // max(1, self._row_size)
         super().__init__(bucket, variables, communicator)
         self._slices: IndexedSlices | None = None
+        self._dtype: np.dtype | None = None
         self._received: IndexedSlices | None = None
         self._arriving: list[Pending] = []
         self._owner = None if state is None else weakref.ref(state)
@@ -274,9 +285,14 @@ class TableShard(Shard):
     def _shaped(self, array: Array, variable: Variable) -> Array:
         return array.reshape(array.size // max(1, self._row_size), *self._row)
 
+    @property
+    def gradient_dtype(self) -> np.dtype | None:
+        """See `Shard`."""
+        return self._dtype
+
     def push(self, number: int, gradient: IndexedSlices) -> None:
         """See `Shard`."""
-        self._slices = gradient
+        self._slices, self._dtype = gradient, gradient.values.dtype
         self.lacks.discard(number)
 
     def begin(self, *, ordered: bool, joins: bool) -> None:
@@ -338,7 +354,6 @@ class TableShard(Shard):
         pending, self._arriving = self._arriving, []
         for each in pending:
             each.wait()
-            self.lacks = set(self.bucket.variables)
 
     def depart(self) -> None:
         """See `Shard`."""
@@ -506,5 +521,7 @@ class Shards:
             self._begun += 1
 
     def all_arrived(self) -> None:
-        """To be called when a step has taken all gradients."""
+        """To be called when a step has taken all gradients: it may be made anew until then, where it has failed."""
         self._begun = 0
+        for shard in self.shards:
+            shard.lacks = set(shard.bucket.variables)

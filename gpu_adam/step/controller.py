@@ -339,6 +339,7 @@ class Controller:
                 variables = [self._known(obj, f"var_list[{number}]", News()) for number, obj in listed]
             for variable in variables:
                 self._state.slot(variable, "average")  # which raises where there is none
+            self._state.check_undivided(variables)
             arrays = self._state.registry.arrays(variables)
             news = self._news_of(arrays)
             with Transaction(self._state) as change:

@@ -74,7 +74,8 @@ class DeferredRows:
         self.end: Call = functools.partial(self._lock.release)
         self.table: DeferredTable | None = None
         self._sorter: RowSorter | None = None
-        self._of_graphs: list[Any] = []  # that they read and write at replays
+        self._errors_of_reads = IndexErrors(variable)  # which nobody is told of: a row that is not there comes as NaN
+        self._of_graphs: list[tuple[Any, RowSorter, DeferredTable]] = []  # that they read and write at replays
 
     def owner(self) -> AdamState | None:
         """The state of the optimizer that defers the rows; None where there is none any more."""
@@ -93,7 +94,11 @@ class DeferredRows:
         """
         own = self.table
         if own is not table:
-            if own is not None and own.rule is not table.rule:
+            if own is not None and not own.has_steps_of(table):
+                if not all(of_graph.has_steps_of(table) for _, _, of_graph in self._of_graphs):
+                    rule = "must be updated as when a function was captured that gathers its rows"
+                    got, remedy = "another kind of update", "do one such step before functions are captured"
+                    raise ArgumentValueError(f"variable {self._variable.name!r}", rule, got, remedy)
                 self.settle()
             self.table = table
         if self._count[0] >= self._limit or self._count[0] + steps > self._limit + _SPARE:
@@ -140,7 +145,7 @@ class DeferredRows:
             make_all([*sorter.calls(), *table.touch_calls(sorter)])
 
     def _new_sorter(self) -> RowSorter:
-        return RowSorter(self._device, self._variable.shape[0], self._errors)
+        return RowSorter(self._device, self._variable.shape[0], self._errors_of_reads)
 
     def _refuse_in_graph(self) -> None:
         if self._device.is_capturing():
@@ -173,7 +178,7 @@ class DeferredTable:
         self, group: SparseGroup, slots: Mapping[str, Sequence[Array]], place: int, rows: DeferredRows
     ) -> None:
         variable, device, layout = group.variable, group.device, group.layout
-        self._group, self.rows, self.rule = group, rows, replayed_rule(group.rule)
+        self._group, self.rows, self.rule, self._place = group, rows, replayed_rule(group.rule), place
         self._number = variable.shape[0] if variable.size else 0  # rows without elements are none
         row_size = layout.parts * variable.size // self._number if self._number else 1
         self._rows_per_tile = max(1, _tile_size(layout.dtype) // row_size)
@@ -208,6 +213,10 @@ class DeferredTable:
         ]
         return device.prepare(kernels.deferred(layout.dtype, self.rule), [self._struct, *arguments])
 
+    def has_steps_of(self, other: DeferredTable) -> bool:
+        """Whether rows can take the steps of another table by this one's kernels."""
+        return self.rule is other.rule and self._place == other._place
+
     def prepare(self, sorter: RowSorter, values: np.ndarray, arguments: UpdateArguments) -> Launch:
         """See `gpu_adam.step.sparse.Table`."""
         group = self._group
@@ -231,8 +240,9 @@ class DeferredTable:
         calls = []
         for first in range(0, self._number, _ROWS_AT_ONCE):
             count = min(_ROWS_AT_ONCE, self._number - first)
-            self._first[0], self._all["count"] = first, count
-            calls.append([self._replay.call(self._blocks(count))])
+            # A launch reads its arguments when it is enqueued.
+            which = functools.partial(self._first.fill, first), functools.partial(self._all["count"].fill, count)
+            calls.append([*which, self._replay.call(self._blocks(count))])
         return calls
 
     def restart_call(self) -> Call:
@@ -242,9 +252,8 @@ class DeferredTable:
     def touch_calls(self, sorter: RowSorter) -> list[Call]:
         """The calls that bring sorted rows up to date."""
         if self._touches is None or self._touches[0] is not sorter:
-            self._touches = sorter, self._prepare_replay(sorter.indices, sorter.keys, self.rows._errors)
-        self._first[0] = 0
-        return [self._touches[1].call(self._blocks(sorter.count))]
+            self._touches = sorter, self._prepare_replay(sorter.indices, sorter.keys, self.rows._errors_of_reads)
+        return [functools.partial(self._first.fill, 0), self._touches[1].call(self._blocks(sorter.count))]
 
 
 def make_ready(tables: Sequence[DeferredTable]) -> None:
