@@ -16,7 +16,7 @@ with Mpi(timeout=50) as communicator:
     equality.main(communicator)
 """
 
-RANKS = [1, 2, 3, 4, 7]
+RANKS = [2, *(pytest.param(ranks, marks=pytest.mark.thorough) for ranks in (1, 3, 4, 7))]
 
 
 @pytest.fixture(scope="module", params=RANKS)

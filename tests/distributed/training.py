@@ -130,7 +130,7 @@ def check_accumulated(communicator: Communicator, **config: Any) -> None:
     mine, theirs = (variables(device)[:-1] for _ in range(2))
     adam = DataParallelAdam(communicator, 0.1, deterministic=True, **config)
     alone = Adam(0.1, **config)
-    calls = 2 if config.get("accumulation", "mean") == "mean" else 1
+    scale = 2 * ranks if config.get("accumulation", "mean") == "mean" else None
     for steps in ((3, 4), (5, 6)):
         every = [[gradients(rank, step, [*mine, mine[0]])[:-1] for step in steps] for rank in range(ranks)]
         for of_step in every[communicator.rank]:
@@ -138,7 +138,7 @@ def check_accumulated(communicator: Communicator, **config: Any) -> None:
         adam.apply_gradients()
         sums = [[together(list(each)) for each in zip(*of_rank, strict=True)] for of_rank in every]
         added = [device.array(together(list(each))) for each in zip(*sums, strict=True)]
-        alone.apply_gradients(list(zip(added, theirs, strict=True)), grad_scale=ranks * calls)
+        alone.apply_gradients(list(zip(added, theirs, strict=True)), grad_scale=scale)
     same([variable.numpy() for variable in mine], [variable.numpy() for variable in theirs], "accumulated")
 
 
