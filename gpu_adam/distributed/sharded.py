@@ -67,17 +67,22 @@ class ShardedAdam(adam.Adam):
         P + S / W + G + F / W         G, a copy of the gradients that travels, and F / W, the sum for the share, where
                                       F is G, or 2 G for gradients of 16 bits, which are added in float32
         while a bucket travels, once more its G where gradients are ordered or of 16 bits
+        tables take P + S / W and the slices on their way; where norms are taken, those of all ranks on each
 
     Variables begin equal on all ranks (``communicator.broadcast(variable.value).wait()``), or a step mixes them. They
     are moved into flat arrays: what was taken as ``variable.value`` before is no part of them any more. Every variable
-    gets a gradient at every step, an array; ranks that disagree about variables are told so.
+    gets a gradient at every step, an array or, a table, slices; ranks that disagree about variables are told so.
+
+    With ``sparse_update="deferred"`` a table's rows stay with their owners until somebody reads them. So reading one
+    (`value`, `numpy`, `gather`, an index) is done by all ranks at the same time, before the communicator is closed.
 
     Args:
         communicator: of the ranks; ``with communicator:`` around the program ends all ranks where one fails.
         *args, **kwargs: as `Adam`'s. Without ``telemetry``, ``stochastic_rounding`` and ``ema_overwrite_frequency``.
         deterministic: whether gradients are added in the order of ranks: then W ranks have the bits of one process that
-            accumulates the ranks' gradients in this order. The same bytes travel. Otherwise the engine adds in its own
-            order: sums of W numbers differ by W roundings at most.
+            accumulates the ranks' gradients in this order (norms over several dtypes do after a single `build`). The
+            same bytes travel. Otherwise the engine adds in its own order: two orders of W float32 numbers differ by
+            about 2 (W - 1) 2^-24 (sum of the absolute values) at most.
         bucket_bytes: of parameters that are exchanged at once.
 
     Raises:
@@ -238,6 +243,8 @@ class ShardedAdam(adam.Adam):
     def push_gradient(self, variable: Variable, gradient: Any) -> None:
         """Hand over a gradient for the next step; a bucket whose gradients are all there begins to travel.
 
+        All gradients of a step are handed over on one stream, on which the step is done.
+
         Args:
             variable: a variable that was built.
             gradient: an array of the variable's shape, as of `Adam.apply_gradients`. All of a bucket have the dtype of
@@ -338,6 +345,7 @@ class ShardedAdam(adam.Adam):
                 step, with some variables updated: the job is to end, as by ``with communicator:``.
         """
         refuse_in_loss("apply_gradients")
+        refuse_in_capture(self._communicator.device, "a step of several ranks")
         scale = None if grad_scale is None else checked_scale(grad_scale)
         given = [] if grads_and_vars is None else listed(grads_and_vars)
         if self._repeated is not None and self._repeated.take(given):
