@@ -103,10 +103,10 @@ class Nccl(Communicator):
     def barrier(self) -> None:
         """Wait until all ranks are here. The host waits, and for what the current stream holds."""
         self._all_reduce(self._flag, self._flag)
+        with self._lock:  # the thread that watches takes out what is done
+            event = self._in_flight[-1][0] if self._in_flight else None
         with self.device.activate():
-            event = self.device.xp.cuda.Event(disable_timing=True)
-            event.record(self._stream)
-            while not event.done:
+            while event is not None and not event.done:
                 if (trouble := self._trouble()) is not None:
                     raise self._failed(trouble)
                 time.sleep(1e-4)
