@@ -309,7 +309,7 @@ def test_what_is_not_deferred(device: Device) -> None:
     raw = device.array(table())
     optimizer = Adam(sparse_update="deferred")
     slices = IndexedSlices(*map(device.array, rows_of(0)))
-    message = r"a variable with deferred updates must be a Variable \(got a raw array\); wrap"
+    message = r"a variable with deferred updates must be a gpu_adam.Variable \(got a raw array\); wrap"
     with unchanged(optimizer, raw), pytest.raises(ArgumentValueError, match=message):
         optimizer.apply_gradients([(slices, raw)])
     optimizer.set_group([raw], sparse_update="dense")
