@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Callable, Sequence
 from itertools import zip_longest
 from typing import Any, TypeVar
@@ -11,6 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from gpu_adam import errors
+from gpu_adam.adam import KEYWORDS, Adam
 from gpu_adam.communicators import Communicator
 from gpu_adam.devices import Array
 from gpu_adam.errors import ArgumentTypeError, DistributedError, GpuAdamError
@@ -48,6 +50,16 @@ def agree(communicator: Communicator, what: Sequence[str]) -> None:
     first, other = next(pair for pair in zip_longest(lines[0], lines[rank], fillvalue="nothing") if pair[0] != pair[1])
     rule, remedy = f"must train what rank 0 does, {first}", "run the same program with the same arguments in all ranks"
     raise DistributedError(f"rank {rank}", rule, other, remedy)
+
+
+def described(optimizer: Adam) -> list[str]:
+    """What must be the same in all ranks of an optimizer, whatever its variables; lines for `agree`."""
+    optimizer._controller.guards.settle()  # how many steps are done, each rank may have heard at another time
+    # All keywords, so that one that a rank lacks does not move the others.
+    config = {**dict.fromkeys(KEYWORDS), **optimizer.get_config()}
+    version, done = sys.modules["gpu_adam"].__version__, optimizer._state.steps_done
+    lines = [f"{key} = {value!r}" for key, value in sorted(config.items())]
+    return [f"gpu_adam {version}", f"iterations = {done}", *lines]
 
 
 def gathered(communicator: Communicator, text: str) -> list[str]:

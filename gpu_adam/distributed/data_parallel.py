@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from gpu_adam.adam import Adam
 from gpu_adam.autodiff_seam import refuse_in_loss
 from gpu_adam.communicators import Communicator
-from gpu_adam.distributed.agreement import agree, check_communicator
+from gpu_adam.distributed.agreement import agree, check_communicator, described
 from gpu_adam.distributed.gathered import GatheredGradients
 from gpu_adam.errors import ArgumentTypeError, ArgumentValueError
 from gpu_adam.rules import truth_value
@@ -99,7 +98,7 @@ class DataParallelAdam(Adam):
                 *("such a step", "step outside of graphs"),
             )
         if not self._agreed:
-            agree(self.communicator, [*self._described(), *_described_pairs(request)])
+            agree(self.communicator, [*described(self), *_described_pairs(request)])
             self._agreed = True
         # With the pairs that have none, of which the step warns.
         gathered = [*self._gathered.pairs(request), *(pair for pair in pairs if pair[0] is None)]
@@ -117,11 +116,6 @@ class DataParallelAdam(Adam):
             What `Adam.save` does, on rank 0; None on the others.
         """
         return super().save(path, **options) if self.communicator.rank == 0 else None
-
-    def _described(self) -> list[str]:
-        self._controller.guards.settle()  # how many steps are done, each rank may have heard at another time
-        config = [f"{key} = {value!r}" for key, value in sorted(self.get_config().items())]
-        return [f"gpu_adam {sys.modules['gpu_adam'].__version__}", f"iterations = {self._state.steps_done}", *config]
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], custom_objects: Mapping[str, Any] | None = None) -> Adam:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from gpu_adam.communicators import Communicator, Pending, sum_dtype
+from gpu_adam.communicators import Communicator, sum_dtype
 from gpu_adam.devices import Array
 from gpu_adam.devices.base import LINE_BYTES
 from gpu_adam.errors import ArgumentValueError
@@ -125,27 +125,41 @@ class GatheredGradients:
         lengths = device.zeros((communicator.size, len(mine)), mine.dtype)
         communicator.all_gather(device.array(mine), lengths).wait()
         rows = device.numpy(lengths)
-        begun: list[tuple[Pending, Array]] = []
-        for each, longest in zip(slices.values(), rows.max(axis=0).tolist(), strict=True):
-            begun += [self._gathered(part, longest) for part in (each.values, each.indices)]
-        parts = []
-        for column, (pending, array) in enumerate(begun):
-            pending.wait()
-            with device.activate():
-                each_rank = [array[rank, :length] for rank, length in enumerate(rows[:, column // 2].tolist())]
-                parts.append(device.xp.concatenate(each_rank))
+        begun = [
+            joining(communicator, part, of_ranks)
+            for each, of_ranks in zip(slices.values(), rows.T.tolist(), strict=True)
+            for part in (each.values, each.indices)
+        ]
+        parts = [finish() for finish in begun]
         return {
             number: IndexedSlices(values, indices)
             for number, values, indices in zip(slices, parts[::2], parts[1::2], strict=True)
         }
 
-    def _gathered(self, part: Array, longest: int) -> tuple[Pending, Array]:
-        """All ranks' arrays, each padded to the longest."""
-        device = self._communicator.device
-        padded = device.zeros((longest, *part.shape[1:]), part.dtype)
-        device.copy_call([padded[: len(part)]], [part])()
-        recv = device.zeros((self._communicator.size, *padded.shape), part.dtype)
-        return self._communicator.all_gather(padded, recv), recv
+
+def joining(communicator: Communicator, part: Array, lengths: Sequence[int]) -> Callable[[], Array]:
+    """Begin to give every rank the arrays of all, each padded to the longest.
+
+    Args:
+        communicator: of the ranks, each of which calls this.
+        part: this rank's array, C-contiguous.
+        lengths: along the first axis, of each rank's.
+
+    Returns:
+        What waits for them, and returns them one after the other, in the order of ranks.
+    """
+    device, longest = communicator.device, max(lengths)
+    padded = device.zeros((longest, *part.shape[1:]), part.dtype)
+    device.copy_call([padded[: len(part)]], [part])()
+    everything = device.zeros((communicator.size, *padded.shape), part.dtype)
+    pending = communicator.all_gather(padded, everything)
+
+    def finish() -> Array:
+        pending.wait()
+        with device.activate():
+            return device.xp.concatenate([everything[rank, :length] for rank, length in enumerate(lengths)])
+
+    return finish
 
 
 def _checked(pair: Any, variable: Variable, dtype: np.dtype, communicator: Communicator) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ import numpy as np
 from gpu_adam import adam
 from gpu_adam.autodiff_seam import refuse_in_loss
 from gpu_adam.communicators import Communicator
-from gpu_adam.distributed.agreement import agree, check_communicator
+from gpu_adam.distributed.agreement import agree, check_communicator, described
 from gpu_adam.distributed.checkpoint import RankFiles, titles_of
 from gpu_adam.distributed.layout import buckets_of, table_bucket
 from gpu_adam.distributed.shards import ArrayShard, RepeatedGradients, Shard, Shards, TableShard
@@ -141,9 +140,8 @@ class ShardedAdam(adam.Adam):
         self._check_tables(with_rows, variables)
         new = [variable for variable in dict.fromkeys(variables) if variable not in self._numbers]
         check_updatable([*self._whole, *new] if new else [], {}, self._rule())
-        if new and len(self._lacks()) < len(self._whole):
-            rule, got = "must come between steps", "a call after push_gradient"
-            raise ArgumentValueError("build", rule, got, "call apply_gradients first")
+        if new:
+            self._check_between_steps("build")
         self._agree([f"{'table' if each in with_rows else 'variable'} {_described(each)}" for each in new])
         if not new:
             return
@@ -221,14 +219,8 @@ class ShardedAdam(adam.Adam):
 
     def _agree(self, variables: Sequence[str]) -> None:
         """Raise DistributedError where other ranks build other variables, or have another configuration."""
-        self._controller.guards.settle()  # how many steps are done, each rank may have heard at another time
-        # All keywords, so that one that a rank lacks does not move the others.
-        full = {**dict.fromkeys(adam.KEYWORDS), **self.get_config()}
-        config = [f"{key} = {value!r}" for key, value in sorted(full.items())]
-        version = sys.modules["gpu_adam"].__version__
-        done = f"iterations = {self._state.steps_done}"
         options = [f"deterministic = {self._ordered}", f"bucket_bytes = {self._bucket_bytes}"]
-        agree(self._communicator, [f"gpu_adam {version}", done, *config, *options, *variables])
+        agree(self._communicator, [*described(self), *options, *variables])
 
     def _number_of(self, variable: Any, argument: str) -> int:
         number = self._numbers.get(variable) if isinstance(variable, Variable) else None
@@ -529,6 +521,9 @@ class ShardedAdam(adam.Adam):
         """Raise ArgumentValueError where a step has begun; if variables are saved or loaded, where one was moved."""
         for number in range(len(self._whole) if variables else 0):
             self._check_place(number)
+        self._check_between_steps(call)
+
+    def _check_between_steps(self, call: str) -> None:
         if len(self._lacks()) < len(self._whole):
             rule, got = "must come between steps", "a call after push_gradient"
             raise ArgumentValueError(call, rule, got, "call apply_gradients first")

@@ -14,6 +14,7 @@ from gpu_adam.communicators import Communicator, Pending, sum_dtype
 from gpu_adam.devices import Array, Device
 from gpu_adam.devices.pair_reader import ExpectedPairs
 from gpu_adam.distributed.agreement import agree
+from gpu_adam.distributed.gathered import joining
 from gpu_adam.distributed.layout import Bucket
 from gpu_adam.kernels import CHUNK
 from gpu_adam.state.adam_state import AdamState
@@ -313,8 +314,8 @@ class TableShard(Shard):
                 for send, recv in ((sorted_rows, indices), (slices.values[order], values))
             ]
             self._received = IndexedSlices(values, indices)
-            if joins:
-                self._received._joined = self._joined(slices.values, numbers.sum(1).tolist())
+            if joins:  # what one process would take the norm of
+                self._received._joined = joining(communicator, slices.values, numbers.sum(1).tolist())()
 
     def _by_owner(self, indices: Array) -> tuple[Array, Array, Array]:
         """Row numbers as their owners count them, owner after owner; in which order; and how many each gets."""
@@ -332,16 +333,6 @@ class TableShard(Shard):
         everything = self._device.zeros((ranks * ranks,), np.dtype(np.int64))
         self._communicator.all_gather(counts, everything).wait()
         return self._device.numpy(everything).reshape(ranks, ranks)
-
-    def _joined(self, values: Array, lengths: Sequence[int]) -> Array:
-        """The values of all ranks one after the other, on each of them: what one process would take the norm of."""
-        device, longest = self._device, max(lengths)
-        mine = device.zeros((longest, *self._row), values.dtype)
-        mine[: len(values)] = values
-        everything = device.zeros((self._communicator.size * longest, *self._row), values.dtype)
-        self._communicator.all_gather(mine, everything).wait()
-        parts = [everything[rank * longest :][:length] for rank, length in enumerate(lengths)]
-        return device.xp.ascontiguousarray(device.xp.concatenate(parts))
 
     def gradients(self) -> list[IndexedSlices]:
         """See `Shard`. They are waited for: a step looks at row numbers first."""

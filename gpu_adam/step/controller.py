@@ -139,7 +139,7 @@ class Controller:
                         self._make_fit(change, request, rule, guard)
                     launches = plan.launches(state, graph, gradients, guard)
                     change.note(plan.index_errors, plan.deferred)
-                    make_ready([launches])
+                    launches.make_ready()
                     launches.bind(pairs, gradients)
                     launches.set_scalars(scalars)
                     count = functools.partial(state.counter._storage.fill, done + 1)

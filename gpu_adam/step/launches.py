@@ -223,6 +223,11 @@ class Launches:
                     raise ArgumentValueError(f"variable {variable.name!r}", rule, "such a step", remedy)
                 variable._behind.settle()
 
+    def make_ready(self) -> None:
+        """What `make_ready` does for several steps, for a step by itself: nothing, as long as no rows are deferred."""
+        if self._behind:
+            make_ready([self])
+
     def bind(self, pairs: Sequence[Any], checked: Sequence[Any]) -> None:
         """Use these gradients of a step's pairs.
 
