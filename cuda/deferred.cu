@@ -115,20 +115,8 @@ __device__ inline void update_strip(const DeferredTable& table, Strip& strip, co
         for (int r = 0; r < strip.rows.count(); ++r) {
             Value* const own = sum + strip.rows.begin(r);
             gradient.add(own, strip.keys[r], strip.column, columns, step);
-#pragma unroll
-            GPU_ADAM_INDEPENDENT
-            for (int lane = strip.rows.begin(r); lane < strip.rows.end(r); ++lane) {
-                Element e = {};
-#define READ(slot, Memory, Register, present) \
-    if constexpr (present) e.slot = Converted<Register>::from(packs.slot.x[lane]);
-                GPU_ADAM_SLOTS(READ)
-#undef READ
-                e = adam(e, sum[lane], step, noise_at(noise, strip.firsts[r], lane - strip.rows.begin(r)));
-#define WRITE(slot, Memory, Register, present) \
-    if constexpr (present) store(packs.slot.x[lane], e.slot);
-                GPU_ADAM_SLOTS(WRITE)
-#undef WRITE
-            }
+            step_lanes<true>(packs, strip.rows.begin(r), strip.rows.end(r), step, noise, strip.firsts[r],
+                             [&](int lane) { return sum[lane]; });
         }
     }
     move_lanes<false>(packs, table.slots, strip);

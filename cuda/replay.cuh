@@ -117,10 +117,10 @@ struct Bounds {
     }
 };
 
-// Let lanes [begin, end) take a step with a gradient of zeros.
-template <bool MOVES>
+// Let lanes [begin, end) take a step, with a gradient that is given for each lane.
+template <bool MOVES, typename Source>
 __device__ __forceinline__ void step_lanes(SlotPacks<STRIP_SIZE>& packs, int begin, int end, const StepScalars& step,
-                                           unsigned long long noise, long long first) {
+                                           unsigned long long noise, long long first, Source gradient) {
     const StepScalars own = step;
 #pragma unroll
     GPU_ADAM_INDEPENDENT
@@ -130,7 +130,7 @@ __device__ __forceinline__ void step_lanes(SlotPacks<STRIP_SIZE>& packs, int beg
     if constexpr (present) e.slot = Converted<Register>::from(packs.slot.x[k]);
         GPU_ADAM_SLOTS(READ)
 #undef READ
-        e = adam<MOVES>(e, value(Gradient{}), own, noise_at(noise, first, k - begin));
+        e = adam<MOVES>(e, gradient(k), own, noise_at(noise, first, k - begin));
 #define WRITE(slot, Memory, Register, present) \
     if constexpr (present) store(packs.slot.x[k], e.slot);
         GPU_ADAM_SLOTS(WRITE)
@@ -233,6 +233,7 @@ __device__ inline void replay(SlotPacks<STRIP_SIZE>& packs, StripRows& rows, con
     bool steady = true;
     for (int r = 0; r < rows.count(); ++r) steady = steady && rows.from[r] >= last.steady_since;
 
+    const auto zero = [](int) { return value(Gradient{}); };
     const bool is_free = !(ADJUSTS && last.penalized);  // v, of theta
     auto v = packs.v;  // as it is going to be
     at_once = at_once && is_free && steady && !SLOTS_ROUND;
@@ -261,7 +262,7 @@ __device__ inline void replay(SlotPacks<STRIP_SIZE>& packs, StripRows& rows, con
         for (int few = 1; t < rows.now; few = PATIENCE) {
             for (const long long until = t + few < rows.now ? t + few : rows.now; t < until; ++t) {
                 const StepScalars& step = log[t].scalars;
-                step_lanes<true>(packs, begin, end, step, noise_of(step.noise, place), firsts[r]);
+                step_lanes<true>(packs, begin, end, step, noise_of(step.noise, place), firsts[r], zero);
             }
             const Bounds bounds(last, rows.now - t);
             int keeps = 1;
@@ -292,7 +293,7 @@ __device__ inline void replay(SlotPacks<STRIP_SIZE>& packs, StripRows& rows, con
             for (long long t = rows.from[r]; t < rows.now; ++t) {
                 const StepScalars& step = log[t].scalars;
                 const unsigned long long noise = noise_of(step.noise, place);
-                step_lanes<false>(packs, rows.begin(r), rows.end(r), step, noise, firsts[r]);
+                step_lanes<false>(packs, rows.begin(r), rows.end(r), step, noise, firsts[r], zero);
             }
         }
     }
