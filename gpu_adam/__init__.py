@@ -16,6 +16,7 @@ from gpu_adam.errors import (
     DistributedError,
     GpuAdamError,
     KernelCompileError,
+    ServiceError,
     SlotNotFoundError,
     SparseIndexError,
 )
@@ -61,6 +62,7 @@ __all__ = [
     "LossScale",
     "PiecewiseConstantDecay",
     "PolynomialDecay",
+    "ServiceError",
     "SlotNotFoundError",
     "SparseIndexError",
     "Telemetry",
@@ -76,7 +78,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     # The derivatives take as long to import as all the rest; a process that brings its own gradients does without.
     # "np" is not in __all__: a star import must not put it in NumPy's place.
-    if name in ("autodiff", "communicators", "distributed", "interop", "np", "torch"):
+    if name in ("autodiff", "communicators", "distributed", "interop", "np", "service", "torch"):
         return importlib.import_module(f"gpu_adam.{name}")
     if name in ("register_vjp", "value_and_grad"):
         return getattr(importlib.import_module("gpu_adam.autodiff"), name)

@@ -248,6 +248,17 @@ class Adam:
         incoming = AS_THEY_ARE if scale is None else Incoming(scale)
         return self._controller.step(grads_and_vars, self._rule(scale), self._hyper, self._clip, incoming)
 
+    def check_gradients(self, grads_and_vars: Iterable[Any]) -> None:
+        """Raise what `apply_gradients` or `accumulate` would raise of these pairs, and change nothing.
+
+        Of gradients that change in place this says that they fit, once for all; of IndexedSlices on the host also that
+        the indices of now do.
+
+        Args:
+            grads_and_vars: as for `apply_gradients`.
+        """
+        self._controller.check(grads_and_vars, self._rule())
+
     def accumulate(self, grads_and_vars: Iterable[Any], grad_scale: float | None = None) -> int:
         """Add gradients to sums, which `apply_gradients()` without pairs uses.
 
@@ -288,6 +299,11 @@ class Adam:
         return self._accumulator.now().add(
             grads_and_vars, scale, lambda targets: self._controller.build(targets, self._rule())
         )
+
+    def discard_accumulated(self) -> None:
+        """Forget the gradients that were accumulated since the last step."""
+        refuse_in_loss("discard_accumulated")
+        self._accumulator.now().clear_call()()
 
     def _apply_accumulated(self, grad_scale: Any) -> int | None:
         if grad_scale is not None:

@@ -30,6 +30,7 @@ from gpu_adam.errors import ArgumentValueError, GpuAdamError
 from gpu_adam.files import commands as file_commands
 from gpu_adam.held_signals import HeldSignals
 from gpu_adam.kernels import HALVES
+from gpu_adam.service import commands as service_commands
 
 app = typer.Typer(
     help="Adam as CUDA kernels, on NVIDIA GPUs and on the CPU.",
@@ -171,6 +172,7 @@ app.command()(bench_commands.bench)
 app.command()(bench_commands.profile)
 app.command()(file_commands.inspect)
 app.command()(file_commands.convert)
+app.command()(service_commands.serve)
 
 
 def say(sentence: str, style: str) -> None:

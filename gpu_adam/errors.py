@@ -8,6 +8,7 @@
     ├── SlotNotFoundError   (KeyError)      no such slot
     ├── ConcurrentStepError (RuntimeError)  a call of an optimizer while another one is at work
     ├── DistributedError    (RuntimeError)  ranks that do not answer in time, or an engine between them that fails
+    ├── ServiceError        (RuntimeError)  a service that does not answer, or refuses
     └── DeviceError         (RuntimeError)  a device, driver or compiler that is not there
         └── KernelCompileError              a kernel that does not compile
 
@@ -61,6 +62,10 @@ class ConcurrentStepError(GpuAdamError, RuntimeError):
 
 class DistributedError(GpuAdamError, RuntimeError):
     """Other ranks do not answer in time, or the engine that moves arrays between ranks fails."""
+
+
+class ServiceError(GpuAdamError, RuntimeError):
+    """A service of optimizers does not answer, or refuses what it was asked for."""
 
 
 class DeviceError(GpuAdamError, RuntimeError):

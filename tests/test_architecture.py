@@ -29,7 +29,7 @@ FLOORS = [
     ["interop", "torch", "distributed"],
     [""],
     ["demos"],
-    ["bench", "files"],
+    ["bench", "files", "service"],
     ["cli"],
     ["__main__"],
 ]

@@ -8,7 +8,8 @@ from gpu_adam import errors, schedules
 
 ERRORS = {
     "ArgumentTypeError", "ArgumentValueError", "CheckpointError", "CheckpointWarning", "ConcurrentStepError",
-    "DeviceError", "DistributedError", "GpuAdamError", "KernelCompileError", "SlotNotFoundError", "SparseIndexError",
+    "DeviceError", "DistributedError", "GpuAdamError", "KernelCompileError", "ServiceError",
+    "SlotNotFoundError", "SparseIndexError",
 }  # fmt: skip
 SCHEDULES = {
     "CosineDecay", "CosineDecayRestarts", "ExponentialDecay", "InverseTimeDecay", "LearningRateSchedule",
@@ -23,7 +24,8 @@ INTEROP = ["keras", "optax", "torch"]
 
 ADAM = {
     "accumulate", "add_slot", "add_weight", "amsgrad", "apply_gradients", "beta_1", "beta_2", "build", "capture",
-    "check_errors", "clipnorm", "clipvalue", "complex_mode", "decay", "epsilon", "exclude_from_weight_decay",
+    "check_errors", "check_gradients", "clipnorm", "clipvalue", "complex_mode", "decay", "discard_accumulated",
+    "epsilon", "exclude_from_weight_decay",
     "export", "finalize_variable_values", "flavour", "forget", "from_config", "get_config", "get_gradients",
     "get_group", "get_slot", "get_slot_names", "get_updates", "get_weights", "global_clipnorm", "iterations", "l2",
     "learning_rate", "load", "loss_scale", "lr", "minimize", "name", "overwrite_by_averages", "read_telemetry",

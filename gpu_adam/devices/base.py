@@ -107,6 +107,42 @@ class Capture(Protocol):
         """A call that enqueues the graph once."""
 
 
+class SharedMemory(Protocol):
+    """Memory that this process has made for others.
+
+    Attributes:
+        array: all of it, a writeable array of uint8 on the device.
+        handle: what others pass to `Device.map_memory`, as JSON has it.
+        descriptor: a file descriptor that they need too, or -1.
+    """
+
+    array: Array
+    handle: dict[str, Any]
+    descriptor: int
+
+    def close(self) -> None:
+        """Give it back; on the host as soon as no array and no other process has it."""
+
+
+class SharedEvent(Protocol):
+    """A point in a stream that other processes' streams can wait for.
+
+    Attributes:
+        handle: what others pass to `Device.map_event`, as JSON has it.
+    """
+
+    handle: str
+
+    def record(self) -> None:
+        """Let it stand for all that is enqueued on the current stream so far."""
+
+    def wait(self) -> None:
+        """Let what is enqueued on the current stream from now on follow what the event stands for now."""
+
+    def close(self) -> None:
+        """Give it back."""
+
+
 class Device(ABC):
     """A place where arrays live and kernels run.
 
@@ -240,6 +276,32 @@ class Device(ABC):
     @abstractmethod
     def facts(self) -> list[tuple[str, str]]:
         """(label, value) pairs for ``gpu-adam info``."""
+
+    @property
+    @abstractmethod
+    def identity(self) -> str:
+        """What names the device in every process: "host", or "GPU-" and a UUID, as NVML has it."""
+
+    @abstractmethod
+    def share_memory(self, nbytes: int, *, read_only: bool) -> SharedMemory:
+        """New memory for other processes too, full of zeros.
+
+        Args:
+            nbytes: how much; there may be more.
+            read_only: whether others may only read. On CUDA nothing hinders them.
+        """
+
+    @abstractmethod
+    def map_memory(self, handle: dict[str, Any], descriptor: int) -> SharedMemory:
+        """Another process's memory, by what its `SharedMemory` says. The descriptor stays open."""
+
+    @abstractmethod
+    def share_event(self) -> SharedEvent:
+        """A new event, for which other processes' streams can wait too."""
+
+    @abstractmethod
+    def map_event(self, handle: str) -> SharedEvent:
+        """Another process's event, by its handle."""
 
     @property
     @abstractmethod

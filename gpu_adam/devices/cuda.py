@@ -16,9 +16,22 @@ from typing import Any
 import cupy
 import numpy as np
 
-from gpu_adam.devices.base import PACK_BYTES, Array, Capture, Device, Landing, Launch, ReadBack, Snapshot, StagedArray
+from gpu_adam.devices.base import (
+    PACK_BYTES,
+    Array,
+    Capture,
+    Device,
+    Landing,
+    Launch,
+    ReadBack,
+    SharedEvent,
+    SharedMemory,
+    Snapshot,
+    StagedArray,
+)
 from gpu_adam.devices.native_pairs import ArrayKind, NativeAddressReader, NativePairReader, cupy_is_read_in_c
 from gpu_adam.devices.pair_reader import AddressReader, ExpectedPairs, PairReader
+from gpu_adam.devices.sharing import CudaEvent, CudaMapping, CudaSharedMemory
 from gpu_adam.devices.torch_tensors import from_dlpack
 from gpu_adam.errors import ArgumentValueError, KernelCompileError
 from gpu_adam.kernels import BLOCK_SIZE, Kernel
@@ -240,6 +253,32 @@ class CudaDevice(Device):
         """Wait for the current stream."""
         with self.activate():
             cupy.cuda.get_current_stream().synchronize()
+
+    @property
+    def identity(self) -> str:
+        """The device's UUID, as NVML writes it."""
+        uuid = bytes(cupy.cuda.runtime.getDeviceProperties(self.index)["uuid"]).hex()
+        return "GPU-" + "-".join((uuid[:8], uuid[8:12], uuid[12:16], uuid[16:20], uuid[20:]))
+
+    def share_memory(self, nbytes: int, *, read_only: bool) -> SharedMemory:
+        """New memory in an allocation of its own."""
+        with self.activate():
+            return CudaSharedMemory(cupy, nbytes)
+
+    def map_memory(self, handle: dict[str, Any], descriptor: int) -> SharedMemory:
+        """Another process's memory, by its IPC handle."""
+        with self.activate():
+            return CudaMapping(cupy, handle)
+
+    def share_event(self) -> SharedEvent:
+        """A new interprocess event."""
+        with self.activate():
+            return CudaEvent(cupy)
+
+    def map_event(self, handle: str) -> SharedEvent:
+        """Another process's event, by its IPC handle."""
+        with self.activate():
+            return CudaEvent(cupy, handle)
 
     def facts(self) -> list[tuple[str, str]]:
         """(label, value) pairs for ``gpu-adam info``."""

@@ -16,7 +16,17 @@ import numpy as np
 
 from gpu_adam import kernels
 from gpu_adam.devices import compiler, libraries
-from gpu_adam.devices.base import Array, Device, Landing, Launch, ReadBack, Snapshot, StagedArray
+from gpu_adam.devices.base import (
+    Array,
+    Device,
+    Landing,
+    Launch,
+    ReadBack,
+    SharedEvent,
+    SharedMemory,
+    Snapshot,
+    StagedArray,
+)
 from gpu_adam.devices.native_pairs import (
     NUMPY,
     NativeAddressReader,
@@ -25,6 +35,7 @@ from gpu_adam.devices.native_pairs import (
     numpy_is_read_in_c,
 )
 from gpu_adam.devices.pair_reader import AddressReader, ExpectedPairs, PairReader
+from gpu_adam.devices.sharing import HostEvent, HostSharedMemory, host_mapping
 from gpu_adam.devices.torch_tensors import from_dlpack
 from gpu_adam.errors import ArgumentValueError
 from gpu_adam.kernels import Kernel, Source
@@ -181,6 +192,27 @@ class HostDevice(Device):
 
     def synchronize(self) -> None:
         """Nothing to wait for: a launch returns when its blocks are done."""
+
+    @property
+    def identity(self) -> str:
+        """The name: every process has the same host."""
+        return self.name
+
+    def share_memory(self, nbytes: int, *, read_only: bool) -> SharedMemory:
+        """New memory in a sealed anonymous file."""
+        return HostSharedMemory(nbytes, read_only)
+
+    def map_memory(self, handle: dict[str, Any], descriptor: int) -> SharedMemory:
+        """Another process's memory, by its file's descriptor, which stays open."""
+        return host_mapping(handle, descriptor)
+
+    def share_event(self) -> SharedEvent:
+        """Nothing to wait for."""
+        return HostEvent()
+
+    def map_event(self, handle: str) -> SharedEvent:
+        """Nothing to wait for."""
+        return HostEvent()
 
     def facts(self) -> list[tuple[str, str]]:
         """(label, value) pairs for ``gpu-adam info``."""

@@ -9,7 +9,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gpu_adam.devices.base import Array, Capture, Device, Landing, Launch, ReadBack, Snapshot, StagedArray
+from gpu_adam.devices.base import (
+    Array,
+    Capture,
+    Device,
+    Landing,
+    Launch,
+    ReadBack,
+    SharedEvent,
+    SharedMemory,
+    Snapshot,
+    StagedArray,
+)
 from gpu_adam.devices.pair_reader import AddressReader, ExpectedPairs, PairReader
 from gpu_adam.kernels import Kernel
 from gpu_adam.uninterrupted import Call
@@ -146,6 +157,28 @@ class RecordingDevice(Device):
     def synchronize(self) -> None:
         """As the device."""
         self._device.synchronize()
+
+    @property
+    def identity(self) -> str:
+        """As the device."""
+        return self._device.identity
+
+    def share_memory(self, nbytes: int, *, read_only: bool) -> SharedMemory:
+        """As the device; an allocation."""
+        self.record(Event("allocation", "", nbytes))
+        return self._device.share_memory(nbytes, read_only=read_only)
+
+    def map_memory(self, handle: dict[str, Any], descriptor: int) -> SharedMemory:
+        """As the device."""
+        return self._device.map_memory(handle, descriptor)
+
+    def share_event(self) -> SharedEvent:
+        """As the device."""
+        return self._device.share_event()
+
+    def map_event(self, handle: str) -> SharedEvent:
+        """As the device."""
+        return self._device.map_event(handle)
 
     def facts(self) -> list[tuple[str, str]]:
         """As the device."""

@@ -299,10 +299,19 @@ class Controller:
         self._memos.remember(memo, request)
         return None if aim is not None and aim.may_be_left_out else number
 
+    def check(self, grads_and_vars: Iterable[Any], rule: UpdateRule) -> None:
+        """Raise what a step would raise of its pairs; nothing changes."""
+        pairs = requests.listed(grads_and_vars)
+        with self._state.alone(is_brief=True):
+            self._checked(self._memos.resolve(pairs, rule))
+
     def _checked_for_graph(self, found: Found) -> tuple[Sequence[Any], Memo, list[Any], Request | None]:
         """What is known of a step, with its gradients, ready to bind."""
+        check_capturable(found.pairs, is_first=False)
+        return self._checked(found)
+
+    def _checked(self, found: Found) -> tuple[Sequence[Any], Memo, list[Any], Request | None]:
         pairs, memo, addresses, request = found
-        check_capturable(pairs, is_first=False)
         try:
             return pairs, memo, memo.plan.check(pairs, addresses), request
         except OtherDtypeError:
@@ -490,5 +499,4 @@ def _overwriting_in_graph() -> ArgumentValueError:
 
 
 def _warn(without: Sequence[str]) -> None:
-    message = f"no gradient for the variables {without}; they are left as they are"
-    warnings.warn(message, UserWarning, stacklevel=4)
+    warnings.warn(requests.without_gradient(without), UserWarning, stacklevel=4)

@@ -76,6 +76,11 @@ def checked_pair(pair: Any, number: int) -> tuple[Any, Any]:
     return gradient, target
 
 
+def without_gradient(names: Sequence[str]) -> str:
+    """The warning that some variables, by their names, have no gradient."""
+    return f"no gradient for the variables {list(names)}; they are left as they are"
+
+
 def listed(grads_and_vars: Iterable[Any]) -> Sequence[Any]:
     """The pairs as a list; ArgumentTypeError where they are not iterable."""
     rule = "must be an iterable of (gradient, variable) pairs"

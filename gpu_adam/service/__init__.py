@@ -1,0 +1,20 @@
+"""Optimizers as a service: one process owns parameters and slots, others on the machine push gradients and read.
+
+    README.md     what is promised, the protocol, who may do what
+    client.py     connect, Client, RemoteOptimizer, RemoteVariable
+    server.py     the process that owns the device: sockets, messages
+    served.py     an optimizer with its variables and checkpoints
+    policies.py   when pushes become steps
+    sequence.py   whole steps in memory that is being written
+    layout.py     where arrays lie in shared memory
+    messages.py   the protocol's messages
+    config.py     what a service is to own, from a TOML file
+    paths.py      where the socket is
+
+Memory and events that processes share are the devices' (gpu_adam/devices/sharing.py).
+"""
+
+from gpu_adam.errors import ServiceError
+from gpu_adam.service.client import Client, Gradients, RemoteOptimizer, RemoteVariable, connect
+
+__all__ = ["Client", "Gradients", "RemoteOptimizer", "RemoteVariable", "ServiceError", "connect"]

@@ -1,0 +1,167 @@
+"""Messages between a client and the server: one JSON object in each datagram of a Unix SEQPACKET socket.
+
+The system keeps a datagram whole and tells its end, so that nothing is framed here. What does not fit into one travels
+in shared memory. Descriptors come with the answers of a server; those that a client sends are closed by the kernel.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+from collections.abc import Sequence
+from typing import Any
+
+from gpu_adam import errors
+from gpu_adam.errors import ArgumentTypeError, ArgumentValueError, GpuAdamError, ServiceError
+from gpu_adam.rules import is_whole, shown
+
+VERSION = 1
+"""Of the protocol; a client of another version is refused with a sentence."""
+
+LARGEST = 2**17
+"""Bytes of a datagram at most; Linux sends up to about 200 KiB at once by default."""
+
+MOST_DESCRIPTORS = 4
+
+_WAYS_TO_SAY: dict[str, type[GpuAdamError]] = {
+    name: kind
+    for name, kind in vars(errors).items()
+    if isinstance(kind, type) and issubclass(kind, GpuAdamError) and kind is not GpuAdamError
+}
+
+
+class ConnectionLostError(Exception):
+    """The other end is gone."""
+
+
+def send(connection: socket.socket, message: dict[str, Any], descriptors: Sequence[int] = ()) -> None:
+    """Send a message, with descriptors of files.
+
+    Raises:
+        ConnectionLostError: nobody is at the other end.
+        BlockingIOError: of a socket that does not wait: the other end does not read.
+        ArgumentValueError: the message is too large; nothing was sent.
+    """
+    data = json.dumps(message, separators=(",", ":")).encode()
+    if len(data) > LARGEST:
+        rule, remedy = f"must fit into a message of {LARGEST} bytes", "push fewer gradients at once"
+        raise ArgumentValueError("what is sent", rule, f"{len(data)} bytes", remedy)
+    try:
+        if descriptors:
+            socket.send_fds(connection, [data], descriptors)
+        else:
+            connection.send(data)
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        raise ConnectionLostError from error
+
+
+def receive(connection: socket.socket) -> dict[str, Any]:
+    """The next message, without descriptors: what came with it is closed.
+
+    Raises:
+        ConnectionLostError: nobody is at the other end.
+        ServiceError: no JSON object, or a datagram that was cut off.
+    """
+    try:
+        data = connection.recv(LARGEST + 1)
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        raise ConnectionLostError from error
+    return _message(data)
+
+
+def receive_with_descriptors(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
+    """The next message, and the descriptors that came with it, which are the caller's to close."""
+    try:
+        data, descriptors, flags, _ = socket.recv_fds(connection, LARGEST + 1, MOST_DESCRIPTORS)
+    except OSError as error:
+        raise ConnectionLostError from error
+    try:
+        if flags & socket.MSG_CTRUNC:
+            raise ServiceError(
+                "a message", "must come with all its descriptors", "fewer", "raise the limit (ulimit -n)"
+            )
+        return _message(data), list(descriptors)
+    except BaseException:
+        for descriptor in descriptors:
+            os.close(descriptor)
+        raise
+
+
+def _message(data: bytes) -> dict[str, Any]:
+    if not data:
+        raise ConnectionLostError
+    message = None
+    if len(data) <= LARGEST:
+        with contextlib.suppress(ValueError, RecursionError):
+            message = json.loads(data)
+    if not isinstance(message, dict):
+        rule = f"must be a JSON object of at most {LARGEST} bytes"
+        raise ServiceError("a message", rule, shown(data[:60]), "speak the protocol of gpu_adam/service/README.md")
+    return message
+
+
+def refusal(error: GpuAdamError) -> dict[str, Any]:
+    """The answer that makes a client raise this error."""
+    kind = next(kind.__name__ for kind in type(error).__mro__ if kind.__name__ in _WAYS_TO_SAY)
+    return {"error": [kind, error.argument, error.rule, str(error.got), error.remedy]}
+
+
+def raise_refusal(answer: dict[str, Any]) -> None:
+    """Raise the error that an answer stands for, if it does."""
+    if "error" in answer:
+        kind, argument, rule, got, remedy = answer["error"]
+        raise _WAYS_TO_SAY[kind](argument, rule, got, remedy)
+
+
+class Fields:
+    """A message's fields, each checked when it is taken.
+
+    Args:
+        message: what came.
+        where: what the message is, for errors.
+    """
+
+    def __init__(self, message: Any, where: str) -> None:
+        if not isinstance(message, dict):
+            raise ArgumentTypeError(where, "must be a table", shown(message), "pass names with values")
+        self._message, self._where = message, where
+
+    def text(self, name: str) -> str:
+        """A text."""
+        value = self._message.get(name)
+        if not isinstance(value, str):
+            raise self._wrong(name, "must be a text", value)
+        return value
+
+    def whole(self, name: str, most: int, default: int | None = None) -> int:
+        """A whole number in [0, most]."""
+        value: Any = self._message.get(name, default)
+        if not is_whole(value):
+            raise self._wrong(name, "must be a whole number", value)
+        if not 0 <= value <= most:
+            rule = f"must lie in [0, {most}]"
+            raise ArgumentValueError(f"{self._where}'s {name}", rule, shown(value), "choose one in this range")
+        return int(value)
+
+    def items(self, name: str) -> list[Any]:
+        """A list."""
+        value = self._message.get(name)
+        if not isinstance(value, list):
+            raise self._wrong(name, "must be a list", value)
+        return value
+
+    def get(self, name: str) -> Any:
+        """Anything, or None."""
+        return self._message.get(name)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._message
+
+    def _wrong(self, name: str, rule: str, value: Any) -> ArgumentTypeError:
+        return ArgumentTypeError(f"{self._where}'s {name}", rule, shown(value), "see gpu_adam/service/README.md")

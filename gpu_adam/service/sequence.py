@@ -1,0 +1,92 @@
+"""Whole steps in memory that one process writes while others read.
+
+A sequence counter (seqlock): it is odd while a step is at work, and even between steps. Who reads copies what is there
+and looks at the counter before and after: where both times it has the same even value, the copy is whole. Nobody waits
+for a reader.
+
+    64 bytes: the sequence counter, then the number of steps done, both uint64
+
+Source: H.-J. Boehm, "Can seqlocks get along with programming language memory models?", MSPC 2012.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+import numpy as np
+
+NBYTES = 64
+_SPIN_SECONDS = 1e-4
+_Result = TypeVar("_Result")
+
+
+class _Fence:
+    """Keeps loads and stores of this thread that come before it apart from those that come after it.
+
+    A release, then an acquisition of the same lock: neither kind of access may cross that pair.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._lock.acquire()
+
+    def __call__(self) -> None:
+        self._lock.release()
+        self._lock.acquire()
+
+
+class StepSequence:
+    """The counter.
+
+    Args:
+        memory: NBYTES bytes or more of host memory, as uint8; those that only read may have them read-only.
+    """
+
+    def __init__(self, memory: np.ndarray) -> None:
+        self._words = memory[:NBYTES].view(np.uint64)
+        self._fence = _Fence()
+
+    @property
+    def step(self) -> int:
+        """The number of steps that are done."""
+        return int(self._words[1])
+
+    @contextmanager
+    def writing(self) -> Iterator[Callable[[int], None]]:
+        """A block in which the memory changes; it gets a function to be told the number of steps done."""
+        words = self._words
+        words[0] += np.uint64(1)
+        self._fence()
+        try:
+            yield self._set_step
+        finally:
+            self._fence()
+            words[0] += np.uint64(1)
+
+    def _set_step(self, step: int) -> None:
+        self._words[1] = step
+
+    def whole(self, copy: Callable[[], _Result], seconds: float) -> tuple[_Result, int] | None:
+        """What `copy` returns of memory that did not change meanwhile, and the steps done; None where time ran out.
+
+        Args:
+            copy: reads the memory; called until it has succeeded.
+            seconds: how long to try; once at least.
+        """
+        end = time.monotonic() + seconds
+        while True:
+            before, step = int(self._words[0]), self.step
+            self._fence()
+            if before % 2 == 0:
+                result = copy()
+                self._fence()
+                if int(self._words[0]) == before:
+                    return result, step
+            elif time.monotonic() > end - seconds + _SPIN_SECONDS:
+                time.sleep(_SPIN_SECONDS)
+            if time.monotonic() > end:
+                return None

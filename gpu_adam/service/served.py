@@ -1,0 +1,312 @@
+"""An optimizer that a service owns: its variables in shared memory, its steps and checkpoints, and what is said of it.
+
+Its methods are called in the server's thread, while its device is current.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from gpu_adam.devices import Array, Device
+from gpu_adam.devices.sharing import HostSharedMemory
+from gpu_adam.errors import ArgumentValueError, GpuAdamError, ServiceError
+from gpu_adam.service import sequence
+from gpu_adam.service.config import OptimizerConfig
+from gpu_adam.service.layout import placed
+from gpu_adam.service.messages import refusal
+from gpu_adam.service.policies import Push
+from gpu_adam.service.sequence import StepSequence
+from gpu_adam.state.manager import CheckpointManager
+from gpu_adam.variables import Variable
+
+_log = logging.getLogger("gpu_adam")
+
+SETTABLE = (
+    *("learning_rate", "beta_1", "beta_2", "epsilon", "decay", "weight_decay", "l2"),
+    *("clipvalue", "clipnorm", "global_clipnorm", "amsgrad"),
+)
+"""What of an optimizer may be read and assigned while it is served."""
+
+_PACE_STEPS = 100
+
+
+class ServedOptimizer:
+    """An optimizer with its variables.
+
+    Args:
+        name: by which clients know it.
+        config: what it is.
+        device: where it lies.
+        resume: whether to continue from the newest checkpoint, if there is one.
+
+    Attributes:
+        name, adam, variables, policy: what it is.
+        places, nbytes: of the variables in `parameters`.
+        parameters: the variables' memory, which clients may read.
+        layout, status: host memory that clients may read: the variables' names and places as JSON, and `StepSequence`.
+        done: an event: what was enqueued of the last step, and of copies.
+        pushes: how many pushes have become part of steps.
+        last_loss: what the last client that said so said, or None.
+        durations: how long the last steps took the host, in seconds.
+        observe_step: called with the seconds of each step.
+
+    Raises:
+        ArgumentValueError: without `resume`, the directory has checkpoints.
+        CheckpointError, OSError: they do not fit, or cannot be read.
+    """
+
+    def __init__(self, name: str, config: OptimizerConfig, device: Device, *, resume: bool) -> None:
+        self.name, self.adam, self.policy, self._device = name, config.adam, config.policy, device
+        sizes = [(value.shape, value.dtype.name) for value in config.values.values()]
+        self.places, self.nbytes = placed(sizes)
+        self.parameters = device.share_memory(self.nbytes, read_only=True)
+        self.variables: dict[str, Variable] = {}
+        for place, (key, value) in zip(self.places, config.values.items(), strict=True):
+            variable = Variable.over(place.view(self.parameters.array), device, key)
+            self.variables[key] = variable.assign(value)
+        self.adam.build(self.variables.values())
+        self.done = device.share_event()
+        self.status = HostSharedMemory(sequence.NBYTES, read_only=True)
+        self._sequence = StepSequence(self.status.array)
+        text = json.dumps([[key, *place.to_json()] for key, place in zip(self.variables, self.places, strict=True)])
+        self.layout = HostSharedMemory(len(text.encode()), read_only=True)
+        self.layout.array[:] = memoryview(text.encode())
+
+        self.pushes = 0
+        self.last_loss: float | None = None
+        self.observe_step: Callable[[float], object] = float
+        self.durations: deque[float] = deque(maxlen=_PACE_STEPS)
+        self._ends: deque[float] = deque(maxlen=_PACE_STEPS)
+        self._staleness: deque[int] = deque(maxlen=_PACE_STEPS)
+        self._has_sums, self._is_paused = False, False
+        self._held: list[Push] = []
+        self._manager: CheckpointManager | None = None
+        self._last_save: float | None = None
+        self._has_checkpoints(config, resume=resume)
+        with self._sequence.writing() as tell:
+            tell(self.iterations)
+
+    def _has_checkpoints(self, config: OptimizerConfig, *, resume: bool) -> None:
+        if config.checkpoint is None:
+            if resume:
+                rule, remedy = "must have an entry checkpoint to resume from", "add one, or leave --resume out"
+                raise ArgumentValueError(f"optimizer {self.name!r}", rule, "none", remedy)
+            return
+        directory: Path = config.checkpoint["directory"]
+        if not resume and directory.is_dir() and any(directory.glob("step-*.npz")):
+            rule, remedy = "must have no checkpoints without --resume", "pass --resume, or name another directory"
+            raise ArgumentValueError(f"optimizer {self.name!r}'s checkpoint.directory", rule, directory, remedy)
+        self._manager = CheckpointManager(optimizer=self.adam, **config.checkpoint)
+        if resume and self._manager.restore_latest() is not None:
+            self._last_save = time.monotonic()
+
+    @property
+    def iterations(self) -> int:
+        """The steps done. Waits for the device where it may leave steps out."""
+        return int(self.adam.iterations)
+
+    @property
+    def deadline(self) -> float | None:
+        """When `tick` is to be called, by `time.monotonic`; None for never."""
+        return None if self._is_paused else self.policy.deadline
+
+    # What clients ask for.
+
+    def push(self, push: Push) -> None:
+        """Take gradients, or keep them until the optimizer is no longer paused."""
+        if self._is_paused:
+            self._held.append(push)
+        else:
+            self.policy.take(push, self)
+
+    def lose(self, client: str) -> None:
+        """Take note that a client is gone: what it pushed and no step has used is left out."""
+        self._held = [push for push in self._held if push.client != client]
+        self.policy.lose(client, self)
+
+    def tick(self) -> None:
+        """Make the step that is due."""
+        self.policy.tick(self)
+
+    def copy_to(self, memory: Array, offset: int) -> int:
+        """Enqueue a copy of all variables into a client's memory, at their places from `offset` on; the steps done."""
+        targets = [place._replace(offset=place.offset + offset).view(memory) for place in self.places]
+        self._device.copy_call(targets, [variable.value for variable in self.variables.values()])()
+        self.done.record()
+        return self._sequence.step
+
+    def get(self, name: str) -> Any:
+        """A hyperparameter, as JSON has it."""
+        self._check_settable(name)
+        config = self.adam.get_config()
+        return config[name] if name in config else getattr(self.adam, name)
+
+    def set(self, name: str, value: Any) -> None:
+        """Assign a hyperparameter: a number, or a schedule's configuration."""
+        self._check_settable(name)
+        if isinstance(value, dict):
+            value = type(self.adam).from_config({name: value}).learning_rate if name == "learning_rate" else value
+        setattr(self.adam, name, value)
+
+    def _check_settable(self, name: str) -> None:
+        if name not in SETTABLE:
+            rule = f"must be one of {', '.join(SETTABLE)}"
+            raise ArgumentValueError("the hyperparameter", rule, repr(name), "pass one of them")
+
+    def save(self) -> Path:
+        """Write a checkpoint now, and wait for it; of sums that wait for their step the step is made before."""
+        if self._manager is None:
+            rule, remedy = "must have an entry checkpoint in the configuration", "add one, with a directory"
+            raise ServiceError(f"optimizer {self.name!r}", rule, "none", remedy)
+        self.step_of_sums()
+        path = self._manager.save()
+        self._last_save = time.monotonic()
+        return path
+
+    def pause(self) -> None:
+        """Keep pushes from now on, and make no step, until `resume`."""
+        self._is_paused = True
+
+    def resume(self) -> None:
+        """Take the pushes that were kept, in their order, and those to come."""
+        self._is_paused = False
+        held, self._held = self._held, []
+        for push in held:
+            self.policy.take(push, self)
+
+    def finish(self) -> None:
+        """Make the steps that were promised, refuse what waits, and wait for the device; with a checkpoint, save."""
+        for push in [*self._held, *self.policy.waiting.values()]:
+            push.answer({"draining": True})
+        self._held, self.policy.waiting = [], {}
+        self.policy.finish(self)
+        self.adam.synchronize()
+        if self._manager is not None:
+            self.save()
+
+    # What the policy asks for.
+
+    def step(self, pushes: Sequence[Push]) -> None:
+        """Make one step of the mean of these gradients, and answer."""
+        if len(pushes) == 1:
+            push = pushes[0]
+            self._step(pushes, lambda: self.adam.apply_gradients(push.pairs, grad_scale=push.scale))
+        else:
+            self._step(pushes, lambda: self._step_of_all(pushes))
+
+    def _step_of_all(self, pushes: Sequence[Push]) -> int | None:
+        try:
+            for push in pushes:
+                self.adam.accumulate(push.pairs, push.scale)
+            return self.adam.apply_gradients()
+        except GpuAdamError:
+            self.adam.discard_accumulated()
+            raise
+
+    def add(self, push: Push) -> None:
+        """Add gradients to the sums."""
+        try:
+            push.ready()
+            self.adam.accumulate(push.pairs, push.scale)
+            self.done.record()
+        except GpuAdamError as error:
+            push.answer(refusal(error))
+            return
+        self._has_sums = True
+        self._answer([push], self._sequence.step + 1)
+
+    def step_of_sums(self) -> None:
+        """Make the step of the sums, if there are any."""
+        if self._has_sums:
+            self._has_sums = False
+            self._step([], self.adam.apply_gradients)
+
+    def refuse(self, push: Push, error: ServiceError) -> None:
+        """Answer that the push is part of no step."""
+        push.answer(refusal(error))
+
+    def _step(self, pushes: Sequence[Push], function: Callable[[], int | None]) -> None:
+        start = time.perf_counter()
+        try:
+            with self._sequence.writing() as tell:
+                for push in pushes:
+                    push.ready()
+                done = function()
+                self.done.record()
+                tell(self._sequence.step + 1 if done is None else done)
+        except GpuAdamError as error:
+            for push in pushes:
+                push.answer(refusal(error))
+            return
+        end = time.perf_counter()
+        self.durations.append(end - start)
+        self._ends.append(end)
+        self.observe_step(end - start)
+        self._answer(pushes, done)
+        self._save_if_due()
+
+    def _answer(self, pushes: Sequence[Push], step: int | None) -> None:
+        for push in pushes:
+            self.pushes += 1
+            if push.loss is not None:
+                self.last_loss = push.loss
+            staleness = None
+            if push.read is not None and step is not None:
+                staleness = step - 1 - push.read
+                self._staleness.append(staleness)
+            push.answer({"step": step, "staleness": staleness})
+
+    def _save_if_due(self) -> None:
+        if self._manager is None or self._has_sums:
+            return
+        try:
+            if self._manager.step() is not None:
+                self._last_save = time.monotonic()
+        except OSError:
+            _log.exception("a checkpoint of optimizer %r could not be written", self.name)
+
+    # What is said of it.
+
+    def description(self) -> dict[str, Any]:
+        """What can be said at once, as JSON has it."""
+        return {
+            "name": self.name,
+            "policy": self.policy.text,
+            "steps": self._sequence.step,
+            "pushes": self.pushes,
+            "paused": self._is_paused,
+            "waiting": len(self._held) + len(self.policy.waiting),
+            "steps_per_second": self._pace(),
+            "step_seconds": max(self.durations, default=None),
+            "staleness": max(self._staleness, default=None),
+            "loss": self.last_loss,
+            "parameter_bytes": self.nbytes,
+            "checkpoint_age_seconds": None if self._last_save is None else time.monotonic() - self._last_save,
+            "telemetry": self._telemetry(),
+        }
+
+    def _pace(self) -> float:
+        ends = self._ends
+        if len(ends) < 2 or time.perf_counter() - ends[-1] > max(2.0, 2 * (ends[-1] - ends[0])):
+            return 0.0
+        return (len(ends) - 1) / (ends[-1] - ends[0])
+
+    def _telemetry(self) -> dict[str, float] | None:
+        if not self.adam.flavour.telemetry:
+            return None
+        found = self.adam.read_telemetry()
+        if found is None:
+            return None
+        return {name: value for name, value in found._asdict().items() if math.isfinite(value)}
+
+    def close(self) -> None:
+        """Give the shared memory back."""
+        for memory in (self.parameters, self.status, self.layout, self.done):
+            memory.close()
