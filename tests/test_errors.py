@@ -17,6 +17,7 @@ BUILTINS: dict[type[GpuAdamError], type[Exception]] = {
     errors.SlotNotFoundError: KeyError,
     errors.ConcurrentStepError: RuntimeError,
     errors.DistributedError: RuntimeError,
+    errors.ServiceError: RuntimeError,
     errors.DeviceError: RuntimeError,
     errors.KernelCompileError: RuntimeError,
 }

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -40,6 +40,7 @@ from gpu_adam.variables import IndexedSlices, Variable
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.01, 0.5  # seconds between two tries to connect
 _READ_SECONDS = 0.05  # how long a reader tries by itself, before the server copies for it
 _BINDINGS_KEPT = 16
+_PARTS_AT_ONCE = 500  # gradients that are bound by one message
 _CLIPS = ("clipvalue", "clipnorm", "global_clipnorm")
 
 
@@ -97,9 +98,16 @@ class Client:
             return self._opened[name]
 
     def close(self) -> None:
-        """End the connection. The service forgets what this client wrote and nobody has used."""
+        """End the connection. The service forgets what this client wrote and nobody has used.
+
+        A call in another thread that waits for the service raises a ServiceError.
+        """
+        self._is_closed = True
+        waiting = self._socket
+        if waiting is not None:
+            with contextlib.suppress(OSError):
+                waiting.shutdown(socket.SHUT_RDWR)
         with self._lock:
-            self._is_closed = True
             for optimizer in self._opened.values():
                 optimizer._forget()
             self._disconnect()
@@ -253,6 +261,18 @@ class Gradients(Mapping[str, Array]):
         return len(self._arrays)
 
 
+class _Part(NamedTuple):
+    """A gradient in this client's memory: its variable's name, and the places of its values, and of indices of rows."""
+
+    variable: str
+    values: Place
+    indices: Place | None
+
+    def to_json(self) -> dict[str, Any]:
+        rows = {} if self.indices is None else {"indices": self.indices.to_json()}
+        return {"variable": self.variable, "values": self.values.to_json(), **rows}
+
+
 class RemoteOptimizer:
     """An optimizer of a service.
 
@@ -312,7 +332,7 @@ class RemoteOptimizer:
                 pairs.append((gradient, variable))
         if without and pairs:
             warnings.warn(without_gradient(without), UserWarning, stacklevel=2)
-        arrays, entries = self._parts(pairs)
+        arrays = self._arrays(pairs)
         places, nbytes = placed((array.shape, array.dtype.name) for array in arrays)
 
         def write() -> None:
@@ -320,11 +340,9 @@ class RemoteOptimizer:
             for array, place in zip(arrays, places, strict=True):
                 place.view(memory)[...] = array
 
-        for entry in entries:
-            for part in ("values", "indices"):
-                if part in entry:
-                    entry[part] = places[entry[part]].to_json()
-        return self._push(entries, write, loss, grad_scale)
+        left = iter(places)
+        parts = [_Part(v.name, next(left), next(left) if isinstance(g, IndexedSlices) else None) for g, v in pairs]
+        return self._push(tuple(parts), write, loss, grad_scale)
 
     @contextmanager
     def gradients(self, grad_scale: float | None = None) -> Iterator[Gradients]:
@@ -344,10 +362,8 @@ class RemoteOptimizer:
         memory = self._region(self._nbytes)
         given = Gradients({name: place.view(memory) for name, place in self._places.items()})
         yield given
-        entries = [
-            {"variable": name, "values": place.to_json()} for name, place in self._places.items() if name in given.asked
-        ]
-        self._push(entries, lambda: self._have_again(memory), given.loss, grad_scale)
+        parts = tuple([part for part in self._whole if part.variable in given.asked])
+        self._push(parts, lambda: self._have_again(memory), given.loss, grad_scale)
 
     def minimize(self, loss: Callable[[], Any], var_list: Any, grad_loss: Any = None) -> int | None:
         """Differentiate a loss and push the gradients.
@@ -415,11 +431,7 @@ class RemoteOptimizer:
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _HYPERPARAMETERS:
-            if isinstance(value, LearningRateSchedule):
-                value = schedules.serialize(value)
-            elif value is not None and not isinstance(value, (bool, str)):
-                value = _as_json(name, value)
-            self._request({"op": "set", "name": name, "value": value})
+            self._request({"op": "set", "name": name, "value": _as_json(name, value)})
         elif name.startswith("_") or name in ("staleness", "policy"):
             super().__setattr__(name, value)
         else:
@@ -464,7 +476,8 @@ class RemoteOptimizer:
         self._forget_copies()
         self._own: tuple[int, SharedMemory] | None = None  # the region, with its number
         self._copies_region: tuple[int, SharedMemory] | None = None
-        self._bindings: dict[str, int] = {}
+        self._whole = tuple([_Part(name, place, None) for name, place in places.items()])
+        self._bindings: dict[tuple[_Part, ...], int] = {}
 
     def _forget(self) -> None:
         """Give up what is mapped."""
@@ -512,27 +525,23 @@ class RemoteOptimizer:
 
     # Pushing.
 
-    def _parts(self, pairs: list[tuple[Any, RemoteVariable]]) -> tuple[list[Array], list[dict[str, Any]]]:
-        """The arrays that gradients consist of, and for each gradient its variable and the numbers of its arrays."""
+    def _arrays(self, pairs: list[tuple[Any, RemoteVariable]]) -> list[Array]:
+        """The arrays that gradients consist of, one after the other: of slices the values, then the indices."""
         arrays: list[Array] = []
-        entries: list[dict[str, Any]] = []
         device = self._client.device
         for gradient, variable in pairs:
             argument = f"gradient of variable {variable.name!r}"
             dtype = dtype_read(gradient, variable)
-            entry: dict[str, Any] = {"variable": variable.name, "values": len(arrays)}
             if isinstance(gradient, IndexedSlices):
                 arrays.append(on_device(gradient.values, device, f"values of {argument}", dtype))
-                entry["indices"] = len(arrays)
                 arrays.append(on_device(gradient.indices, device, f"indices of {argument}", None))
             else:
                 arrays.append(on_device(gradient, device, argument, dtype))
-            entries.append(entry)
-        return arrays, entries
+        return arrays
 
     def _push(
         self,
-        entries: list[dict[str, Any]],
+        parts: tuple[_Part, ...],
         write: Callable[[], object],
         loss: float | None,
         grad_scale: float | None,
@@ -552,7 +561,7 @@ class RemoteOptimizer:
                 client.ready.record()
             before, was_sent = self.iterations, False
             try:
-                named = self._named(entries)
+                named = self._named(parts)
                 was_sent = True
                 answer, _ = client._exchange({**message, **named})
             except ConnectionLostError:
@@ -568,19 +577,24 @@ class RemoteOptimizer:
                     return step
                 client._reconnect()
 
-    def _named(self, entries: list[dict[str, Any]]) -> dict[str, Any]:
+    def _named(self, parts: tuple[_Part, ...]) -> dict[str, Any]:
         """How a push names its gradients: by a binding, which the service has checked, or one by one where rows are."""
         assert self._own is not None
-        named = {"optimizer": self.name, "region": self._own[0], "gradients": entries}
-        if any("indices" in entry for entry in entries):
-            return named
-        key = json.dumps(entries)
-        if key not in self._bindings:
+        where = {"optimizer": self.name, "region": self._own[0]}
+        if any(part.indices is not None for part in parts):
+            return {**where, "gradients": [part.to_json() for part in parts]}
+        exchange = self._client._exchange
+        if parts not in self._bindings:
             if len(self._bindings) == _BINDINGS_KEPT:
                 oldest = next(iter(self._bindings))
-                self._client._exchange({"op": "unbind", "binding": self._bindings.pop(oldest)})
-            self._bindings[key] = self._client._exchange({"op": "bind", **named})[0]["binding"]
-        return {"binding": self._bindings[key]}
+                exchange({"op": "unbind", "binding": self._bindings.pop(oldest)})
+            more: dict[str, Any] = {}
+            for start in range(0, max(1, len(parts)), _PARTS_AT_ONCE):
+                some = [part.to_json() for part in parts[start : start + _PARTS_AT_ONCE]]
+                answer, _ = exchange({"op": "bind", **where, "gradients": some, **more})
+                more = {"binding": answer["binding"]}
+            self._bindings[parts] = more["binding"]
+        return {"binding": self._bindings[parts]}
 
     # Reading.
 
@@ -627,8 +641,12 @@ class RemoteOptimizer:
                 client._reconnect()
 
 
-def _as_json(name: str, value: Any) -> float:
-    """A number as JSON has it; the service says what is wrong with others."""
+def _as_json(name: str, value: Any) -> Any:
+    """A hyperparameter's value as JSON has it; the service says what is wrong with it."""
+    if isinstance(value, LearningRateSchedule):
+        return schedules.serialize(value)
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
     with contextlib.suppress(TypeError, ValueError):
         return float(value)
     raise ArgumentTypeError(name, "must be a number or a schedule", shown(value), "pass a float")

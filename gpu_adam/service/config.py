@@ -88,7 +88,7 @@ def read_config(path: Path, device: str | None = None) -> ServiceConfig:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ArgumentValueError(str(path), "must be TOML", error, "correct it") from error
     _check_names(str(path), table, ("device", "client_memory", "optimizer"))
-    optimizers = _table(f"{path}: optimizer", table.get("optimizer"))
+    optimizers = _table(f"{path}: optimizer", table.get("optimizer", {}))
     if not optimizers:
         raise ArgumentValueError(str(path), "must have an optimizer", "none", "add a table [optimizer.main]")
     found = {name: _optimizer(f"{path}: optimizer.{name}", entry, path.parent) for name, entry in optimizers.items()}
@@ -138,11 +138,10 @@ def _unchecked_value(where: str, table: Mapping[str, Any], directory: Path) -> n
         raise ArgumentTypeError(f"{where}.initial", "must be the path of a file", got, "pass a text")
     path = directory / table["initial"]
     try:
-        value = np.load(path, allow_pickle=False)
-    except ValueError as error:
+        with open(path, "rb") as file:
+            value = np.lib.format.read_array(file, allow_pickle=False)
+    except (ValueError, EOFError) as error:
         raise ArgumentValueError(f"{where}.initial", "must be a file of numpy.save", error, "save an array") from error
-    if not isinstance(value, np.ndarray):
-        raise ArgumentValueError(f"{where}.initial", "must be a file of numpy.save", "another one", "save an array")
     return value.astype(as_dtype(table["dtype"])) if "dtype" in table else value
 
 

@@ -386,11 +386,15 @@ class Server:
         return {}, ()
 
     def _bind(self, connection: _Connection, fields: Fields) -> tuple[dict[str, Any], Sequence[int]]:
-        if len(connection.bindings) == MOST_BINDINGS:
+        before: list[tuple[Any, Variable]] = []
+        if "binding" in fields:  # of more gradients than fit into a message
+            before, number = self._binding(connection, fields).pairs, fields.whole("binding", 2**53)
+        elif len(connection.bindings) == MOST_BINDINGS:
             rule, remedy = f"must be at most {MOST_BINDINGS}", "unbind others"
             raise ServiceError("the bindings of a client", rule, MOST_BINDINGS + 1, remedy)
-        number = next(connection.numbers)
-        connection.bindings[number] = self._bound_gradients(connection, fields, are_lasting=True)
+        else:
+            number = next(connection.numbers)
+        connection.bindings[number] = self._bound_gradients(connection, fields, before)
         return {"binding": number}, ()
 
     def _unbind(self, connection: _Connection, fields: Fields) -> tuple[dict[str, Any], Sequence[int]]:
@@ -402,7 +406,7 @@ class Server:
         if "binding" in fields:
             binding = self._binding(connection, fields)
         else:
-            binding = self._bound_gradients(connection, fields, are_lasting=False)
+            binding = self._bound_gradients(connection, fields)
         scale = fields.get("scale")
         push = Push(
             client=connection.name,
@@ -473,8 +477,12 @@ class Server:
             raise ArgumentValueError("the binding", "must be one of this client's own", number, "bind first")
         return connection.bindings[number]
 
-    def _bound_gradients(self, connection: _Connection, fields: Fields, *, are_lasting: bool) -> _Binding:
-        """The gradients that a message names, checked as a step does it.
+    def _bound_gradients(
+        self, connection: _Connection, fields: Fields, before: Sequence[tuple[Any, Variable]] | None = None
+    ) -> _Binding:
+        """The gradients that a message names, after those before it, checked as a step does it.
+
+        Without any `before` they are for this message alone, and may be rows.
 
         Indices of rows are copied before they are looked at: what lies in the client's memory, the client can change
         after the check.
@@ -482,7 +490,7 @@ class Server:
         served = self._optimizer(fields)
         number = fields.whole("region", 2**53)
         memory = connection.memory(number)
-        pairs: list[tuple[Any, Variable]] = []
+        pairs: list[tuple[Any, Variable]] = list(before or ())
         for entry in fields.items("gradients"):
             gradient = Fields(entry, "a gradient")
             name = gradient.text("variable")
@@ -492,7 +500,7 @@ class Server:
             argument = f"gradient of variable {name!r}"
             values = place_in(memory.size, gradient.get("values"), argument).view(memory)
             if "indices" in gradient:
-                if are_lasting:
+                if before is not None:
                     rule, remedy = "must be pushed without a binding", "name them in the push"
                     raise ArgumentValueError(f"{argument}, of rows,", rule, "a binding", remedy)
                 connection.ready.wait()

@@ -1,0 +1,1 @@
+"""The service of gpu_adam.service, by behaviour."""
