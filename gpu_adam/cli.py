@@ -30,6 +30,7 @@ from gpu_adam.errors import ArgumentValueError, GpuAdamError
 from gpu_adam.files import commands as file_commands
 from gpu_adam.held_signals import HeldSignals
 from gpu_adam.kernels import HALVES
+from gpu_adam.service import Client, connect
 from gpu_adam.service import commands as service_commands
 
 app = typer.Typer(
@@ -94,12 +95,17 @@ def demo(
     replicated: Annotated[
         bool, typer.Option("--replicated", help="With --distributed: all slots in each process, not a share of them.")
     ] = False,
+    service: Annotated[
+        Path | None, typer.Option(help="Train the variables of the service with this socket; digits only.")
+    ] = None,
 ) -> None:
     """Train a small model on real data."""
     kind = DEMOS[what.value]
     last = steps or kind.default_steps
     alone = {"--save": save, "--resume": resume, "--plot": plot, "--watch": watch or None}
     _check_distributed(kind, distributed, alone if distributed else {"--replicated": replicated or None})
+    if service is not None:
+        _check_served(kind, {**alone, "--distributed": distributed or None, "--dtype": dtype, "--device": device})
     for option, target in (("--save", save), ("--plot", plot)):
         if target is not None:
             _check_target(option, target)
@@ -110,8 +116,9 @@ def demo(
     options = {"dtype": dtype and dtype.value, "master": master, "sparse": sparse and sparse.value}
     choices = _choices(kind, resume is None, **options)
     try:
-        with _placed(device, distributed) as ranks:
-            together = {"ranks": ranks, "replicated": replicated} if ranks else {}
+        with _placed(device, distributed) as ranks, _client(service) as client:
+            together: dict[str, Any] = {"ranks": ranks, "replicated": replicated} if ranks else {}
+            together |= {} if client is None else {"service": client}
             training = _resumed(kind, resume, seed, choices) if resume else kind(seed or 0, **choices, **together)
             if training.step >= last:
                 rule = f"must be above {training.step}, the step that {resume} has reached"
@@ -189,6 +196,24 @@ def _check_distributed(kind: type[Demo], distributed: bool, others: Mapping[str,
         if value is not None:
             rule = f"must be left out {'with' if distributed else 'without'} --distributed"
             raise ArgumentValueError(option, rule, value, "leave it out")
+
+
+def _check_served(kind: type[Demo], others: Mapping[str, object]) -> None:
+    """Refuse what a client of a service does not choose."""
+    if kind is not Digits:
+        raise ArgumentValueError("--service", "must be left out where no service can train", kind.name, "leave it out")
+    for option, value in others.items():
+        if value is not None:
+            raise ArgumentValueError(option, "must be left out with --service, which has it", value, "leave it out")
+
+
+def _client(socket: Path | None) -> AbstractContextManager[Client | None]:
+    """A client of a service, whose device becomes this process's."""
+    if socket is None:
+        return nullcontext()
+    client = connect(socket)
+    gpu_adam.set_device(client.device)
+    return client
 
 
 def _placed(device: str | None, distributed: bool) -> AbstractContextManager[Communicator | None]:
@@ -273,8 +298,7 @@ def _train(training: Demo, last: int, save: Path | None, console: Console) -> li
 
 def _watched(training: Demo) -> str:
     """What the optimizer's telemetry says of the last step that is done; nothing where it is off."""
-    optimizer = training.optimizer
-    found = optimizer.read_telemetry() if optimizer.flavour.telemetry else None
+    found = training.optimizer.read_telemetry() if training.is_watched else None
     if found is None:
         return ""
     norms = f"update {found.update_norm:.3g} of {found.param_norm:.3g}"

@@ -28,8 +28,9 @@ FLOORS = [
     ["adam", "np"],
     ["interop", "torch", "distributed"],
     [""],
+    ["service"],
     ["demos"],
-    ["bench", "files", "service"],
+    ["bench", "files"],
     ["cli"],
     ["__main__"],
 ]

@@ -41,6 +41,9 @@ class Demo(ABC):
     Args:
         seed: >= 0; the same seed gives the same training on the same device.
         **choices: others than some of `defaults`.
+
+    Attributes:
+        is_watched: whether the optimizer measures its steps.
     """
 
     name: ClassVar[str]
@@ -52,6 +55,7 @@ class Demo(ABC):
 
     def __init__(self, seed: int = 0, **choices: Any) -> None:
         self.seed, self.choices, self.step = seed, {**self.defaults, **choices}, 0
+        self.is_watched = False
         self.device = gpu_adam.get_device()
         self.xp: Any = self.device.xp
         self.variables, self.optimizer = self._model(self.generator(0))
@@ -86,6 +90,7 @@ class Demo(ABC):
 
     def watch(self) -> None:
         """Have the optimizer measure its steps from now on, which changes no number of theirs."""
+        self.is_watched = True
         state = self.optimizer.export()
         self.optimizer = gpu_adam.Adam.from_config({**self.optimizer.get_config(), "telemetry": True})
         self.optimizer.build(self.variables)

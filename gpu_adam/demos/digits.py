@@ -6,7 +6,8 @@ The gradients are written out by hand. Variables of 16 bits meet pixels of float
 Every fifth ten of images is held out. The rest is seen in random batches, one image in five moved by a pixel along each
 axis: that makes about 98 % of the held-out images right instead of 97 %.
 
-On several ranks each computes the gradients of its share of a batch, which all draw alike.
+On several ranks each computes the gradients of its share of a batch, which all draw alike. As a client of a service the
+demo trains the service's variables, by batches of its own.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,8 +21,10 @@ import gpu_adam
 from gpu_adam.communicators import Communicator
 from gpu_adam.demos import Demo, product
 from gpu_adam.distributed import DataParallelAdam, ShardedAdam
+from gpu_adam.errors import ArgumentValueError
 from gpu_adam.kernels import dtype_named
 from gpu_adam.schedules import CosineDecay
+from gpu_adam.service import Client
 
 BATCH, HIDDEN, CLASSES, SIDE = 64, 128, 10, 8
 CORNERS = np.array([1] * 8 + [0, 2])  # 1 is unmoved
@@ -36,6 +39,8 @@ class Digits(Demo):
         seed: as of every demo; the same on all ranks.
         ranks: those that share each batch; None for this process alone.
         replicated: whether each rank has the slots of all variables, in place of a share of them.
+        service: a client of a service that has an optimizer "digits" with this demo's variables; None for an optimizer
+            of its own.
         **choices: as of every demo.
     """
 
@@ -44,8 +49,14 @@ class Digits(Demo):
     defaults: ClassVar[Mapping[str, Any]] = {"dtype": "float32", "master": False}
 
     def __init__(
-        self, seed: int = 0, ranks: Communicator | None = None, replicated: bool = False, **choices: Any
+        self,
+        seed: int = 0,
+        ranks: Communicator | None = None,
+        replicated: bool = False,
+        service: Client | None = None,
+        **choices: Any,
     ) -> None:
+        self._service = service
         kind = DataParallelAdam if replicated else ShardedAdam
         self._adam: Any = gpu_adam.Adam if ranks is None else partial(kind, ranks)
         self._share = slice(None) if ranks is None else slice(ranks.rank, None, ranks.size)
@@ -62,6 +73,9 @@ class Digits(Demo):
         # The pixels stay on the host: moving them is cheap there, and a batch is 16 KiB.
         self.images, self.labels = images[~held_out], labels[~held_out]
         self.test_images, self.test_labels = images[held_out], labels[held_out]
+
+        if self._service is not None:
+            return _served(self._service)
 
         def layer(name: str, rows: int, columns: int) -> tuple[gpu_adam.Variable, gpu_adam.Variable]:
             limit = np.sqrt(6 / (rows + columns))  # Glorot
@@ -105,6 +119,17 @@ class Digits(Demo):
     def result(self) -> list[tuple[str, str]]:
         """Return the accuracy on the held-out images."""
         return [("test accuracy", f"{self.accuracy():.1%} of {len(self.test_labels)} images never trained on")]
+
+
+def _served(client: Client) -> tuple[Sequence[gpu_adam.Variable], Any]:
+    """The service's variables and optimizer."""
+    optimizer = client.optimizer("digits")
+    shapes = {"w1": (SIDE * SIDE, HIDDEN), "b1": (HIDDEN,), "w2": (HIDDEN, CLASSES), "b2": (CLASSES,)}
+    found = {name: variable.shape for name, variable in optimizer.variables.items()}
+    if found != shapes:
+        rule = f"must have the variables {shapes}"
+        raise ArgumentValueError("the service's optimizer 'digits'", rule, found, "serve docker/service.toml")
+    return [optimizer.variables[name] for name in shapes], optimizer
 
 
 def _window(images: np.ndarray, top: np.ndarray, left: np.ndarray) -> np.ndarray:

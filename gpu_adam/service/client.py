@@ -300,6 +300,15 @@ class RemoteOptimizer:
 
     # Steps.
 
+    def build(self, var_list: Iterable[Any]) -> None:
+        """Nothing: the variables' slots are there since the service's start. For loops that know `Adam.build`.
+
+        Raises:
+            ArgumentValueError: what is no variable of this optimizer.
+        """
+        for number, variable in enumerate(var_list):
+            self._own_variable(variable, f"var_list[{number}]")
+
     def apply_gradients(
         self, grads_and_vars: Iterable[Any], loss: float | None = None, grad_scale: float | None = None
     ) -> int | None:
@@ -322,10 +331,7 @@ class RemoteOptimizer:
         without = []
         for number, pair in enumerate(listed(grads_and_vars)):
             gradient, target = checked_pair(pair, number)
-            variable = self.variables.get(getattr(target, "name", ""))
-            if variable is None or variable is not target:
-                rule, remedy = f"must have a variable of optimizer {self.name!r}", "pass one of its variables"
-                raise ArgumentValueError(f"grads_and_vars[{number}]", rule, shown(target), remedy)
+            variable = self._own_variable(target, f"grads_and_vars[{number}]")
             if gradient is None:
                 without.append(variable.name)
             else:
@@ -522,6 +528,13 @@ class RemoteOptimizer:
         """Have the current stream follow what the service has enqueued."""
         with self._client.device.activate():
             self._done.wait()
+
+    def _own_variable(self, target: Any, argument: str) -> RemoteVariable:
+        variable = self.variables.get(getattr(target, "name", ""))
+        if variable is None or variable is not target:
+            rule, remedy = f"must have a variable of optimizer {self.name!r}", "pass one of its variables"
+            raise ArgumentValueError(argument, rule, shown(target), remedy)
+        return variable
 
     # Pushing.
 

@@ -10,7 +10,7 @@
     checkpoint = {directory = "run", every_steps = 1000, every_seconds = 60.0, keep = 3}
 
     [optimizer.main.variables]
-    w = {shape = [784, 10], dtype = "float32"}        # zeros
+    w = {shape = [784, 10], dtype = "float32"}        # zeros; or initializer = "ones", or "glorot_uniform", and a seed
     b = {initial = "b.npy"}                           # a file of numpy.save
 
 Paths are relative to the file's directory.
@@ -18,8 +18,10 @@ Paths are relative to the file's directory.
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Iterable, Mapping
+import zlib
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,6 +40,20 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+
+def _glorot_uniform(shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
+    """Uniform in +-sqrt(6 / (rows + columns)), as tf.keras's initializer of that name (Glorot & Bengio, 2010)."""
+    rows, columns = (*shape, 1, 1)[:2] if len(shape) < 2 else (shape[-2], shape[-1])
+    field = math.prod(shape[:-2])
+    limit = math.sqrt(6 / max(1, field * (rows + columns)))
+    return rng.uniform(-limit, limit, shape)
+
+
+_INITIALIZERS: dict[str, Callable[[tuple[int, ...], np.random.Generator], np.ndarray]] = {
+    "zeros": lambda shape, rng: np.zeros(shape),
+    "ones": lambda shape, rng: np.ones(shape),
+    "glorot_uniform": _glorot_uniform,
+}
 _CHECKPOINT = ("directory", "every_steps", "every_seconds", "keep")
 
 
@@ -128,11 +144,18 @@ def _value(where: str, given: Any, directory: Path) -> np.ndarray:
 
 
 def _unchecked_value(where: str, table: Mapping[str, Any], directory: Path) -> np.ndarray:
-    _check_names(where, table, ("shape", "dtype", "initial"))
+    _check_names(where, table, ("shape", "dtype", "initial", "initializer", "seed"))
     if ("initial" in table) == ("shape" in table):
         raise ArgumentValueError(where, "must have either shape or initial", sorted(table), "give one of the two")
     if "shape" in table:
-        return np.zeros(as_shape(table["shape"]), as_dtype(table.get("dtype", "float32")))
+        initializer = one_of(f"{where}.initializer", table.get("initializer", "zeros"), list(_INITIALIZERS))
+        seed = table.get("seed", 0)
+        if not is_whole(seed) or seed < 0:
+            raise ArgumentValueError(f"{where}.seed", "must be a whole number >= 0", shown(seed), "correct it")
+        # The name too, so that variables of one seed differ.
+        rng = np.random.default_rng((seed, zlib.crc32(where.rpartition(".")[2].encode())))
+        value = _INITIALIZERS[initializer](as_shape(table["shape"]), rng)
+        return value.astype(as_dtype(table.get("dtype", "float32")))
     if not isinstance(table["initial"], str):
         got = shown(table["initial"])
         raise ArgumentTypeError(f"{where}.initial", "must be the path of a file", got, "pass a text")
