@@ -27,8 +27,8 @@ from gpu_adam.service.layout import LINE, Place, placed
 from gpu_adam.service.messages import (
     VERSION,
     ConnectionLostError,
+    Receiver,
     raise_refusal,
-    receive_with_descriptors,
     send,
 )
 from gpu_adam.service.paths import default_socket
@@ -75,7 +75,7 @@ class Client:
 
     def __init__(self, path: Path, name: str | None, patience: float) -> None:
         self.path, self.name, self._patience = path, name, patience
-        self._lock = threading.RLock()
+        self._lock, self._receiver = threading.RLock(), Receiver()
         self._process = os.getpid()
         self._socket: socket.socket | None = None
         self._is_closed = False
@@ -142,7 +142,7 @@ class Client:
                 raise ConnectionLostError
             try:
                 send(self._socket, message)
-                answer, descriptors = receive_with_descriptors(self._socket)
+                answer, descriptors = self._receiver.receive_with_descriptors(self._socket)
             except ArgumentValueError:  # nothing was sent
                 raise
             except BaseException:  # also Ctrl-C: the answer to this message must not become the next one's
@@ -366,7 +366,9 @@ class RemoteOptimizer:
             grad_scale: as for `apply_gradients`.
         """
         memory = self._region(self._nbytes)
-        given = Gradients({name: place.view(memory) for name, place in self._places.items()})
+        if self._views is None or self._views[0] is not memory:
+            self._views = memory, {name: place.view(memory) for name, place in self._places.items()}
+        given = Gradients(self._views[1])
         yield given
         parts = tuple([part for part in self._whole if part.variable in given.asked])
         self._push(parts, lambda: self._have_again(memory), given.loss, grad_scale)
@@ -483,6 +485,7 @@ class RemoteOptimizer:
         self._own: tuple[int, SharedMemory] | None = None  # the region, with its number
         self._copies_region: tuple[int, SharedMemory] | None = None
         self._whole = tuple([_Part(name, place, None) for name, place in places.items()])
+        self._views: tuple[Array, dict[str, Array]] | None = None
         self._bindings: dict[tuple[_Part, ...], int] = {}
 
     def _forget(self) -> None:

@@ -23,7 +23,9 @@ VERSION = 1
 LARGEST = 2**17
 """Bytes of a datagram at most; Linux sends up to about 200 KiB at once by default."""
 
-MOST_DESCRIPTORS = 4
+_INT = 4  # bytes of a descriptor
+_ANCILLARY = socket.CMSG_SPACE(4 * _INT)  # for four, which is more than any message has
+_encode = json.JSONEncoder(separators=(",", ":")).encode
 
 _WAYS_TO_SAY: dict[str, type[GpuAdamError]] = {
     name: kind
@@ -44,7 +46,7 @@ def send(connection: socket.socket, message: dict[str, Any], descriptors: Sequen
         BlockingIOError: of a socket that does not wait: the other end does not read.
         ArgumentValueError: the message is too large; nothing was sent.
     """
-    data = json.dumps(message, separators=(",", ":")).encode()
+    data = _encode(message).encode()
     if len(data) > LARGEST:
         rule, remedy = f"must fit into a message of {LARGEST} bytes", "push fewer gradients at once"
         raise ArgumentValueError("what is sent", rule, f"{len(data)} bytes", remedy)
@@ -59,51 +61,57 @@ def send(connection: socket.socket, message: dict[str, Any], descriptors: Sequen
         raise ConnectionLostError from error
 
 
-def receive(connection: socket.socket) -> dict[str, Any]:
-    """The next message, without descriptors: what came with it is closed.
+class Receiver:
+    """Receives messages, all into the same memory: so large a piece anew each time would cost more than the rest."""
 
-    Raises:
-        ConnectionLostError: nobody is at the other end.
-        ServiceError: no JSON object, or a datagram that was cut off.
-    """
-    try:
-        data = connection.recv(LARGEST + 1)
-    except BlockingIOError:
-        raise
-    except OSError as error:
-        raise ConnectionLostError from error
-    return _message(data)
+    def __init__(self) -> None:
+        self._memory = memoryview(bytearray(LARGEST + 1))
 
+    def receive(self, connection: socket.socket) -> dict[str, Any]:
+        """The next message, without descriptors: what came with it is closed.
 
-def receive_with_descriptors(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
-    """The next message, and the descriptors that came with it, which are the caller's to close."""
-    try:
-        data, descriptors, flags, _ = socket.recv_fds(connection, LARGEST + 1, MOST_DESCRIPTORS)
-    except OSError as error:
-        raise ConnectionLostError from error
-    try:
-        if flags & socket.MSG_CTRUNC:
-            raise ServiceError(
-                "a message", "must come with all its descriptors", "fewer", "raise the limit (ulimit -n)"
-            )
-        return _message(data), list(descriptors)
-    except BaseException:
-        for descriptor in descriptors:
-            os.close(descriptor)
-        raise
+        Raises:
+            ConnectionLostError: nobody is at the other end.
+            ServiceError: no JSON object, or a datagram that was cut off.
+        """
+        try:
+            size = connection.recv_into(self._memory)
+        except BlockingIOError:
+            raise
+        except OSError as error:
+            raise ConnectionLostError from error
+        return self._message(size)
 
+    def receive_with_descriptors(self, connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
+        """The next message, and the descriptors that came with it, which are the caller's to close."""
+        try:
+            size, ancillary, flags, _ = connection.recvmsg_into([self._memory], _ANCILLARY)
+        except OSError as error:
+            raise ConnectionLostError from error
+        descriptors: list[int] = []
+        for _, _, data in ancillary:
+            descriptors += memoryview(data[: len(data) // _INT * _INT]).cast("i")
+        try:
+            if flags & socket.MSG_CTRUNC:
+                rule = "must come with all its descriptors"
+                raise ServiceError("a message", rule, "fewer", "raise the limit of open files (ulimit -n)")
+            return self._message(size), descriptors
+        except BaseException:
+            for descriptor in descriptors:
+                os.close(descriptor)
+            raise
 
-def _message(data: bytes) -> dict[str, Any]:
-    if not data:
-        raise ConnectionLostError
-    message = None
-    if len(data) <= LARGEST:
-        with contextlib.suppress(ValueError, RecursionError):
-            message = json.loads(data)
-    if not isinstance(message, dict):
-        rule = f"must be a JSON object of at most {LARGEST} bytes"
-        raise ServiceError("a message", rule, shown(data[:60]), "speak the protocol of gpu_adam/service/README.md")
-    return message
+    def _message(self, size: int) -> dict[str, Any]:
+        if not size:
+            raise ConnectionLostError
+        message = None
+        if size <= LARGEST:
+            with contextlib.suppress(ValueError, RecursionError):
+                message = json.loads(bytes(self._memory[:size]))
+        if not isinstance(message, dict):
+            rule, got = f"must be a JSON object of at most {LARGEST} bytes", shown(bytes(self._memory[: min(size, 60)]))
+            raise ServiceError("a message", rule, got, "speak the protocol of gpu_adam/service/README.md")
+        return message
 
 
 def refusal(error: GpuAdamError) -> dict[str, Any]:

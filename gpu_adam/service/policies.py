@@ -11,8 +11,7 @@ import re
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from gpu_adam.errors import ArgumentTypeError, ArgumentValueError, ServiceError
 from gpu_adam.rules import shown
@@ -23,8 +22,7 @@ LOSSES = ("fail", "continue")
 Answer = Callable[[dict[str, Any]], None]
 
 
-@dataclass(frozen=True)
-class Push:
+class Push(NamedTuple):
     """Gradients of one client.
 
     Attributes:

@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import TypeVar
 
 import numpy as np
 
 NBYTES = 64
+_ONE = np.uint64(1)
 _SPIN_SECONDS = 1e-4
 _Result = TypeVar("_Result")
 
@@ -55,20 +55,16 @@ class StepSequence:
         """The number of steps that are done."""
         return int(self._words[1])
 
-    @contextmanager
-    def writing(self) -> Iterator[Callable[[int], None]]:
-        """A block in which the memory changes; it gets a function to be told the number of steps done."""
-        words = self._words
-        words[0] += np.uint64(1)
+    def begin(self) -> None:
+        """Say that the memory is going to change."""
+        self._words[0] += _ONE
         self._fence()
-        try:
-            yield self._set_step
-        finally:
-            self._fence()
-            words[0] += np.uint64(1)
 
-    def _set_step(self, step: int) -> None:
+    def end(self, step: int) -> None:
+        """Say that it has changed, and how many steps are done."""
+        self._fence()
         self._words[1] = step
+        self._words[0] += _ONE
 
     def whole(self, copy: Callable[[], _Result], seconds: float) -> tuple[_Result, int] | None:
         """What `copy` returns of memory that did not change meanwhile, and the steps done; None where time ran out.

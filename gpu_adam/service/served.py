@@ -90,8 +90,8 @@ class ServedOptimizer:
         self._manager: CheckpointManager | None = None
         self._last_save: float | None = None
         self._has_checkpoints(config, resume=resume)
-        with self._sequence.writing() as tell:
-            tell(self.iterations)
+        self._sequence.begin()
+        self._sequence.end(self.iterations)
 
     def _has_checkpoints(self, config: OptimizerConfig, *, resume: bool) -> None:
         if config.checkpoint is None:
@@ -233,18 +233,21 @@ class ServedOptimizer:
         push.answer(refusal(error))
 
     def _step(self, pushes: Sequence[Push], function: Callable[[], int | None]) -> None:
-        start = time.perf_counter()
+        start, sequence = time.perf_counter(), self._sequence
+        now = before = sequence.step
+        sequence.begin()
         try:
-            with self._sequence.writing() as tell:
-                for push in pushes:
-                    push.ready()
-                done = function()
-                self.done.record()
-                tell(self._sequence.step + 1 if done is None else done)
+            for push in pushes:
+                push.ready()
+            done = function()
+            now = before + 1 if done is None else done
+            self.done.record()
         except GpuAdamError as error:
             for push in pushes:
                 push.answer(refusal(error))
             return
+        finally:
+            sequence.end(now)
         end = time.perf_counter()
         self.durations.append(end - start)
         self._ends.append(end)

@@ -36,7 +36,7 @@ from gpu_adam.service.messages import (
     VERSION,
     ConnectionLostError,
     Fields,
-    receive,
+    Receiver,
     refusal,
     send,
 )
@@ -82,7 +82,7 @@ class _Connection:
         self.regions: dict[int, SharedMemory] = {}
         self.bindings: dict[int, _Binding] = {}
         self.numbers = itertools.count(1)
-        self.is_waiting = False  # for the answer to a push
+        self.is_waiting = self.is_muted = False  # for the answer to a push, and unheard until then
 
     @property
     def used(self) -> int:
@@ -143,7 +143,7 @@ class Server:
         self._numbers = itertools.count(1)
         self._calls: deque[Callable[[], None]] = deque()
         self._waker, self._woken = socket.socketpair()
-        self._poll = select.epoll()
+        self._poll, self._receiver = select.epoll(), Receiver()
         try:
             self.optimizers = {
                 name: ServedOptimizer(name, each, config.device, resume=resume)
@@ -289,7 +289,7 @@ class Server:
 
     def _answered(self, connection: _Connection) -> tuple[dict[str, Any], Sequence[int]] | None:
         try:
-            fields = Fields(receive(connection.socket), "the message")
+            fields = Fields(self._receiver.receive(connection.socket), "the message")
             operation = self._operations.get(name := fields.text("op"))
             if operation is None:
                 rule, remedy = f"must be one of {', '.join(self._operations)}", "use a client of this version"
@@ -417,17 +417,19 @@ class Server:
             ready=connection.ready.wait,
             answer=functools.partial(self._answer_push, connection),
         )
-        connection.is_waiting = True
-        self._poll.modify(connection.socket.fileno(), 0)  # until the answer, only its end is of interest
-        if self.is_draining:
-            push.answer({"draining": True})
-        else:
-            binding.optimizer.push(push)
+        connection.is_waiting, descriptor = True, connection.socket.fileno()
+        binding.optimizer.push(push)
+        if connection.is_waiting and descriptor in self._connections:
+            self._poll.modify(descriptor, 0)  # until the answer, only its end is of interest
+            connection.is_muted = True
 
     def _answer_push(self, connection: _Connection, answer: dict[str, Any]) -> None:
-        if self._connections.get(connection.socket.fileno()) is connection:
+        descriptor = connection.socket.fileno()
+        if self._connections.get(descriptor) is connection:
             connection.is_waiting = False
-            self._poll.modify(connection.socket.fileno(), select.EPOLLIN)
+            if connection.is_muted:
+                connection.is_muted = False
+                self._poll.modify(descriptor, select.EPOLLIN)
             self._send(connection, answer)
 
     def _read(self, connection: _Connection, fields: Fields) -> tuple[dict[str, Any], Sequence[int]]:
