@@ -125,6 +125,16 @@ class Variable(NDArrayOperatorsMixin):
         """
         self._master = weakref.ref(master)
 
+    def _check_updatable(self) -> None:
+        """Raise where optimizers of this process must not update the variable: a kernel would write to its memory.
+
+        Raises:
+            ArgumentValueError: the memory can only be read.
+        """
+        if not getattr(self._storage.flags, "writeable", True):
+            rule, remedy = "must have memory that can be written", "wrap a copy in gpu_adam.Variable"
+            raise ArgumentValueError(f"variable {self._name!r}", rule, "a read-only array", remedy)
+
     @property
     def _has_master(self) -> bool:
         """Whether the variable is the rounding of another one."""

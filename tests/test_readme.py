@@ -1,6 +1,8 @@
 """What the documents say: their Python runs, their commands, options, extras, files and headings are real."""
 
+import contextlib
 import re
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -8,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import typer.main
+from service.running import InThread
 
 import gpu_adam
 from gpu_adam import cli
@@ -18,8 +21,18 @@ from gpu_adam.state import checkpoint
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 PACKAGE, FORMAT, KERNELS = "gpu_adam/README.md", "gpu_adam/state/README.md", "cuda/README.md"
-RANKS = "gpu_adam/distributed/README.md"
-DOCUMENTS = ["README.md", PACKAGE, FORMAT, RANKS, KERNELS, "profiling/README.md", "CONTRIBUTING.md", "CHANGELOG.md"]
+RANKS, SERVICE = "gpu_adam/distributed/README.md", "gpu_adam/service/README.md"
+DOCUMENTS = [
+    "README.md",
+    PACKAGE,
+    FORMAT,
+    RANKS,
+    SERVICE,
+    KERNELS,
+    "profiling/README.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+]
 
 
 def blocks(document: str) -> list[str]:
@@ -41,6 +54,17 @@ def run(block: str, title: str = "a block") -> dict[str, Any]:
     return names
 
 
+@contextlib.contextmanager
+def the_service(directory: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The service of the configuration in its document, where a client finds it by default."""
+    (config,) = re.findall(r"^```toml\n(.*?)^```", (ROOT / SERVICE).read_text(), re.M | re.S)
+    np.save(directory / "b.npy", np.zeros(10, np.float32))
+    service = InThread(directory, f'device = "host"\n{config}')
+    monkeypatch.setenv("GPU_ADAM_SOCKET", str(service.path))
+    yield
+    service.close()
+
+
 @pytest.mark.parametrize(("document", "number"), BLOCKS)
 def test_python_runs_as_typed(
     device: Device,
@@ -58,13 +82,14 @@ def test_python_runs_as_typed(
         if find_spec(module) is None:
             pytest.skip(f"{module} is not installed (extra: peers)")
     monkeypatch.chdir(tmp_path)
-    run(block, f"{document}, block {number}")
+    with the_service(tmp_path, monkeypatch) if document == SERVICE else contextlib.nullcontext():
+        run(block, f"{document}, block {number}")
     promised = re.findall(r"^ *print\(.*\)  # (.*)$", block, re.M)
     assert capsys.readouterr().out.splitlines() == promised
 
 
 def test_every_specification_has_a_program() -> None:
-    for document in ("README.md", PACKAGE, FORMAT, RANKS, KERNELS):
+    for document in ("README.md", PACKAGE, FORMAT, RANKS, SERVICE, KERNELS):
         assert any("print(" in block for block in blocks(document)), document
 
 
@@ -95,7 +120,7 @@ def test_the_first_example_is_short_and_prints() -> None:
 
 def test_the_readme_is_short() -> None:
     assert len(README.splitlines()) <= 150
-    for document in ("README.md", PACKAGE, FORMAT, RANKS):
+    for document in ("README.md", PACKAGE, FORMAT, RANKS, SERVICE):
         for line in (ROOT / document).read_text().splitlines():
             assert len(line) <= 120 or line.startswith("|"), f"{document}: {line}"
 

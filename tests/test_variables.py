@@ -391,3 +391,16 @@ def test_a_number_is_formatted_and_rounded(device: Device) -> None:
     for use in (lambda: f"{row:.2f}", lambda: round(row, 2)):
         with pytest.raises(ArgumentTypeError, match=r"must be one number \(got <Variable 'row'"):
             use()
+
+
+def test_memory_that_can_only_be_read_is_refused() -> None:
+    array = np.zeros(3, np.float32)
+    array.flags.writeable = False
+    variable = Variable.over(array, find_device("host"), "w")
+    optimizer = gpu_adam.Adam()
+    with pytest.raises(ArgumentValueError, match="variable 'w' must have memory that can be written"):
+        optimizer.apply_gradients([(np.ones(3, np.float32), variable)])
+    with pytest.raises(ArgumentValueError, match="wrap a copy"):
+        optimizer.build([variable])
+    assert not optimizer.weights
+    assert not array.any()

@@ -229,6 +229,10 @@ class RemoteVariable(Variable):
     def _value(self) -> Array:
         return self._optimizer._copy_of(self._name)
 
+    def _check_updatable(self) -> None:
+        rule, remedy = "must be updated by its service", "call apply_gradients of the client's optimizer"
+        raise ServiceError(f"variable {self._name!r}", rule, "an optimizer of this process", remedy)
+
     def _change(self, operation: Callable[[Array], object]) -> None:
         rule, remedy = "must be changed by steps, for it is the service's", "push gradients, or assign to a copy"
         raise ServiceError(f"variable {self._name!r}", rule, "an assignment", remedy)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import socket
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ VERSION = 1
 LARGEST = 2**17
 """Bytes of a datagram at most; Linux sends up to about 200 KiB at once by default."""
 
+_log = logging.getLogger("gpu_adam")
 _INT = 4  # bytes of a descriptor
 _ANCILLARY = socket.CMSG_SPACE(4 * _INT)  # for four, which is more than any message has
 _encode = json.JSONEncoder(separators=(",", ":")).encode
@@ -114,8 +116,12 @@ class Receiver:
         return message
 
 
-def refusal(error: GpuAdamError) -> dict[str, Any]:
-    """The answer that makes a client raise this error."""
+def refusal(error: Exception) -> dict[str, Any]:
+    """The answer that makes a client raise this error; for one that nobody has foreseen a ServiceError, and a log."""
+    if not isinstance(error, GpuAdamError):
+        _log.error("a call of a client failed", exc_info=error)
+        got, remedy = f"{type(error).__name__}: {error}", "look into the service's log"
+        error = ServiceError("the service", "must not fail", got, remedy)
     kind = next(kind.__name__ for kind in type(error).__mro__ if kind.__name__ in _WAYS_TO_SAY)
     return {"error": [kind, error.argument, error.rule, str(error.got), error.remedy]}
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from gpu_adam.devices import Array, Device
 from gpu_adam.devices.sharing import HostSharedMemory
-from gpu_adam.errors import ArgumentValueError, GpuAdamError, ServiceError
+from gpu_adam.errors import ArgumentValueError, ServiceError
 from gpu_adam.service import sequence
 from gpu_adam.service.config import OptimizerConfig
 from gpu_adam.service.layout import placed
@@ -206,7 +206,7 @@ class ServedOptimizer:
             for push in pushes:
                 self.adam.accumulate(push.pairs, push.scale)
             return self.adam.apply_gradients()
-        except GpuAdamError:
+        except Exception:
             self.adam.discard_accumulated()
             raise
 
@@ -216,7 +216,7 @@ class ServedOptimizer:
             push.ready()
             self.adam.accumulate(push.pairs, push.scale)
             self.done.record()
-        except GpuAdamError as error:
+        except Exception as error:  # whatever it is, it is this client's
             push.answer(refusal(error))
             return
         self._has_sums = True
@@ -242,9 +242,10 @@ class ServedOptimizer:
             done = function()
             now = before + 1 if done is None else done
             self.done.record()
-        except GpuAdamError as error:
+        except Exception as error:  # whatever it is, it is these clients', and none waits for ever
+            answer = refusal(error)
             for push in pushes:
-                push.answer(refusal(error))
+                push.answer(answer)
             return
         finally:
             sequence.end(now)

@@ -28,7 +28,7 @@ import numpy as np
 
 from gpu_adam.devices import Array, Device
 from gpu_adam.devices.base import SharedMemory
-from gpu_adam.errors import ArgumentTypeError, ArgumentValueError, GpuAdamError, ServiceError
+from gpu_adam.errors import ArgumentTypeError, ArgumentValueError, ServiceError
 from gpu_adam.rules import shown
 from gpu_adam.service.config import ServiceConfig
 from gpu_adam.service.layout import place_in
@@ -298,14 +298,10 @@ class Server:
                 rule, remedy = "must be hello", "say hello first"
                 raise ServiceError("the first message of a client", rule, shown(name), remedy)
             return operation(connection, fields)
-        except GpuAdamError as error:
-            return refusal(error), ()
         except (ConnectionLostError, BlockingIOError):
             raise
-        except Exception as error:
-            _log.exception("a message of %s", connection.name)
-            rule, remedy = "must not fail", "look into the service's log"
-            return refusal(ServiceError("the service", rule, f"{type(error).__name__}: {error}", remedy)), ()
+        except Exception as error:  # whatever it is, it is this client's, and the service goes on
+            return refusal(error), ()
 
     def _send(self, connection: _Connection, answer: dict[str, Any], descriptors: Sequence[int] = ()) -> None:
         """Send an answer, or drop a client that does not read its answers."""

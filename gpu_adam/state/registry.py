@@ -81,6 +81,7 @@ class Registry:
         Raises:
             ArgumentTypeError: no variable, and no array of a device.
             ArgumentValueError: an array that cannot be updated in place; one whose shape or dtype has changed.
+            ServiceError: a variable of a service.
         """
         if isinstance(obj, Variable):
             return self._find_variable(obj, news)
@@ -105,6 +106,7 @@ class Registry:
             known = self._raw_at(_memory_key(variable), news)
             if known is not None:
                 return known
+        variable._check_updatable()
         news.variables[id(variable)] = variable
         return variable
 

@@ -222,6 +222,9 @@ def test_what_a_client_must_not_do(serve: Serve) -> None:
         w.live[...] = 1
     with pytest.raises(ArgumentValueError, match=r"the optimizer must be one of main \(got 'other'\)"):
         service.connect().optimizer("other")
+    for call in (Adam().build, lambda variables: Adam().apply_gradients([(np.ones((6, 4), np.float32), *variables)])):
+        with pytest.raises(ServiceError, match="variable 'w' must be updated by its service"):
+            call([w])
     with pytest.raises(ServiceError, match="optimizer 'main' must have an entry checkpoint"):
         main.save()
     with pytest.raises(SparseIndexError, match=r"must lie in \[0, 6\)"):
