@@ -197,7 +197,7 @@ class Stepping(http.server.BaseHTTPRequestHandler):
         body = bytearray(int(self.headers["Content-Length"]))
         view = memoryview(body)
         while view:
-            view = view[self.rfile.readinto(view) :]  # type: ignore[attr-defined]
+            view = view[self.rfile.readinto(view) :]
         answer = str(type(self).step(np.frombuffer(body, np.float32))).encode()
         self.send_response(200)
         self.send_header("Content-Length", str(len(answer)))
@@ -216,7 +216,7 @@ def stepper(elements: int) -> Callable[[np.ndarray], int]:
 
 def step_for_http(elements: int, port: Any) -> None:
     """The process at the other end of `by_http`."""
-    Stepping.step = staticmethod(stepper(elements))  # type: ignore[assignment]
+    Stepping.step = staticmethod(stepper(elements))
     server = http.server.HTTPServer(("127.0.0.1", 0), Stepping)
     port.send(server.server_port)
     server.serve_forever()
@@ -230,7 +230,7 @@ def by_http(gradient: np.ndarray) -> Iterator[Push]:
     process = context.Process(target=step_for_http, args=(gradient.size, other), daemon=True)
     process.start()
     connection = http.client.HTTPConnection("127.0.0.1", mine.recv())
-    body = memoryview(gradient).cast("B")
+    body = gradient.view(np.uint8).data
 
     def push() -> None:
         connection.request("POST", "/", body, {"Content-Length": str(len(body))})

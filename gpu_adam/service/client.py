@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -41,6 +41,7 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 0.01, 0.5  # seconds between two tries to connect
 _READ_SECONDS = 0.05  # how long a reader tries by itself, before the server copies for it
 _BINDINGS_KEPT = 16
 _PARTS_AT_ONCE = 500  # gradients that are bound by one message
+_Result = TypeVar("_Result")
 _CLIPS = ("clipvalue", "clipnorm", "global_clipnorm")
 
 
@@ -60,7 +61,9 @@ def connect(path: str | os.PathLike[str] | None = None, name: str | None = None,
 
 
 class Client:
-    """A connection to a service. It is to be used by one thread at a time; others wait.
+    """A connection to a service.
+
+    It is to be used by one thread at a time: where one waits for the service, others wait for it, but for `close`.
 
     Args:
         path, name, patience: see `connect`.
@@ -81,7 +84,6 @@ class Client:
         self._is_closed = False
         self._opened: dict[str, RemoteOptimizer] = {}
         self.optimizers: list[str] = []
-        self.connection = 0  # which one it is, for those who keep what belongs to one
         with self._lock:
             self._connect()
 
@@ -94,7 +96,7 @@ class Client:
         """
         with self._lock:
             if name not in self._opened:
-                self._opened[name] = RemoteOptimizer(self, name)
+                self._opened[name] = self._insist(lambda: RemoteOptimizer(self, name))
             return self._opened[name]
 
     def close(self) -> None:
@@ -123,9 +125,13 @@ class Client:
 
     def _request(self, message: dict[str, Any]) -> dict[str, Any]:
         """The answer to a message, which is sent again where the service was started again meanwhile."""
+        return self._insist(lambda: self._exchange(message)[0])
+
+    def _insist(self, function: Callable[[], _Result]) -> _Result:
+        """What a function returns, which is called again after a new connection where it loses the old one."""
         while True:
             try:
-                return self._exchange(message)[0]
+                return function()
             except ConnectionLostError:
                 self._reconnect()
 
@@ -165,11 +171,16 @@ class Client:
     def _reconnect(self) -> None:
         """Connect again, and map anew what optimizers have of the service's memory."""
         with self._lock:
-            self._check_usable()
-            self._disconnect()
-            self._connect()
-            for optimizer in self._opened.values():
-                optimizer._attach()
+            while True:
+                self._check_usable()
+                self._disconnect()
+                self._connect()
+                try:
+                    for optimizer in self._opened.values():
+                        optimizer._attach()
+                    return
+                except ConnectionLostError:
+                    continue
 
     def _connect(self) -> None:
         end, pause = time.monotonic() + self._patience, _FIRST_PAUSE
@@ -196,7 +207,6 @@ class Client:
         self.name, self.optimizers = answer["name"], answer["optimizers"]
         self.device = _device_of(answer["device"])
         self.ready = self.device.map_event(answer["ready"])
-        self.connection += 1
 
     def _disconnect(self) -> None:
         if self._socket is not None:
@@ -295,6 +305,7 @@ class RemoteOptimizer:
     variables: dict[str, RemoteVariable]
     policy: str
     staleness: int | None
+    _views: tuple[Array, dict[str, Array]] | None
 
     def __init__(self, client: Client, name: str) -> None:
         vars(self).update(name=name, variables={})
@@ -489,7 +500,7 @@ class RemoteOptimizer:
         self._own: tuple[int, SharedMemory] | None = None  # the region, with its number
         self._copies_region: tuple[int, SharedMemory] | None = None
         self._whole = tuple([_Part(name, place, None) for name, place in places.items()])
-        self._views: tuple[Array, dict[str, Array]] | None = None
+        self._views = None
         self._bindings: dict[tuple[_Part, ...], int] = {}
 
     def _forget(self) -> None:
@@ -508,19 +519,19 @@ class RemoteOptimizer:
 
     def _region(self, nbytes: int) -> Array:
         """This client's memory for gradients, of so many bytes or more, which may be written to from now on."""
-        while True:
-            try:
-                if self._own is None or self._own[1].array.size < nbytes:
-                    if self._own is not None:
-                        number, memory = self._own
-                        self._own, self._bindings = None, {}
-                        memory.close()
-                        self._client._exchange({"op": "free", "region": number})
-                    self._own = self._new_region(max(nbytes, self._nbytes))
-                self._wait_for_steps()
-                return self._own[1].array
-            except ConnectionLostError:
-                self._client._reconnect()
+        if self._own is None or self._own[1].array.size < nbytes:
+            self._client._insist(lambda: self._have_region(max(nbytes, self._nbytes)))
+        assert self._own is not None
+        self._wait_for_steps()
+        return self._own[1].array
+
+    def _have_region(self, nbytes: int) -> None:
+        if self._own is not None:
+            number, memory = self._own
+            self._own, self._bindings = None, {}
+            memory.close()
+            self._client._exchange({"op": "free", "region": number})
+        self._own = self._new_region(nbytes)
 
     def _have_again(self, written: Array) -> None:
         """Have what was written also after the service was started again, where the memory has outlived it."""
@@ -647,18 +658,18 @@ class RemoteOptimizer:
     def _copied_by_server(self, names: list[str]) -> tuple[dict[str, Array], int]:
         """The same, by the service between two steps: it is enqueued in the order of the steps."""
         client, places = self._client, self._places
-        while True:
-            try:
-                if self._copies_region is None:
-                    self._copies_region = self._new_region(self._nbytes)
-                number, memory = self._copies_region
-                with client.device.activate():
-                    client.ready.record()
-                    answer, _ = client._exchange({"op": "read", "optimizer": self.name, "region": number})
-                    self._done.wait()
-                    return {name: places[name].view(memory.array).copy() for name in names}, answer["step"]
-            except ConnectionLostError:
-                client._reconnect()
+
+        def copied() -> tuple[dict[str, Array], int]:
+            if self._copies_region is None:
+                self._copies_region = self._new_region(self._nbytes)
+            number, memory = self._copies_region
+            with client.device.activate():
+                client.ready.record()
+                answer, _ = client._exchange({"op": "read", "optimizer": self.name, "region": number})
+                self._done.wait()
+                return {name: places[name].view(memory.array).copy() for name in names}, answer["step"]
+
+        return client._insist(copied)
 
 
 def _as_json(name: str, value: Any) -> Any:

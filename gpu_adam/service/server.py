@@ -74,8 +74,8 @@ class _Binding(NamedTuple):
 class _Connection:
     """A client, and what it has: regions, bindings, an event."""
 
-    def __init__(self, connection: socket.socket, device: Device, number: int) -> None:
-        self.socket, self.name, self.is_known = connection, f"client-{number:06}", False
+    def __init__(self, connection: socket.socket, device: Device) -> None:
+        self.socket, self.name, self.is_known = connection, "", False
         _, self.user, _ = _UCRED.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
         self.device = device
         self.ready = device.share_event()
@@ -262,7 +262,7 @@ class Server:
             time.sleep(0.01)
             return
         end.setblocking(False)
-        connection = _Connection(end, self.device, next(self._numbers))
+        connection = _Connection(end, self.device)
         refused = None
         if connection.user not in self._users:
             rule, remedy = "must be this service's, or one of --allow-uid", "ask who runs the service"
@@ -344,6 +344,9 @@ class Server:
                 rule, remedy = "must not be that of another client", "choose another one"
                 raise ArgumentValueError("the client's name", rule, repr(name), remedy)
             connection.name = name
+        else:  # a client of an earlier service may have come back with the name that it got there
+            names = {other.name for other in self._connections.values()}
+            connection.name = next(name for name in map("client-{:06}".format, self._numbers) if name not in names)
         connection.is_known = True
         device, ready = connection.device.identity, connection.ready.handle
         answer = {"version": VERSION, "server": self._identity, "name": connection.name, "device": device}

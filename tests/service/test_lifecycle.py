@@ -140,6 +140,17 @@ def test_a_push_that_waits_is_made_again(serve_in_process: Serve) -> None:
             other.save()
 
 
+def test_names_stay_after_a_new_start(serve_in_process: Serve) -> None:
+    service = serve_in_process(saved())
+    first, second = service.connect(), service.connect("named")
+    assert (first.name, second.name) == ("client-000001", "named")
+    service.end()
+    service.start("--resume")
+    assert first.optimizer("main").describe()["clients"] == ["client-000001"]
+    assert service.connect().name == "client-000002"
+    assert second.optimizer("main").describe()["clients"] == ["client-000001", "client-000002", "named"]
+
+
 def test_a_service_that_stays_away(serve_in_process: Serve) -> None:
     service = serve_in_process()
     main = service.connect(patience=SECONDS).optimizer("main")
