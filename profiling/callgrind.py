@@ -10,7 +10,7 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -104,11 +104,10 @@ def version() -> str:
     return f"{version.splitlines()[0]}, {valgrind}"
 
 
-def rows(only: str = "") -> dict[str, Any]:
-    """{"instructions per element": ...} of every kernel, dtype and variant; nothing where valgrind is missing."""
+def rows(chosen: Mapping[str, kernels.Kernel]) -> dict[str, Any]:
+    """{"instructions per element": ...} of kernels by their names; nothing where valgrind is missing."""
     if shutil.which("valgrind") is None:
         return {}
-    chosen = {label: kernel for label, kernel in _kernels() if only in label}
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         counts = list(pool.map(instructions, chosen.values()))
     elements = CHUNKS * kernels.CHUNK
@@ -145,22 +144,23 @@ def description(source: kernels.Source) -> str:
     return " ".join(words)
 
 
-def _kernels() -> Iterator[tuple[str, kernels.Kernel]]:
+def chosen_kernels() -> dict[str, kernels.Kernel]:
+    """The kernels that are counted, of every dtype and variant, by their names."""
+    return {f"{kernel.name} {description(kernel.source)}": kernel for kernel in _kernels()}
+
+
+def _kernels() -> Iterator[kernels.Kernel]:
     for dtype in kernels.DTYPES:
         for make in (kernels.dense, kernels.sparse):
             for rule in kernels.update_rules(dtype):
-                yield _labelled(make(dtype, rule))
-        yield _labelled(kernels.dense(dtype, kernels.GUARDED))
+                yield make(dtype, rule)
+        yield kernels.dense(dtype, kernels.GUARDED)
         if dtype not in kernels.HALVES:
-            yield _labelled(kernels.dense(dtype, kernels.ACCUMULATION))
+            yield kernels.dense(dtype, kernels.ACCUMULATION)
         for bounded in (False, True):
-            yield _labelled(kernels.norm(dtype, "square_sums", kernels.UpdateRule(bounded=bounded)))
+            yield kernels.norm(dtype, "square_sums", kernels.UpdateRule(bounded=bounded))
     for dtype, rule, gradient in kernels.MIXED_UPDATES:
-        yield _labelled(kernels.dense(dtype, rule, gradient=gradient))
-
-
-def _labelled(kernel: kernels.Kernel) -> tuple[str, kernels.Kernel]:
-    return f"{kernel.name} {description(kernel.source)}", kernel
+        yield kernels.dense(dtype, rule, gradient=gradient)
 
 
 def instructions(kernel: kernels.Kernel) -> int:

@@ -2,15 +2,18 @@
 
     python profiling/static.py             compare with results/static.json, print what differs, exit 1
     python profiling/static.py --update    rewrite it
+    python profiling/static.py --all       compile also what is of the recorded text; with --update, too
 
 NVRTC compiles every variant for every architecture; the disassemblers tell registers, spills, shared memory and the
-SASS. callgrind counts the instructions of the host's kernels. Compilers of other versions than the table's give other
-numbers: then differences are shown, and are no failure.
+SASS. callgrind counts the instructions of the host's kernels. What has the recorded text and compiler is not compiled
+again. Compilers of other versions than the table's give other numbers: then differences are shown, and are no failure.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import hashlib
 import importlib.metadata
 import itertools
 import json
@@ -35,6 +38,8 @@ from profiling import callgrind, sass
 
 TABLE = Path(__file__).parent / "results" / "static.json"
 Table = dict[str, Any]
+TOOLS = {"gpu": "nvrtc", "host": "compiler"}
+"""Parts of the table, and the entries that name the compilers which they are by."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -42,19 +47,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--update", action="store_true", help="rewrite results/static.json")
     parser.add_argument("--only", default="", help="sources with this text in their description")
+    parser.add_argument("--all", action="store_true", help="compile sources that have not changed, too")
     options = parser.parse_args(arguments)
-    measured = table(options.only)
     before = json.loads(TABLE.read_text()) if TABLE.exists() else {}
+    measured = table({} if options.all else before, options.only)
     if options.update:
         TABLE.write_text(dumped(measured if not options.only else merged(before, measured)))
         print(f"{TABLE} has {len(measured['gpu'])} GPU and {len(measured['host'])} host rows")
         return 0
     failed = False
-    for part, tool in (("gpu", "nvrtc"), ("host", "compiler")):
+    for part in ("sources", *TOOLS):
         lines = list(differences(before.get(part, {}), measured[part], complete=not options.only))
-        same_tool = before.get(tool) == measured[tool]
+        same_tool = part not in TOOLS or before.get(TOOLS[part]) == measured[TOOLS[part]]
         print(*lines, sep="\n", end="\n" if lines else "")
-        remark = "" if same_tool else _other(before, measured, tool)
+        remark = "" if same_tool else _other(before, measured, TOOLS[part])
         print(f"{part}: {len(measured[part])} rows, {len(lines)} differ{remark}")
         failed |= bool(lines) and same_tool
     if failed:
@@ -66,14 +72,60 @@ def _other(before: Table, measured: Table, tool: str) -> str:
     return f" (not judged: the table is by {before.get(tool)}, this is {measured[tool]})"
 
 
-def table(only: str = "") -> Table:
-    """All rows: "gpu" and "host", and by which compilers."""
+def table(before: Table, only: str = "") -> Table:
+    """All rows: "sources", "gpu" and "host", and by which compilers.
+
+    A row of `before` is taken over where its source's text and its compiler are still those.
+    """
     sources = [source for source in dict.fromkeys(kernels.variants()) if only in callgrind.description(source)]
-    pairs = list(itertools.product(sources, sass.ARCHITECTURES))
+    texts = {_name(source.file, source): digest(source) for source in sources}
+    measured: Table = {"nvrtc": "NVRTC {}.{}".format(*nvrtc.getVersion()), "compiler": callgrind.version()}
+    measured |= {"sources": texts, "gpu": {}, "host": {}}
+    pairs = []
+    for source, architecture in itertools.product(sources, sass.ARCHITECTURES):
+        rows = unchanged(before, measured, "gpu", source, gpu_names(source, architecture))
+        measured["gpu"] |= rows
+        pairs += [] if rows else [(source, architecture)]
     with ProcessPoolExecutor(len(os.sched_getaffinity(0)), multiprocessing.get_context("spawn")) as pool:
-        rows = {name: row for found in pool.map(gpu_rows, pairs) for name, row in found}
-    version = "NVRTC {}.{}".format(*nvrtc.getVersion())
-    return {"nvrtc": version, "compiler": callgrind.version(), "gpu": rows, "host": callgrind.rows(only)}
+        measured["gpu"] |= {name: row for found in pool.map(gpu_rows, pairs) for name, row in found}
+    changed: dict[str, kernels.Kernel] = {}
+    for name, kernel in callgrind.chosen_kernels().items():
+        rows = unchanged(before, measured, "host", kernel.source, [name]) if only in name else {}
+        measured["host"] |= rows
+        changed |= {} if rows or only not in name else {name: kernel}
+    measured["host"] |= callgrind.rows(changed)
+    return measured
+
+
+def unchanged(before: Table, measured: Table, part: str, source: Source, names: Sequence[str]) -> Table:
+    """The rows of these names in `before`; none where the source's text or the part's compiler was another."""
+    tool, rows, recorded = TOOLS[part], before.get(part, {}), before.get("sources", {})
+    same = before.get(tool) == measured[tool] and recorded.get(_name(source.file, source)) == digest(source)
+    return {name: rows[name] for name in names} if same and all(name in rows for name in names) else {}
+
+
+@functools.cache
+def digest(source: Source) -> Table:
+    """What decides a source's rows beside the compilers: its text but for comments, its options, how it is measured."""
+    text = re.sub("//.*|^#line .*", "", source.text, flags=re.M)
+    lines = [line.rstrip() for line in text.splitlines() if line.strip()]
+    parts = (*lines, *cuda.options(source.defines), *_measured_by())
+    return {"text": hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]}
+
+
+@functools.cache
+def _measured_by() -> tuple[str, ...]:
+    scripts = (Path(str(script)) for script in (__file__, callgrind.__file__, sass.__file__))
+    return tuple(path.read_text() for path in (*scripts, *sorted((kernels.directory() / "host").glob("*.h"))))
+
+
+def gpu_names(source: Source, architecture: int) -> list[str]:
+    """The rows of a source for an architecture: its kernels."""
+    return [f"{_name(kernel, source)} sm_{architecture}" for kernel in kernels.kernel_names(source.file)]
+
+
+def _name(what: str, source: Source) -> str:
+    return f"{what} {callgrind.description(source)}".strip()
 
 
 def gpu_rows(pair: tuple[Source, int]) -> list[tuple[str, Table]]:
@@ -99,7 +151,7 @@ def gpu_rows(pair: tuple[Source, int]) -> list[tuple[str, Table]]:
         }
         if function.main_loop is not None:
             row |= loop_row(name, source, function.main_loop)
-        rows.append((" ".join(f"{name} {callgrind.description(source)} sm_{architecture}".split()), row))
+        rows.append((f"{_name(name, source)} sm_{architecture}", row))
     return rows
 
 
@@ -169,7 +221,7 @@ def differences(before: Table, after: Table, *, complete: bool) -> Iterator[str]
 
 def merged(before: Table, part: Table) -> Table:
     """A table with some rows replaced."""
-    return {**part, **{key: {**before.get(key, {}), **part[key]} for key in ("gpu", "host")}}
+    return {**part, **{key: {**before.get(key, {}), **part[key]} for key in ("sources", *TOOLS)}}
 
 
 def dumped(whole: Table) -> str:

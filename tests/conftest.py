@@ -8,6 +8,7 @@ A test with the mark `long` does not run where a GPU's kernels are interpreted. 
 marks are asked for on the command line: `pytest -m ""` runs every test.
 """
 
+import gc
 import importlib
 import os
 import tempfile
@@ -57,6 +58,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         has_device = not _FIXTURES.isdisjoint(getattr(item, "fixturenames", ()))
         item.add_marker("device" if has_device else "no_device")
+
+
+def pytest_collection_finish() -> None:
+    """What stays to the end, all tests and imported modules, is no work for the collector, which many tests call."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True)

@@ -2,7 +2,7 @@
 
 import copy
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "value and global norm": {"clipvalue": 0.5, "global_clipnorm": 1.5},
     "adjusted": {"maximize": True, "l2": 0.1, "weight_decay": 0.1, "amsgrad": True},
 }
+
+
+def cases(names: Iterable[str], quick: Iterable[str]) -> list[Any]:
+    """Each name as a case; thorough but for the quick ones, for each has kernels of its own to compile."""
+    return [pytest.param(name, marks=() if name in quick else pytest.mark.thorough) for name in names]
+
+
+QUICK = ("plain", "value and global norm", "averages")
 
 
 class Job:
@@ -73,10 +81,8 @@ class Job:
 
 
 def numbers(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> Array:
-    values = rng.standard_normal(shape)
-    if np.dtype(dtype).kind == "c":
-        return np.asarray(values + 1j * rng.standard_normal(shape), dtype)
-    return np.asarray(values, dtype)
+    values, kind = rng.standard_normal(shape), kernels.dtype_named(dtype)
+    return np.asarray(values + 1j * rng.standard_normal(shape) if kind.kind == "c" else values, kind)
 
 
 def parts_times(array: Array, factor: float) -> Array:
@@ -108,12 +114,18 @@ KINDS: dict[str, Callable[[Device], Any]] = {
 }
 
 
-@pytest.mark.parametrize(
-    ("kind", "config"),
-    [(kind, "value and global norm") for kind in KINDS]
-    + [(kind, config) for kind in ("float", "0-d float32") for config in CONFIGS if config != "value and global norm"],
-)
+@pytest.mark.parametrize("kind", KINDS)
+def test_scales_of_every_kind(device: Device, kind: str) -> None:
+    check_scaled_gradients(device, kind, "value and global norm")
+
+
+@pytest.mark.parametrize("kind", ["float", "0-d float32"])
+@pytest.mark.parametrize("config", cases(CONFIGS, QUICK))
 def test_scaled_gradients_give_the_bits_of_unscaled_ones(device: Device, kind: str, config: str) -> None:
+    check_scaled_gradients(device, kind, config)
+
+
+def check_scaled_gradients(device: Device, kind: str, config: str) -> None:
     """By 1 / scale, rounded to the dtype, before clipping and before rows that occur twice are summed."""
     scaled, manual = (Job(device, CONFIGS[config]) for _ in range(2))
     for step in range(3):
@@ -236,12 +248,18 @@ def learning_rates() -> dict[str, Callable[[], Any]]:
     return {"number": lambda: 0.01, "schedule": lambda: gpu_adam.ExponentialDecay(0.1, 3, 0.5), "callable": Rates}
 
 
-@pytest.mark.parametrize(
-    ("config", "rate"),
-    [*((config, "schedule") for config in SKIPPING), ("plain", "number"), ("value and global norm", "callable")],
-)
-def test_a_bad_step_changes_nothing(device: Device, config: str, rate: str) -> None:
+@pytest.mark.parametrize("config", cases(SKIPPING, (*QUICK, "decay")))
+def test_a_bad_step_changes_nothing(device: Device, config: str) -> None:
     """The state is that of an optimizer that never saw the bad steps, t included."""
+    check_bad_steps(device, config, "schedule")
+
+
+@pytest.mark.parametrize(("config", "rate"), [("plain", "number"), ("value and global norm", "callable")])
+def test_a_bad_step_changes_nothing_whatever_the_rate(device: Device, config: str, rate: str) -> None:
+    check_bad_steps(device, config, rate)
+
+
+def check_bad_steps(device: Device, config: str, rate: str) -> None:
     skipping, other = Job(device, {**SKIPPING[config], "skip_nonfinite": True}), Job(device, SKIPPING[config])
     rates = [learning_rates()[rate]() for _ in range(2)]
     skipping.optimizer.learning_rate, other.optimizer.learning_rate = rates
@@ -393,7 +411,7 @@ OVERWRITING: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize("frequency", [1, 3])
-@pytest.mark.parametrize("name", OVERWRITING)
+@pytest.mark.parametrize("name", cases(OVERWRITING, ("float32, float64", "real and imaginary parts", "masters")))
 def test_averages_overwrite_where_steps_are_left_out(device: Device, name: str, frequency: int) -> None:
     """By the number of steps that were done; rows and other elements without a gradient are overwritten too."""
     config, dtypes = OVERWRITING[name]
@@ -650,7 +668,7 @@ def test_a_loss_scale_stays_where_it_is() -> None:
 # Telemetry.
 
 
-@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("config", cases(CONFIGS, QUICK))
 def test_telemetry(device: Device, config: str) -> None:
     """Of the last step: the norm before it is clipped, of what is left of clipping by value."""
     job = Job(device, {**CONFIGS[config], "telemetry": True, "loss_scale": LossScale(4.0, 2)})
@@ -716,7 +734,7 @@ def assert_norms_of_steps(job: Job, steps: tuple[int, ...]) -> None:
         np.testing.assert_allclose(found.param_norm, norm_of(after), rtol=count * 2.0**-53, atol=0)
 
 
-@pytest.mark.parametrize("kind", MEASURED)
+@pytest.mark.parametrize("kind", cases(MEASURED, ("plain", "averages", "complex", "masters")))
 def test_norms_of_updates_and_variables(device: Device, kind: str) -> None:
     dtypes, config = MEASURED[kind]
     assert_norms_of_steps(Job(device, {**config, "telemetry": True, "skip_nonfinite": True}, dtypes), (2, 1, 3, 4, 6))

@@ -355,7 +355,12 @@ MODES: dict[str, dict[str, Any]] = {
 STEPS = 2
 
 
-@pytest.fixture(scope="module", params=[name for name in DTYPES if name not in kernels.HALVES])
+WIDE = [name for name in DTYPES if name not in kernels.HALVES]
+QUICK = ("float32", "complex128")  # one word and four: between them lie the others
+SOME_DTYPES = [pytest.param(name, marks=() if name in QUICK else pytest.mark.thorough) for name in WIDE]
+
+
+@pytest.fixture(scope="module", params=SOME_DTYPES)
 def dtype(request: pytest.FixtureRequest) -> str:
     """A row of the dtype table, its libraries compiled side by side. Those of 16 bits have tests/test_halves.py."""
     name = str(request.param)
@@ -551,7 +556,7 @@ def test_launches_that_try_fetching_ahead_give_the_same_bits(sparse: bool) -> No
 
 
 @pytest.mark.parametrize("mode", ["plain", "amsgrad, clipvalue"])
-@pytest.mark.parametrize("dtype", ["float32", "float64"], indirect=True)
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("float64", marks=pytest.mark.thorough)], indirect=True)
 def test_fast_mode_gives_the_reference_bits(dtype: str, mode: str) -> None:
     """What all the launches above are compared with. The oracle knows real numbers only."""
     job, config = job_of(dtype, mode), dict(MODES[mode])

@@ -1,7 +1,7 @@
-"""NVRTC compiles every kernel for every GPU generation, without a GPU; registers, spills and widths of loads.
+"""NVRTC compiles kernels without a GPU; registers, spills and widths of loads.
 
-All code is made; what is looked at is one generation's, and every generation's for the float32 updates. The rest is
-compiled with less optimisation, which halves a first run of about a minute. The results are kept in the kernel cache.
+All of one generation's, and for every generation the float32 updates and the sort: profiling/static.py has compiled the
+rest when its text changed, as profiling/results/static.json says. The results are kept in the kernel cache.
 """
 
 import functools
@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -41,9 +41,6 @@ DENSE_FLOAT32 = [kernels.dense("float32", rule).source for rule in kernels.updat
 SORT = kernels.sort("sort_rows").source
 EXAMINED = {*DENSE_FLOAT32, kernels.sparse("float32", EVERYTHING).source, SORT}
 
-# NVRTC's way to make worse code in half the time.
-QUICKLY = ("--Ofast-compile=max",) if VERSION[0] >= 13 else ()
-
 
 def kept(identity: str, suffix: str, make: Callable[[], bytes]) -> bytes:
     """What `make` returns, from the kernel cache or put there."""
@@ -60,15 +57,14 @@ def identity_of(source: kernels.Source, architecture: str) -> str:
     return "\0".join([source.text, *options(source, architecture), str(VERSION)])
 
 
-def examined(source: kernels.Source, architecture: str) -> bool:
-    """Whether tests look at the machine code, or only that there is some."""
-    return architecture == "sm_90" or source in EXAMINED
+def examined(architecture: str) -> Collection[kernels.Source]:
+    """The sources whose machine code for a GPU generation is looked at."""
+    return kernels.variants() if architecture == "sm_90" else EXAMINED
 
 
 def options(source: kernels.Source, architecture: str) -> tuple[str, ...]:
-    """What CuPy passes to NVRTC on such a GPU; quicker where nobody looks at the result."""
-    quickly = () if examined(source, architecture) else QUICKLY
-    return (*cuda.options(source.defines), "-ftz=true", f"-arch={architecture}", *quickly)
+    """What CuPy passes to NVRTC on such a GPU."""
+    return (*cuda.options(source.defines), "-ftz=true", f"-arch={architecture}")
 
 
 @functools.cache
@@ -90,11 +86,11 @@ def cubin(source: kernels.Source, architecture: str) -> bytes:
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
 def architecture(request: pytest.FixtureRequest) -> str:
-    """A GPU generation, all variants compiled for it side by side."""
+    """A GPU generation, what is looked at compiled for it side by side."""
     name = str(request.param)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     with ThreadPoolExecutor(cores) as pool:
-        list(pool.map(lambda source: cubin(source, name), kernels.variants()))
+        list(pool.map(lambda source: cubin(source, name), examined(name)))
     return name
 
 
@@ -136,8 +132,8 @@ def sass(source: kernels.Source, architecture: str, folder: Path) -> str:
     return kept(f"{identity_of(source, architecture)}\0sass", ".sass", disassembled).decode()
 
 
-def test_every_variant_compiles(architecture: str) -> None:
-    for source in kernels.variants():
+def test_what_compiles_has_all_its_kernels(architecture: str) -> None:
+    for source in examined(architecture):
         code = cubin(source, architecture)
         assert code.startswith(b"\x7fELF")
         for name in kernels.kernel_names(source.file):
@@ -165,9 +161,7 @@ def test_dense_float32_kernels_take_at_most_64_registers(architecture: str, tmp_
 
 def test_nothing_spills(architecture: str, tmp_path: Path) -> None:
     """The dense float32 updates have no stack at all; elsewhere a float64 number or three are the compiler's choice."""
-    for source in kernels.variants():
-        if not examined(source, architecture):
-            continue
+    for source in examined(architecture):
         used = resources(source, architecture, tmp_path)
         assert set(used) == set(kernels.kernel_names(source.file))
         for name, figures in used.items():
@@ -185,7 +179,7 @@ def test_global_loads_and_stores_are_16_bytes_wide(
 ) -> None:
     """One load and one store at least for each array; none by the generic path, which looks up what memory is meant."""
     kernel = update(dtype, EVERYTHING)
-    assert examined(kernel.source, architecture)
+    assert kernel.source in examined(architecture)
     instructions = re.findall(r"\b((?:LD|ST)G?\.E[\w.]*)", sass(kernel.source, architecture, tmp_path))
     wide = np.dtype(kernels.DTYPES[dtype].real_dtype).itemsize == np.dtype(dtype).itemsize
     written = 4 if wide else 2  # theta and m; v and vhat, unless an element of theirs is half as wide

@@ -12,6 +12,7 @@ pytest.importorskip("cupy", reason="the extra cuda13 brings it")
 static = pytest.importorskip("profiling.static", reason="needs CuPy and NVRTC: the extra cuda13")
 callgrind = pytest.importorskip("profiling.callgrind")
 
+VERSION = "NVRTC {}.{}".format(*static.nvrtc.getVersion())
 BEFORE = {"a": {"registers": 40, "spilled": 0}, "gone": {}}
 KERNELS = [
     (kernels.UpdateRule(), "", "4 LDG.16, 3 STG.16", 28),
@@ -34,14 +35,16 @@ def test_a_row_is_a_line() -> None:
 
 def test_main_judges_only_the_same_compilers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(static, "TABLE", tmp_path / "static.json")
-    now = {"nvrtc": "1", "compiler": "1", "gpu": AFTER, "host": {}}
-    monkeypatch.setattr(static, "table", lambda only: now)
+    now = {"nvrtc": "1", "compiler": "1", "sources": {}, "gpu": AFTER, "host": {}}
+    monkeypatch.setattr(static, "table", lambda before, only: now)
     assert static.main(["--update"]) == 0
     assert static.main([]) == 0
     now["gpu"] = BEFORE
     assert static.main([]) == 1
     now["nvrtc"] = "2"
     assert static.main([]) == 0
+    now["sources"] = {"a.cu": {"text": "changed"}}
+    assert static.main([]) == 1
 
 
 def test_every_source_has_its_own_description() -> None:
@@ -60,6 +63,25 @@ def test_a_kernel_is_compiled_and_read(rule: kernels.UpdateRule, words: str, loo
     assert row["spilled"] == 0
     assert row["loop"] == loop
     assert row["bytes per element"] == moved
+    recorded = json.loads(static.TABLE.read_text())
+    if recorded["nvrtc"] == VERSION:
+        assert recorded["gpu"][name] == row
+
+
+def test_only_what_changed_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of the same text by the same compilers are taken over, whatever they hold."""
+    only = kernels.dense("float32", kernels.ACCUMULATION).source
+    monkeypatch.setattr(static.sass, "ARCHITECTURES", (90,))
+    monkeypatch.setattr(static.kernels, "variants", lambda: [only])
+    made_up, host = {"dense float32 accumulate sm_90": {"registers": -1}}, "dense float32 accumulate"
+    monkeypatch.setattr(static.callgrind, "rows", lambda chosen: {name: {"counted": 1} for name in chosen})
+    tools = {"nvrtc": VERSION, "compiler": callgrind.version()}
+    sources = {"dense.cu float32 accumulate": static.digest(only)}
+    before = {**tools, "sources": sources, "gpu": made_up, "host": {host: {"counted": 0}}}
+    assert static.table(before, "float32 accumulate") == before
+    for change in ({"nvrtc": "another"}, {"sources": {"dense.cu float32 accumulate": {"text": "another"}}}):
+        assert static.table({**before, **change}, "float32 accumulate")["gpu"] != made_up
+    assert static.table({**before, "compiler": "another"}, "float32 accumulate")["host"] == {host: {"counted": 1}}
 
 
 @pytest.mark.skipif(shutil.which("valgrind") is None, reason="needs valgrind")
