@@ -232,7 +232,7 @@ while True:
 """
 
 
-@pytest.mark.parametrize("kills", [5, pytest.param(100, marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("kills", [5, pytest.param(30, marks=pytest.mark.thorough)])
 def test_killed_clients_leave_whole_steps(serve_in_process: Serve, kills: int) -> None:
     service, rng = serve_in_process(), random.Random(kills)
     main = service.optimizer()
@@ -251,7 +251,7 @@ def test_killed_clients_leave_whole_steps(serve_in_process: Serve, kills: int) -
     service.end()
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(100, marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("kills", [3, pytest.param(30, marks=pytest.mark.thorough)])
 def test_killed_services_leave_whole_checkpoints(serve_in_process: Serve, kills: int) -> None:
     service, rng = serve_in_process(saved(", every_steps = 5, keep = 2")), random.Random(kills)
     main = service.optimizer()
