@@ -44,7 +44,7 @@ from gpu_adam.bench.tables import duration, markdown
 from gpu_adam.communicators import Alone, Mpi
 from gpu_adam.devices import find_device
 from gpu_adam.distributed import DataParallelAdam, ShardedAdam
-from gpu_adam.distributed.shards import ArrayShard, RepeatedGradients
+from gpu_adam.distributed.shards import ArrayShard
 
 RATE, EPSILON = 0.01, 0.1
 """With so large an epsilon, a step tells a mean of gradients from their sum."""
@@ -344,7 +344,7 @@ def training(ranks: Ranks) -> dict[str, Candidate]:
 
 
 STAGES: dict[str, tuple[tuple[type, str], ...]] = {
-    "copy into buckets": ((RepeatedGradients, "take"), (ArrayShard, "push")),
+    "copy into buckets": ((ArrayShard, "push"),),
     "reduce-scatter": ((ArrayShard, "begin"), (ArrayShard, "arrive")),
     "all-gather": ((ArrayShard, "depart"), (ArrayShard, "finish")),
 }
@@ -438,8 +438,10 @@ def memory(communicator: Mpi, shapes: Shapes) -> dict[str, list[float]]:
         given = [
             gpu_adam.Variable(rng.random(shapes.size), dtype=dtype, device="host").value for _ in range(shapes.number)
         ]
-        share = elements / communicator.size
-        formula = 2 * elements * given[0].itemsize + share * (slot_bytes + 4)  # sums are of 32 bits
+        parameters, share = elements * given[0].itemsize, elements / communicator.size
+        formula = parameters + share * slot_bytes
+        if communicator.size > 1:
+            formula += parameters + 4 * share  # sums are of 32 bits
         held(communicator, given, dtype, keywords)  # the first time kernels are loaded, too
         found[name] = [largest(communicator, held(communicator, given, dtype, keywords)), formula]
     return found

@@ -14,7 +14,7 @@ from gpu_adam.communicators import Communicator
 from gpu_adam.distributed.agreement import agree, check_communicator, described
 from gpu_adam.distributed.checkpoint import RankFiles, titles_of
 from gpu_adam.distributed.layout import buckets_of, table_bucket
-from gpu_adam.distributed.shards import ArrayShard, RepeatedGradients, Shard, Shards, TableShard
+from gpu_adam.distributed.shards import ArrayShard, RepeatedGradients, Shard, Shards, TableShard, WholeShard
 from gpu_adam.errors import ArgumentTypeError, ArgumentValueError, SlotNotFoundError
 from gpu_adam.hyperparameters import OWN_SETTINGS, Settings
 from gpu_adam.kernels import UpdateRule
@@ -67,6 +67,7 @@ class ShardedAdam(adam.Adam):
                                       F is G, or 2 G for gradients of 16 bits, which are added in float32
         while a bucket travels, once more its G where gradients are ordered or of 16 bits
         tables take P + S / W and the slices on their way; where norms are taken, those of all ranks on each
+        a rank that is alone takes P + S: gradients are read where they lie
 
     Variables begin equal on all ranks (``communicator.broadcast(variable.value).wait()``), or a step mixes them. They
     are moved into flat arrays: what was taken as ``variable.value`` before is no part of them any more. Every variable
@@ -117,7 +118,6 @@ class ShardedAdam(adam.Adam):
         self._bucket_numbers: list[int] = []  # of each variable
         self._shards = Shards(communicator, self._parts_of)
         self._state.exchange = self._shards
-        self._pairs: list[tuple[Any, Variable]] | None = None
         self._repeated: RepeatedGradients | None = None
 
     def _parts_of(self, dtype: np.dtype) -> int:
@@ -158,7 +158,7 @@ class ShardedAdam(adam.Adam):
                     self._bucket_numbers[number] = len(self._shards.shards)
                 self._shards.add(shard)
                 pieces += shard.pieces
-        self._pairs = self._repeated = None
+        self._repeated = None
         self._state.titles = titles_of(self._whole, self._shards.shards, self._communicator.rank)
         super().build(pieces)
         masters = self._state.slots.get("master", {})
@@ -197,7 +197,8 @@ class ShardedAdam(adam.Adam):
         sizes = [self._whole[number].size for number in numbers]
         ranks = self._communicator.size
         buckets = buckets_of(sizes, first.dtype.itemsize, ranks, self._bucket_bytes, numbers)
-        return [ArrayShard(bucket, self._whole, self._communicator) for bucket in buckets]
+        kind = WholeShard if ranks == 1 else ArrayShard
+        return [kind(bucket, self._whole, self._communicator) for bucket in buckets]
 
     def _table(self, number: int) -> list[Shard]:
         variable, communicator = self._whole[number], self._communicator
@@ -240,9 +241,10 @@ class ShardedAdam(adam.Adam):
         Args:
             variable: a variable that was built.
             gradient: an array of the variable's shape, as of `Adam.apply_gradients`. All of a bucket have the dtype of
-                the first one. `IndexedSlices` of the rows that this rank has gradients for, none of them out of range,
-                for a variable that was built as one of `tables`; for another one they are written out, unless gradients
-                are clipped by norm.
+                the first one. Nobody writes to it before `apply_gradients` has returned: a rank that is alone reads it
+                then, where it lies. `IndexedSlices` of the rows that this rank has gradients for, none of them out of
+                range, for a variable that was built as one of `tables`; for another one they are written out, unless
+                gradients are clipped by norm.
 
         Raises:
             ArgumentTypeError, ArgumentValueError: what does not fit; a second gradient of the variable for one step.
@@ -269,8 +271,11 @@ class ShardedAdam(adam.Adam):
             raise ArgumentValueError(f"the gradient of variable {variable.name!r}", rule, got, remedy)
         if is_table:
             return number, self._checked_slices(gradient, variable)
+        dtype = dtype_read(gradient, variable)
+        if variable.device.is_plain(gradient, dtype) and gradient.shape == variable.shape:
+            return number, gradient
         try:
-            array = as_array(gradient, variable, dtype_read(gradient, variable))
+            array = as_array(gradient, variable, dtype)
         except OtherDtypeError:  # an object that does not tell its array's
             array = on_device(gradient, variable.device, f"gradient of variable {variable.name!r}", None)
         check_shape(array, variable.shape, variable)
@@ -295,8 +300,11 @@ class ShardedAdam(adam.Adam):
             if dtype != wanted:
                 rule = f"must have dtype {wanted.name}, as the others with which it travels"
                 raise ArgumentValueError(argument, rule, dtype.name, "cast it")
+        given = dict[Shard, dict[int, Any]]()
         for number, gradient in checked:
-            self._shard_of(number).push(number, gradient)
+            given.setdefault(self._shard_of(number), {})[number] = gradient
+        for shard, gradients in given.items():
+            shard.push(gradients)
         self._begin_complete()
 
     def _begin_complete(self) -> None:
@@ -343,16 +351,14 @@ class ShardedAdam(adam.Adam):
         if self._repeated is not None and self._repeated.take(given):
             self._begin_complete()
         else:
-            pairs = map(checked_pair, given, itertools.count())
-            self._take([(gradient, variable) for gradient, variable in pairs if gradient is not None])
-        if self._pairs is None or any(isinstance(shard, TableShard) for shard in self._shards.shards):
-            self._pairs = [
-                pair for shard in self._shards.shards for pair in zip(shard.gradients(), shard.pieces, strict=True)
-            ]
+            found = map(checked_pair, given, itertools.count())
+            self._take([(gradient, variable) for gradient, variable in found if gradient is not None])
+        shards = self._shards.shards
+        pairs = [pair for shard in shards for pair in zip(shard.gradients(), shard.pieces, strict=True)]
         calls = self._communicator.size if self.flavour.accumulation == "mean" else 1
         update = self._rule(1.0 if scale is None and calls > 1 else scale)
         incoming = Incoming(scale, calls=calls)
-        done = self._controller.step(self._pairs, update, self._hyper, self._clip, incoming)
+        done = self._controller.step(pairs, update, self._hyper, self._clip, incoming)
         self._shards.all_arrived()
         for variable in self._whole:
             variable.constrain()
