@@ -11,9 +11,10 @@ import numpy as np
 from gpu_adam import adam
 from gpu_adam.autodiff_seam import refuse_in_loss
 from gpu_adam.communicators import Communicator
-from gpu_adam.distributed.agreement import agree, check_communicator, described
+from gpu_adam.distributed.agreement import agree, check_communicator, described, gathered
 from gpu_adam.distributed.checkpoint import RankFiles, titles_of
 from gpu_adam.distributed.layout import buckets_of, table_bucket
+from gpu_adam.distributed.pending_shards import PendingShards
 from gpu_adam.distributed.shards import ArrayShard, RepeatedGradients, Shard, Shards, TableShard, WholeShard
 from gpu_adam.errors import ArgumentTypeError, ArgumentValueError, SlotNotFoundError
 from gpu_adam.hyperparameters import OWN_SETTINGS, Settings
@@ -21,6 +22,7 @@ from gpu_adam.kernels import UpdateRule
 from gpu_adam.rules import is_whole, items_of, one_of, shown, truth_value
 from gpu_adam.state import saving
 from gpu_adam.state.atomic_file import PathOrFile
+from gpu_adam.state.pending_save import second_save
 from gpu_adam.step.gradients import Incoming, OtherDtypeError, as_array, check_shape, dtype_read, on_device
 from gpu_adam.step.groups import SparseGroup
 from gpu_adam.step.guard import checked_scale
@@ -85,6 +87,9 @@ class ShardedAdam(adam.Adam):
             about 2 (W - 1) 2^-24 (sum of the absolute values) at most.
         bucket_bytes: of parameters that are exchanged at once.
 
+    Attributes:
+        communicator: as above.
+
     Raises:
         As `Adam`; ArgumentValueError for what is named above.
 
@@ -108,7 +113,8 @@ class ShardedAdam(adam.Adam):
             if getattr(flavour, name):
                 rule = "must be left out by an optimizer on several ranks"
                 raise ArgumentValueError(name, rule, getattr(flavour, name), "leave it out")
-        self._communicator, self._ordered = communicator, truth_value("deterministic", deterministic)
+        self.communicator: Communicator = communicator
+        self._ordered = truth_value("deterministic", deterministic)
         if not is_whole(bucket_bytes) or bucket_bytes < 1:
             rule = "must be a whole number >= 1"
             raise ArgumentValueError("bucket_bytes", rule, shown(bucket_bytes), "pass 2**25, say, or leave it out")
@@ -119,6 +125,7 @@ class ShardedAdam(adam.Adam):
         self._shards = Shards(communicator, self._parts_of)
         self._state.exchange = self._shards
         self._repeated: RepeatedGradients | None = None
+        self._pending: PendingShards | None = None
 
     def _parts_of(self, dtype: np.dtype) -> int:
         return UpdateRule(complex_mode=self.complex_mode).layout(dtype, dtype).parts
@@ -159,7 +166,7 @@ class ShardedAdam(adam.Adam):
                 self._shards.add(shard)
                 pieces += shard.pieces
         self._repeated = None
-        self._state.titles = titles_of(self._whole, self._shards.shards, self._communicator.rank)
+        self._state.titles = titles_of(self._whole, self._shards.shards, self.communicator.rank)
         super().build(pieces)
         masters = self._state.slots.get("master", {})
         for variable in new:
@@ -195,13 +202,13 @@ class ShardedAdam(adam.Adam):
     def _buckets(self, numbers: list[int]) -> list[Shard]:
         first = self._whole[numbers[0]]
         sizes = [self._whole[number].size for number in numbers]
-        ranks = self._communicator.size
+        ranks = self.communicator.size
         buckets = buckets_of(sizes, first.dtype.itemsize, ranks, self._bucket_bytes, numbers)
         kind = WholeShard if ranks == 1 else ArrayShard
-        return [kind(bucket, self._whole, self._communicator) for bucket in buckets]
+        return [kind(bucket, self._whole, self.communicator) for bucket in buckets]
 
     def _table(self, number: int) -> list[Shard]:
-        variable, communicator = self._whole[number], self._communicator
+        variable, communicator = self._whole[number], self.communicator
         rows = len(variable)
         bucket = table_bucket(rows, variable.size // rows if rows else 0, communicator.size, number)
         defers = self.flavour.sparse_update == "deferred"
@@ -214,14 +221,14 @@ class ShardedAdam(adam.Adam):
         if variable.constraint is not None and self.flavour.master_weights:
             rule, got = "must do without a constraint, which changes no master", f"{variable.name!r} with one"
             raise ArgumentValueError(argument, rule, got, "leave master_weights out, or the constraint")
-        if variable.device is not self._communicator.device:
-            rule, remedy = f"must lie on the communicator's device, {self._communicator.device.name}", "create it there"
+        if variable.device is not self.communicator.device:
+            rule, remedy = f"must lie on the communicator's device, {self.communicator.device.name}", "create it there"
             raise ArgumentValueError(argument, rule, variable.device.name, remedy)
 
     def _agree(self, variables: Sequence[str]) -> None:
         """Raise DistributedError where other ranks build other variables, or have another configuration."""
         options = [f"deterministic = {self._ordered}", f"bucket_bytes = {self._bucket_bytes}"]
-        agree(self._communicator, [*described(self), *options, *variables])
+        agree(self.communicator, [*described(self), *options, *variables])
 
     def _number_of(self, variable: Any, argument: str) -> int:
         number = self._numbers.get(variable) if isinstance(variable, Variable) else None
@@ -345,7 +352,7 @@ class ShardedAdam(adam.Adam):
                 step, with some variables updated: the job is to end, as by ``with communicator:``.
         """
         refuse_in_loss("apply_gradients")
-        refuse_in_capture(self._communicator.device, "a step of several ranks")
+        refuse_in_capture(self.communicator.device, "a step of several ranks")
         scale = None if grad_scale is None else checked_scale(grad_scale)
         given = [] if grads_and_vars is None else listed(grads_and_vars)
         if self._repeated is not None and self._repeated.take(given):
@@ -355,7 +362,7 @@ class ShardedAdam(adam.Adam):
             self._take([(gradient, variable) for gradient, variable in found if gradient is not None])
         shards = self._shards.shards
         pairs = [pair for shard in shards for pair in zip(shard.gradients(), shard.pieces, strict=True)]
-        calls = self._communicator.size if self.flavour.accumulation == "mean" else 1
+        calls = self.communicator.size if self.flavour.accumulation == "mean" else 1
         update = self._rule(1.0 if scale is None and calls > 1 else scale)
         incoming = Incoming(scale, calls=calls)
         done = self._controller.step(pairs, update, self._hyper, self._clip, incoming)
@@ -376,7 +383,7 @@ class ShardedAdam(adam.Adam):
             raise ArgumentValueError("gradients", rule, got, "pass zeros where a variable has none")
         self._push(checked)
         if len(checked) == len(self._whole):
-            self._repeated = RepeatedGradients.of(self._shards.shards, pairs, checked, self._communicator.device)
+            self._repeated = RepeatedGradients.of(self._shards.shards, pairs, checked, self.communicator.device)
 
     # What is said of variables reaches the pieces of them that this rank owns.
 
@@ -400,7 +407,7 @@ class ShardedAdam(adam.Adam):
         """
         piece = self._piece_of(var, "var")
         if piece is None:
-            rank, remedy = self._communicator.rank, "ask the rank that does; save(gather=True) has all"
+            rank, remedy = self.communicator.rank, "ask the rank that does; save(gather=True) has all"
             got = f"nothing on rank {rank}"
             raise SlotNotFoundError(f"slot {slot_name!r} of variable {var.name!r}", "must be owned", got, remedy)
         return super().get_slot(piece, slot_name)
@@ -456,7 +463,7 @@ class ShardedAdam(adam.Adam):
         on_busy: str = "wait",
         user: Mapping[str, Any] | None = None,
         gather: bool = False,
-    ) -> None:
+    ) -> PendingShards | None:
         """Write iterations, slots and configuration into a directory, each rank what it owns: see README.md here.
 
         Every rank makes the call. A program that is killed at any moment leaves this save or the last one, never a
@@ -466,42 +473,61 @@ class ShardedAdam(adam.Adam):
             path: a directory that all ranks see, which is made where it does not exist and has one checkpoint; with
                 `gather` a file as of `Adam.save`, which rank 0 writes.
             variables: whether to write the variables too, each rank its part.
-            asynchronous: must be False: when the files of all ranks are there they have to agree that they are.
-            on_busy: of no effect: no save is at work.
+            asynchronous: whether to return while a thread of each rank writes. The state is copied in the order of the
+                current stream, with `gather` to rank 0's host memory, and `check_errors` is left to the caller.
+            on_busy: what to do while an earlier asynchronous save is at work on some rank: "wait" or "error".
             user: as of `Adam.save`; that of rank 0 counts.
             gather: whether to write one file, which a plain `Adam` loads too. Rank 0 takes host memory for all arrays,
                 and device memory for an array of one bucket at a time.
 
+        Returns:
+            With `asynchronous` a `PendingShards`, whose `wait()` all ranks call: it returns when the checkpoint is
+            there, and raises on all ranks what has prevented it. The next save waits, too, and raises it where nobody
+            has waited; so does the end of ``with communicator:``, which does not raise. The checkpoint does not wait
+            for these: it is there when all files are.
+
         Raises:
-            ArgumentTypeError, ArgumentValueError: as `Adam.save`; `asynchronous`; gradients that were handed over wait
-                for their step; a directory that not all ranks see.
+            ArgumentTypeError, ArgumentValueError: as `Adam.save`; gradients that were handed over wait for their step;
+                a directory that not all ranks see.
+            CheckpointError: another job has saved there meanwhile.
+            ConcurrentStepError: another save is at work, with ``on_busy="error"``, on all ranks.
             OSError: the file system refuses on some rank; what was saved before is still there.
             SparseIndexError: as `check_errors`, on all ranks.
         """
-        if asynchronous:
-            rule, remedy = "must be False on several ranks", "save less often, or where nobody waits"
-            raise ArgumentValueError("asynchronous", rule, asynchronous, remedy)
         one_of("on_busy", on_busy, ("wait", "error"))
         self._check_ready("save", variables)
-        refuse_in_capture(self._communicator.device, "save")
+        refuse_in_capture(self.communicator.device, "save")
+        self._end_pending_save(on_busy)
 
         def note() -> dict[str, Any]:
-            self._controller.check_errors()
+            if not asynchronous:
+                self._controller.check_errors()
             self._controller.guards.settle_inside()
             return saving.note_of(self._state, self.flavour, self.get_config(), user)
 
         with self._state.alone():
             files = self._files()
-            if gather:
-                files.gather(path, note, variables=variables)
-            else:
-                files.save(path, note, variables=variables)
+            write = files.gather if gather else files.save
+            self._pending = write(path, note, variables=variables, asynchronous=asynchronous)
+            return self._pending
+
+    def _end_pending_save(self, on_busy: str) -> None:
+        """As `AdamState.end_pending_save`, on all ranks alike."""
+        pending = self._pending
+        if pending is None:
+            return
+        if on_busy == "error" and not all(map(int, gathered(self.communicator, f"{pending.done:d}"))):
+            raise second_save()
+        self._pending = None
+        pending.join()
+        pending.raise_untold()
 
     def load(self, path: PathOrFile, *, variables: bool = False) -> None:
         """Read what `save` wrote, on any number of ranks, or a file of `Adam.save`; the slots must exist: see `build`.
 
         Every rank makes the call, reads what it owns, and gets the others' part of the variables from them. Where a
-        rank finds that something is damaged or does not fit, all raise, and nothing has changed on any of them.
+        rank finds that something is damaged or does not fit, all raise, and nothing has changed on any of them. A save
+        that is at work is waited for.
 
         Args:
             path: the directory, or a file of version 2.
@@ -514,6 +540,8 @@ class ShardedAdam(adam.Adam):
         """
         refuse_in_loss("load")
         self._check_ready("load", variables)
+        if self._pending is not None:
+            self._pending.join()
         with self._state.alone():
             self._controller.guards.settle_inside()
             self._files().loading(path, variables=variables)()
@@ -521,7 +549,7 @@ class ShardedAdam(adam.Adam):
                 self._hand_on()
 
     def _files(self) -> RankFiles:
-        return RankFiles(self._communicator, self._state, self._whole, self._shards.shards)
+        return RankFiles(self.communicator, self._state, self._whole, self._shards.shards)
 
     def _check_ready(self, call: str, variables: bool) -> None:
         """Raise ArgumentValueError where a step has begun; if variables are saved or loaded, where one was moved."""

@@ -26,7 +26,7 @@ def checked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, str]]:
     check, found = ShardedAdam._checked, list[tuple[int, str]]()
 
     def noted(self: ShardedAdam, gradient: Any, variable: Variable, argument: str) -> tuple[int, Any]:
-        found.append((self._communicator.rank, variable.name))
+        found.append((self.communicator.rank, variable.name))
         return check(self, gradient, variable, argument)
 
     monkeypatch.setattr(ShardedAdam, "_checked", noted)
