@@ -17,7 +17,7 @@ from gpu_adam.distributed.layout import buckets_of, table_bucket
 from gpu_adam.distributed.pending_shards import PendingShards
 from gpu_adam.distributed.shards import ArrayShard, RepeatedGradients, Shard, Shards, TableShard, WholeShard
 from gpu_adam.errors import ArgumentTypeError, ArgumentValueError, SlotNotFoundError
-from gpu_adam.hyperparameters import OWN_SETTINGS, Settings
+from gpu_adam.hyperparameters import OWN_SETTINGS, Settings, checked_patterns
 from gpu_adam.kernels import UpdateRule
 from gpu_adam.rules import is_whole, items_of, one_of, shown, truth_value
 from gpu_adam.state import saving
@@ -392,10 +392,12 @@ class ShardedAdam(adam.Adam):
         number = self._number_of(variable, argument)
         return self._shard_of(number).piece_of(number)
 
-    def _pieces_of(self, variables: Any, argument: str) -> list[Variable]:
-        listed = [variables] if isinstance(variables, Variable) else list(variables)
+    def _pieces_of(self, variables: Any, argument: str, call: str) -> list[Variable]:
+        """What this rank owns of variables, for a call that all ranks make alike, or DistributedError."""
+        listed = [] if variables is None else [variables] if isinstance(variables, Variable) else list(variables)
         self.build(listed)
         found = [self._piece_of(each, f"{argument}[{number}]") for number, each in enumerate(listed)]
+        agree(self.communicator, [f"{call} of {None if variables is None else [each.name for each in listed]}"])
         return [piece for piece in found if piece is not None]
 
     def get_slot(self, var: Any, slot_name: str) -> Variable:
@@ -417,7 +419,7 @@ class ShardedAdam(adam.Adam):
         if "sparse_update" in settings:
             rule, remedy = "must be the same for all tables of an optimizer on several ranks", "pass it to ShardedAdam"
             raise ArgumentValueError("sparse_update", rule, "one of a group", remedy)
-        super().set_group(self._pieces_of(variables, "variables"), **settings)
+        super().set_group(self._pieces_of(variables, "variables", f"set_group({settings})"), **settings)
 
     def get_group(self, variable: Any) -> Settings:
         """As `Adam.get_group`; of a variable of which this rank owns something.
@@ -435,12 +437,14 @@ class ShardedAdam(adam.Adam):
         self, var_list: Iterable[Any] | None = None, var_names: Iterable[str] | None = None
     ) -> None:
         """As `Adam.exclude_from_weight_decay`, on all ranks alike."""
-        pieces = None if var_list is None else self._pieces_of(var_list, "var_list")
-        super().exclude_from_weight_decay(pieces, var_names)
+        patterns = checked_patterns(var_names)
+        pieces = self._pieces_of(var_list, "var_list", f"exclude_from_weight_decay(var_names={patterns})")
+        super().exclude_from_weight_decay(pieces, patterns)
 
     def overwrite_by_averages(self, var_list: Iterable[Any] | None = None) -> None:
         """As `Adam.overwrite_by_averages`, on all ranks alike and at the same time."""
-        super().overwrite_by_averages(None if var_list is None else self._pieces_of(var_list, "var_list"))
+        pieces = self._pieces_of(var_list, "var_list", "overwrite_by_averages")
+        super().overwrite_by_averages(None if var_list is None else pieces)
         self._hand_on()
 
     finalize_variable_values = overwrite_by_averages

@@ -11,13 +11,20 @@ import pytest
 
 import gpu_adam
 from gpu_adam import Variable
-from gpu_adam.communicators import Alone, Pending
+from gpu_adam.communicators import Alone, Communicator, Pending
 from gpu_adam.communicators.base import Finish
 from gpu_adam.devices import Device
 from gpu_adam.distributed import ShardedAdam, agreement
-from gpu_adam.errors import ArgumentTypeError, ArgumentValueError, GpuAdamError, SlotNotFoundError
+from gpu_adam.errors import (
+    ArgumentTypeError,
+    ArgumentValueError,
+    DistributedError,
+    GpuAdamError,
+    SlotNotFoundError,
+)
 
 from . import arguments, equality
+from .threads import on_ranks
 
 MAKE: Any = ShardedAdam
 """The class, with arguments of any type."""
@@ -127,6 +134,46 @@ def test_what_needs_a_process_to_itself(name: str) -> None:
     words = f"{name} must be asked of an optimizer that has no other ranks (got ShardedAdam); "
     with pytest.raises(ArgumentValueError, match=re.escape(words)):
         getattr(ShardedAdam(Alone("host")), name)()
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (
+            lambda optimizer, variables, own: optimizer.set_group(variables, weight_decay=0.1 + own),
+            "set_group({'weight_decay': 0.1}) of ['w0', 'w1', 'w2'] (got set_group({'weight_decay': 1.1}) of ",
+        ),
+        (
+            lambda optimizer, variables, own: optimizer.exclude_from_weight_decay(variables[own:]),
+            "(var_names=[]) of ['w0', 'w1', 'w2'] (got exclude_from_weight_decay(var_names=[]) of ['w1', 'w2'])",
+        ),
+        (
+            lambda optimizer, variables, own: optimizer.exclude_from_weight_decay(var_names=[f"{own}"]),
+            "(var_names=['0']) of None (got exclude_from_weight_decay(var_names=['1']) of None)",
+        ),
+        (
+            lambda optimizer, variables, own: optimizer.overwrite_by_averages(variables[own:]),
+            "overwrite_by_averages of ['w0', 'w1', 'w2'] (got overwrite_by_averages of ['w1', 'w2'])",
+        ),
+        (
+            lambda optimizer, variables, own: optimizer.overwrite_by_averages(None if own else variables),
+            "overwrite_by_averages of ['w0', 'w1', 'w2'] (got overwrite_by_averages of None)",
+        ),
+    ],
+)
+def test_a_call_that_another_rank_makes_otherwise(call: Callable[..., object], words: str) -> None:
+    """Each rank would update what it owns in its own way."""
+
+    def work(communicator: Communicator) -> None:
+        optimizer = ShardedAdam(communicator, 0.1, use_ema=True)
+        variables = variables_of(communicator.device)
+        optimizer.apply_gradients(gradients_of(variables))
+        before = [variable.numpy().tobytes() for variable in variables]
+        with pytest.raises(DistributedError, match=f"rank 1 must train what rank 0 does, .*{re.escape(words)}"):
+            call(optimizer, variables, communicator.rank)
+        assert [variable.numpy().tobytes() for variable in variables] == before
+
+    on_ranks(2, work)
 
 
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
