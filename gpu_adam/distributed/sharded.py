@@ -415,7 +415,11 @@ class ShardedAdam(adam.Adam):
         return super().get_slot(piece, slot_name)
 
     def set_group(self, variables: Iterable[Any], **settings: Any) -> None:
-        """As `Adam.set_group`, on all ranks alike. ``sparse_update`` is the optimizer's argument, for all tables."""
+        """As `Adam.set_group`, on all ranks alike. ``sparse_update`` is the optimizer's argument, for all tables.
+
+        Raises:
+            As `Adam.set_group`; DistributedError: another rank does otherwise.
+        """
         if "sparse_update" in settings:
             rule, remedy = "must be the same for all tables of an optimizer on several ranks", "pass it to ShardedAdam"
             raise ArgumentValueError("sparse_update", rule, "one of a group", remedy)
@@ -436,13 +440,21 @@ class ShardedAdam(adam.Adam):
     def exclude_from_weight_decay(
         self, var_list: Iterable[Any] | None = None, var_names: Iterable[str] | None = None
     ) -> None:
-        """As `Adam.exclude_from_weight_decay`, on all ranks alike."""
+        """As `Adam.exclude_from_weight_decay`, on all ranks alike.
+
+        Raises:
+            As `Adam.exclude_from_weight_decay`; DistributedError: another rank does otherwise.
+        """
         patterns = checked_patterns(var_names)
         pieces = self._pieces_of(var_list, "var_list", f"exclude_from_weight_decay(var_names={patterns})")
         super().exclude_from_weight_decay(pieces, patterns)
 
     def overwrite_by_averages(self, var_list: Iterable[Any] | None = None) -> None:
-        """As `Adam.overwrite_by_averages`, on all ranks alike and at the same time."""
+        """As `Adam.overwrite_by_averages`, on all ranks alike and at the same time.
+
+        Raises:
+            As `Adam.overwrite_by_averages`; DistributedError: another rank does otherwise.
+        """
         pieces = self._pieces_of(var_list, "var_list", "overwrite_by_averages")
         super().overwrite_by_averages(None if var_list is None else pieces)
         self._hand_on()
@@ -494,6 +506,7 @@ class ShardedAdam(adam.Adam):
             ArgumentTypeError, ArgumentValueError: as `Adam.save`; gradients that were handed over wait for their step;
                 a directory that not all ranks see.
             CheckpointError: another job has saved there meanwhile.
+            DistributedError: another rank calls with other arguments than `path` and `user`.
             ConcurrentStepError: another save is at work, with ``on_busy="error"``, on all ranks.
             OSError: the file system refuses on some rank; what was saved before is still there.
             SparseIndexError: as `check_errors`, on all ranks.
@@ -501,6 +514,8 @@ class ShardedAdam(adam.Adam):
         one_of("on_busy", on_busy, ("wait", "error"))
         self._check_ready("save", variables)
         refuse_in_capture(self.communicator.device, "save")
+        options = {"variables": variables, "asynchronous": asynchronous, "gather": gather, "on_busy": on_busy}
+        agree(self.communicator, [f"save with {options}"])
         self._end_pending_save(on_busy)
 
         def note() -> dict[str, Any]:
@@ -541,9 +556,11 @@ class ShardedAdam(adam.Adam):
             FileNotFoundError: there is no such file, or no finished save in the directory.
             ArgumentValueError: gradients that were handed over wait for their step.
             CheckpointError: as `Adam.load`; files of another save than the directory's manifest tells of.
+            DistributedError: only some ranks read the variables, too.
         """
         refuse_in_loss("load")
         self._check_ready("load", variables)
+        agree(self.communicator, [f"load with {{'variables': {variables}}}"])
         if self._pending is not None:
             self._pending.join()
         with self._state.alone():

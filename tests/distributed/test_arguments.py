@@ -169,7 +169,7 @@ def test_a_call_that_another_rank_makes_otherwise(call: Callable[..., object], w
         variables = variables_of(communicator.device)
         optimizer.apply_gradients(gradients_of(variables))
         before = [variable.numpy().tobytes() for variable in variables]
-        with pytest.raises(DistributedError, match=f"rank 1 must train what rank 0 does, .*{re.escape(words)}"):
+        with pytest.raises(DistributedError, match=f"rank 1 must do what rank 0 does, .*{re.escape(words)}"):
             call(optimizer, variables, communicator.rank)
         assert [variable.numpy().tobytes() for variable in variables] == before
 

@@ -471,6 +471,25 @@ def test_a_rank_that_cannot_write_is_told_of_on_all_ranks(tmp_path: Path, monkey
     ]
 
 
+def test_ranks_that_save_or_load_otherwise(tmp_path: Path) -> None:
+    """What some of them write of the variables would be no whole one."""
+    save(tmp_path, 2)
+    before = contents_of(tmp_path / "run").said
+
+    def work(communicator: Communicator) -> None:
+        found, is_first = sharded(communicator, MIXED, amsgrad=True), communicator.rank == 0
+        state = found.state()
+        for name in ("variables", "asynchronous", "gather"):
+            with pytest.raises(DistributedError, match=f"rank 1 must do what rank 0 does, save with .*'{name}': True"):
+                found.optimizer.save(tmp_path / "run", **{name: is_first})
+        with pytest.raises(DistributedError, match=r"rank 1 must .*'variables': True} \(got load with .*False"):
+            found.optimizer.load(tmp_path / "run", variables=is_first)
+        assert found.state() == state
+
+    on_ranks(2, work)
+    assert contents_of(tmp_path / "run").said == before
+
+
 def test_a_damaged_manifest_is_replaced_by_the_next_save(tmp_path: Path) -> None:
     save(tmp_path, 2)
     (tmp_path / "run" / manifest.NAME).write_text("{")

@@ -98,7 +98,7 @@ def test_a_rank_that_trains_something_else_is_named(values: str, message: str, t
     assert ended.status == 0, ended
     lines = ended.out.splitlines()
     assert len(lines) == 3, "every rank says so"
-    assert all(line.startswith("rank 2 must train what rank 0 does, ") and message in line for line in lines), lines
+    assert all(line.startswith("rank 2 must do what rank 0 does, ") and message in line for line in lines), lines
 
 
 def differing(start: Callable[[DataParallelAdam, list[Variable], bool], object], **options: Any) -> list[str]:
@@ -134,7 +134,7 @@ def accumulate(adam: DataParallelAdam, variables: list[Variable], calls: int) ->
 
 def test_ranks_that_have_accumulated_another_number_of_times() -> None:
     words = (
-        "rank 2 must train what rank 0 does, the mean over 2 calls of accumulate (got the mean over 3 calls of "
+        "rank 2 must do what rank 0 does, the mean over 2 calls of accumulate (got the mean over 3 calls of "
         "accumulate); run the same program with the same arguments in all ranks."
     )
     assert differing(lambda adam, of, is_last: accumulate(adam, of, 2 + is_last)) == [words] * 3
