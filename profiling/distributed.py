@@ -14,7 +14,7 @@ threads as there are processors for it. PyTorch's candidates are left out where 
     stages     where the time of a step goes
     overlap    how much longer than a backward pass alone it takes with the step, by buckets and by when gradients come
     memory     what a rank holds besides the gradients that it was given, and the formula of `ShardedAdam`
-    python     processor time of Python for a step, a bucket and a variable, of one rank
+    python     processor time of Python for a step, a bucket and a variable, of a rank that waits for nobody
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from gpu_adam.bench.tables import duration, markdown
 from gpu_adam.communicators import Alone, Mpi
 from gpu_adam.devices import find_device
 from gpu_adam.distributed import DataParallelAdam, ShardedAdam
-from gpu_adam.distributed.shards import ArrayShard, RepeatedGradients
+from gpu_adam.distributed.shards import ArrayShard
 
 RATE, EPSILON = 0.01, 0.1
 """With so large an epsilon, a step tells a mean of gradients from their sum."""
@@ -344,7 +344,7 @@ def training(ranks: Ranks) -> dict[str, Candidate]:
 
 
 STAGES: dict[str, tuple[tuple[type, str], ...]] = {
-    "copy into buckets": ((RepeatedGradients, "take"), (ArrayShard, "push")),
+    "copy into buckets": ((ArrayShard, "push"),),
     "reduce-scatter": ((ArrayShard, "begin"), (ArrayShard, "arrive")),
     "all-gather": ((ArrayShard, "depart"), (ArrayShard, "finish")),
 }
@@ -438,8 +438,10 @@ def memory(communicator: Mpi, shapes: Shapes) -> dict[str, list[float]]:
         given = [
             gpu_adam.Variable(rng.random(shapes.size), dtype=dtype, device="host").value for _ in range(shapes.number)
         ]
-        share = elements / communicator.size
-        formula = 2 * elements * given[0].itemsize + share * (slot_bytes + 4)  # sums are of 32 bits
+        parameters, share = elements * given[0].itemsize, elements / communicator.size
+        formula = parameters + share * slot_bytes
+        if communicator.size > 1:
+            formula += parameters + 4 * share  # sums are of 32 bits
         held(communicator, given, dtype, keywords)  # the first time kernels are loaded, too
         found[name] = [largest(communicator, held(communicator, given, dtype, keywords)), formula]
     return found
@@ -457,11 +459,26 @@ def held(communicator: Mpi, gradients: Sequence[Any], dtype: str, keywords: dict
     return nbytes
 
 
+class Echo(Alone):
+    """The first of two ranks, of which the other one sends what this one does: its buckets travel, and nobody waits."""
+
+    def __init__(self) -> None:
+        super().__init__("host")
+        self.size = 2
+
+    def _reduce_scatter(self, send: Any, recv: Any) -> Step:
+        return self._copied(send[: recv.size], recv)
+
+    def _all_gather(self, send: Any, recv: Any) -> Step:
+        recv.reshape(2, -1)[...] = send
+        return int
+
+
 def python_time(*, quick: bool) -> dict[str, float]:
-    """Seconds of processor time of a step of one rank: of one variable, and what each bucket and variable adds."""
+    """Seconds of processor time of a step of a rank: of one variable, and what each bucket and variable adds."""
 
     def seconds(count: int, bucket_bytes: int) -> float:
-        adam = ShardedAdam(Alone("host"), RATE, bucket_bytes=bucket_bytes)
+        adam = ShardedAdam(Echo(), RATE, bucket_bytes=bucket_bytes)
         variables = [gpu_adam.Variable(np.zeros(1, np.float32), device="host") for _ in range(count)]
         pairs = [(np.ones(1, np.float32), variable) for variable in variables]
         samples = []

@@ -15,7 +15,9 @@ import pytest
 
 import gpu_adam
 from gpu_adam import CheckpointManager, Variable
+from gpu_adam.communicators import Alone
 from gpu_adam.devices import Device
+from gpu_adam.distributed import DataParallelAdam, ShardedAdam
 from gpu_adam.errors import ArgumentTypeError, ArgumentValueError, CheckpointError, CheckpointWarning
 from gpu_adam.state import checkpoint
 
@@ -188,6 +190,15 @@ def test_arguments(tmp_path: Path, optimizer: Optimizer, argument: str) -> None:
     for odd in ("10", True, [1], *([1.5] if argument != "every_seconds" else [])):
         with pytest.raises(ArgumentTypeError, match=f"{argument} must be"):
             CheckpointManager(tmp_path / "new", optimizer, **{argument: odd})  # type: ignore[arg-type]
+    assert names(tmp_path) == []
+
+
+def test_an_optimizer_of_several_ranks_is_refused(tmp_path: Path) -> None:
+    """One rank's time to save is not another's."""
+    for kind in (ShardedAdam, DataParallelAdam):
+        words = rf"optimizer must be of one process \(got {kind.__name__}\); call its save on all ranks"
+        with pytest.raises(ArgumentValueError, match=words):
+            CheckpointManager(tmp_path / "new", kind(Alone("host")))
     assert names(tmp_path) == []
 
 

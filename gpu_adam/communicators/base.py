@@ -103,8 +103,8 @@ class Communicator(ABC):
         self._check_sizes("send", send.size, "recv", recv.size * self.size)
         self._check_apart(send, recv)
         if not _added_by_us(send, ordered):
-            return self._begun(self._reduce_scatter(_numbers(send), _numbers(recv)))
-        return self._begun(self._ordered_sums(send, [recv.size] * self.size, recv.reshape(-1)))
+            return self.begun(self._reduce_scatter(_numbers(send), _numbers(recv)))
+        return self.begun(self._ordered_sums(send, [recv.size] * self.size, recv.reshape(-1)))
 
     def all_reduce(self, send: Array, recv: Array, *, ordered: bool = False) -> Pending:
         """Add the arrays of all ranks: ``recv = sum over ranks of send``, in every rank the same bits.
@@ -120,7 +120,7 @@ class Communicator(ABC):
         if not self._is_same(send, recv):
             self._check_apart(send, recv)
         if not _added_by_us(send, ordered):
-            return self._begun(self._all_reduce(_numbers(send), _numbers(recv)))
+            return self.begun(self._all_reduce(_numbers(send), _numbers(recv)))
         part = -(-send.size // self.size)
         counts = [max(0, min(part, send.size - rank * part)) for rank in range(self.size)]
         fits = part * self.size == recv.size
@@ -134,7 +134,7 @@ class Communicator(ABC):
             if not fits:
                 self.device.copy_call([recv.reshape(-1)], [whole[: recv.size]])()
 
-        return self._begun(finish)
+        return self.begun(finish)
 
     def all_gather(self, send: Array, recv: Array) -> Pending:
         """Give every rank the arrays of all: ``recv = [send of rank 0, send of rank 1, ...]``.
@@ -148,7 +148,7 @@ class Communicator(ABC):
         self._check_sizes("recv", recv.size, "send", send.size * self.size)
         if not self._is_same(send, recv, self.rank * send.nbytes):
             self._check_apart(send, recv)
-        return self._begun(self._all_gather(_bits(send), _bits(recv)))
+        return self.begun(self._all_gather(_bits(send), _bits(recv)))
 
     def all_to_all(
         self,
@@ -174,7 +174,7 @@ class Communicator(ABC):
             self._counts(name, counts, array)
             for name, counts, array in (("send_counts", send_counts, send), ("recv_counts", recv_counts, recv))
         ]
-        return self._begun(self._exchange(send, recv, *numbers))
+        return self.begun(self._exchange(send, recv, *numbers))
 
     def broadcast(self, array: Array, root: int = 0) -> Pending:
         """Give every rank the array of one, in place.
@@ -186,7 +186,15 @@ class Communicator(ABC):
         self._check_array("array", array)
         if not 0 <= root < self.size:
             raise ArgumentValueError("root", f"must be one of {self.size} ranks", root, "count ranks from 0")
-        return self._begun(self._broadcast(_bits(array), root))
+        return self.begun(self._broadcast(_bits(array), root))
+
+    def begun(self, finish: Finish) -> Pending:
+        """Something that has begun, of more than one operation perhaps. `close` waits for it.
+
+        Args:
+            finish: what remains to be done of it, by all ranks.
+        """
+        return Pending(finish, self._under_way)
 
     @abstractmethod
     def barrier(self) -> None:
@@ -242,9 +250,6 @@ class Communicator(ABC):
 
     @abstractmethod
     def _broadcast(self, array: Array, root: int) -> Finish: ...
-
-    def _begun(self, finish: Finish) -> Pending:
-        return Pending(finish, self._under_way)
 
     def _exchange(self, send: Array, recv: Array, send_counts: Sequence[int], recv_counts: Sequence[int]) -> Finish:
         """An all-to-all of arrays as they are, by counts along the first axis."""

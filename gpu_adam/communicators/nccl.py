@@ -57,16 +57,17 @@ class Nccl(Communicator):
     Operations run in order on one stream, behind what the current stream holds when they begin. `Pending.wait` lets the
     current stream wait for one of them; the host goes on.
 
-    A thread looks every second whether NCCL has met an error, or an operation is overdue. Kernels of NCCL wait for the
-    other ranks without end, and the host with them wherever it waits for the device, so that nothing can be raised
-    there: the thread prints what happened and ends the job.
+    A thread looks every second whether NCCL has met an error, or an operation is overdue, or a call that the host has
+    made to reach the other ranks: for NCCL's id, for the communicator, at the end of a group. Kernels of NCCL wait for
+    the other ranks without end, and the host with them wherever it waits for the device, and so do these calls, which
+    CuPy makes in NCCL's blocking mode. Nothing can be raised there: the thread prints what happened and ends the job.
 
     Args:
         comm: hands NCCL's id from rank 0 to the others, and says which rank this is: an mpi4py communicator, or any
             object with ``rank``, ``size`` and ``bcast(object, root)``. Where it has ``Abort(status)``, that ends the
             job; else this process ends, and the others hear of it from NCCL or their launcher.
         device: a CUDA device or its name; None for the default one. Two ranks must not share a GPU.
-        timeout: seconds after which an operation that has begun is overdue; > 0.
+        timeout: seconds after which a call, or an operation that has begun, is overdue; > 0.
 
     Raises:
         ArgumentValueError: the device is no CUDA device, or the timeout is not above 0.
@@ -91,14 +92,21 @@ class Nccl(Communicator):
             "uint64": nccl.NCCL_UINT64,
         }
         self._comm, self._timeout = comm, timeout
-        identity = comm.bcast(nccl.get_unique_id() if self.rank == 0 else None, root=0)
-        with self.device.activate():
-            self._nccl = self._called(nccl.NcclCommunicator, self.size, identity, self.rank)
-            self._stream = self.device.xp.cuda.Stream(non_blocking=True)
-            self._flag = self.device.xp.zeros(1, "int32")
         self._in_flight = deque[tuple[Any, float]]()  # events behind operations, and when these began
+        self._called_at: float | None = None  # when the call began in which the host is
         self._is_closed, self._lock = threading.Event(), threading.Lock()
+        self._nccl: Any = None
         threading.Thread(target=self._watch, name="gpu_adam: NCCL", daemon=True).start()
+        try:
+            identity = self._called(nccl.get_unique_id) if self.rank == 0 else None
+            identity = self._called(comm.bcast, identity, root=0)
+            with self.device.activate():
+                self._nccl = self._called(nccl.NcclCommunicator, self.size, identity, self.rank)
+                self._stream = self.device.xp.cuda.Stream(non_blocking=True)
+                self._flag = self.device.xp.zeros(1, "int32")
+        except BaseException:
+            self._is_closed.set()
+            raise
 
     def barrier(self) -> None:
         """Wait until all ranks are here. The host waits, and for what the current stream holds."""
@@ -116,17 +124,19 @@ class Nccl(Communicator):
         if hasattr(self._comm, "Abort"):
             self._comm.Abort(1)
         self._is_closed.set()
-        self._nccl.abort()
+        if self._nccl is not None and self._called_at is None:  # or it would free what a call works with
+            self._nccl.abort()
         os._exit(1)
 
     def close(self) -> None:
         """Wait for what has begun, and for the device, and give NCCL's resources back."""
         super().close()
-        if not self._is_closed.is_set():
+        if self._nccl is not None:
             self.barrier()
-            with self._lock:
-                self._is_closed.set()
-                self._nccl.destroy()
+            with self._lock:  # the thread that watches asks it no more
+                nccl, self._nccl = self._nccl, None
+            self._called(nccl.destroy)
+            self._is_closed.set()
 
     def _reduce_scatter(self, send: Array, recv: Array) -> Finish:
         number = self._types[recv.dtype.name]
@@ -192,11 +202,14 @@ class Nccl(Communicator):
         with self.device.activate():
             self.device.xp.cuda.get_current_stream().wait_event(event)
 
-    def _called(self, function: Callable[..., Any], *arguments: Any) -> Any:
+    def _called(self, function: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
+        self._called_at = time.monotonic()
         try:
-            return function(*arguments)
+            return function(*arguments, **keywords)
         except self._module.NcclError as error:
             raise self._failed(str(error)) from error
+        finally:
+            self._called_at = None
 
     def _failed(self, trouble: str) -> DistributedError:
         argument = f"NCCL in rank {self.rank} of {self.size}"
@@ -205,8 +218,11 @@ class Nccl(Communicator):
 
     def _trouble(self) -> str | None:
         """What is wrong; None where nothing is. Asked by two threads."""
+        began, now = self._called_at, time.monotonic()
+        if began is not None and now - began > self._timeout:
+            return f"a call that has not returned for {now - began:.0f} s"
         with self._lock, self.device.activate():
-            if self._is_closed.is_set():
+            if self._nccl is None:
                 return None
             try:
                 self._nccl.check_async_error()

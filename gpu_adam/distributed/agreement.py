@@ -48,7 +48,7 @@ def agree(communicator: Communicator, what: Sequence[str]) -> None:
     lines = [each.split("\n") for each in gathered(communicator, text)]
     rank = next(rank for rank in range(communicator.size) if lines[rank] != lines[0])
     first, other = next(pair for pair in zip_longest(lines[0], lines[rank], fillvalue="nothing") if pair[0] != pair[1])
-    rule, remedy = f"must train what rank 0 does, {first}", "run the same program with the same arguments in all ranks"
+    rule, remedy = f"must do what rank 0 does, {first}", "run the same program with the same arguments in all ranks"
     raise DistributedError(f"rank {rank}", rule, other, remedy)
 
 

@@ -1,16 +1,17 @@
 """Checkpoints of several ranks: a directory with a file for each rank, or one file that a plain Adam loads.
 
-    meta.json                          what there is, and in which file each piece of it: the manifest
-    shard-000007-00002-of-00004.npz    generation 7: what rank 2 of 4 owned
+    meta.json                                   what there is, and in which file each piece of it: the manifest
+    shard-000007-5be1c0de-00002-of-00004.npz    generation 7: what rank 2 of 4 owned
 
 README.md has the format. A save goes through these stages, and all ranks go from one to the next, or none does:
 
-    rank 0 chooses a generation that no file has
+    rank 0 chooses a name for the save that no other has: the next generation, and a number drawn by lot
     every rank writes its file, beside those of the last save
     rank 0 reads the manifests of all files, and replaces meta.json
-    rank 0 removes the files of other generations
+    rank 0 removes all other files of ranks
 
-So meta.json tells at every moment of files that are all there, which nobody writes any more.
+So meta.json tells at every moment of files that are all there, which nobody writes any more: not even a process that
+outlives its killed job, whose files have other names.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ import functools
 import json
 import math
 import os
+import queue
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from itertools import islice, pairwise
 from typing import Any, NamedTuple
 
@@ -30,8 +33,9 @@ import numpy as np
 from gpu_adam.communicators import Communicator
 from gpu_adam.distributed.agreement import gathered, together
 from gpu_adam.distributed.layout import Piece
+from gpu_adam.distributed.pending_shards import PendingShards, Told
 from gpu_adam.distributed.shards import Shard
-from gpu_adam.errors import ArgumentTypeError, ArgumentValueError, CheckpointError
+from gpu_adam.errors import ArgumentTypeError, ArgumentValueError, CheckpointError, DistributedError
 from gpu_adam.kernels import dtype_named
 from gpu_adam.state import atomic_file, checkpoint, manifest, saving
 from gpu_adam.state.adam_state import VALUE, AdamState, unique_names
@@ -43,9 +47,12 @@ SHARDED = "sharded"
 """What the note of a directory calls the table of its files."""
 
 _KIND = "Adam shard"  # of the file of one rank, which no optimizer loads by itself
-_FILE = re.compile(r"shard-(\d{6,})-\d{5,}-of-\d{5,}\.npz")
+_FILE = re.compile(r"shard-(\d{6,})-[0-9a-f]{8}-\d{5,}-of-\d{5,}\.npz")
 _PIECE = re.compile(r"(.*)\[(\d+):(\d+)\]", re.DOTALL)
 _COPY = "restore the directory from a copy, or load another checkpoint"
+
+SECONDS = 600.0
+"""How long rank 0's thread looks for the files of other ranks once its own is written."""
 
 Range = tuple[int, int]
 """Elements of an array in C order: the first one, and the one after the last."""
@@ -217,34 +224,51 @@ class RankFiles:
 
     # Saving.
 
-    def save(self, path: PathOrFile, note: Callable[[], dict[str, Any]], *, variables: bool) -> None:
+    def save(
+        self, path: PathOrFile, note: Callable[[], dict[str, Any]], *, variables: bool, asynchronous: bool
+    ) -> PendingShards | None:
         """Write a generation of files into a directory.
 
         Args:
             path: the directory, the same one for all ranks; it is made where it does not exist.
             note: gives this rank's note.
             variables: whether to write the variables too.
+            asynchronous: whether threads write, and what tells when they have is returned.
 
         Raises:
             As `together`: on all ranks where one fails. Then the directory is as it was, but for files of which
             meta.json does not tell; unless meta.json could not be synced: then it is the old one or the new one.
         """
-        rank, ranks = self._communicator.rank, self._communicator.size
-        directory = _directory(path)
-        found = together(self._communicator, lambda: (note(), 0 if rank else _new_generation(directory)))
-        whole, (generation, *_) = self._joined(found[0]), map(int, gathered(self._communicator, str(found[1])))
+        communicator = self._communicator
+        rank, ranks, directory = communicator.rank, communicator.size, _directory(path)
+        own_note, turn = together(communicator, lambda: (note(), _Turn("", "") if rank else _next_turn(directory)))
+        whole, (label, *_) = self._joined(own_note), gathered(communicator, turn.label)
+        files = [_file_name(label, rank, ranks) for rank in range(ranks)]
+        read = together(communicator, lambda: self._pieces(variables=variables, lasting=asynchronous))
+        shapes = {name: list(variable.shape) for name, variable in self._variables.items()}
 
         def write() -> None:
             atomic_file.make_directory(directory)  # who has looked for it before rank 0 made it might not see it yet
-            about = {"kind": _KIND, "generation": generation, "rank": rank, "ranks": ranks}
-            file = os.path.join(directory, _file_name(generation, rank, ranks))
-            checkpoint.write(file, self._pieces(variables=variables), about)
+            about = {"kind": _KIND, "generation": _generation(label), "rank": rank, "ranks": ranks}
+            checkpoint.write(os.path.join(directory, files[rank]), read(), about)
 
-        together(self._communicator, write)
-        shapes = {name: list(variable.shape) for name, variable in self._variables.items()}
-        together(self._communicator, lambda: None if rank else _commit(directory, generation, ranks, whole, shapes))
+        def commit() -> None:
+            if rank == 0:
+                _commit(directory, turn, files, whole, shapes)
 
-    def gather(self, path: PathOrFile, note: Callable[[], dict[str, Any]], *, variables: bool) -> None:
+        def commit_when_all_are_there(told: Told) -> None:
+            if rank == 0 and _are_there(directory, files, told):
+                commit()
+
+        if asynchronous:
+            return PendingShards(communicator, write, commit_when_all_are_there)
+        together(communicator, write)
+        together(communicator, commit)
+        return None
+
+    def gather(
+        self, path: PathOrFile, note: Callable[[], dict[str, Any]], *, variables: bool, asynchronous: bool
+    ) -> PendingShards | None:
         """Write one file, as `Adam.save` does.
 
         Rank 0 takes host memory for all arrays, and device memory for one bucket of each of them at a time; the other
@@ -254,13 +278,22 @@ class RankFiles:
             path: the file, which rank 0 writes.
             note: gives this rank's note.
             variables: whether to write the variables too.
+            asynchronous: as of `save`.
         """
-        whole = self._joined(together(self._communicator, note))
-        specs = self._specs(variables=variables)
-        together(self._communicator, lambda: checkpoint.check(path, specs))
+        communicator = self._communicator
+        whole = self._joined(together(communicator, note))
+        specs, target = self._specs(variables=variables), saving.lasting_path(path)
+        together(communicator, lambda: checkpoint.check(target, specs))
         arrays = self._gathered(specs)
-        rank = self._communicator.rank
-        together(self._communicator, lambda: None if rank else checkpoint.write(path, arrays, whole))
+
+        def write() -> None:
+            if communicator.rank == 0:
+                checkpoint.write(target, arrays, whole)
+
+        if asynchronous:
+            return PendingShards(communicator, write, lambda told: None)
+        together(communicator, write)
+        return None
 
     def _joined(self, note: dict[str, Any]) -> dict[str, Any]:
         """This rank's note, with what the others' say of the variables that they own."""
@@ -274,19 +307,30 @@ class RankFiles:
         ordered = {name: groups[name] for name in self._variables if name in groups}
         return {**note, key: ordered, listed: [name for name in self._variables if name in never_decayed]}
 
-    def _pieces(self, *, variables: bool) -> dict[str, np.ndarray]:
-        """What this rank writes, by the names of arrays and pieces."""
-        pieces: dict[str, np.ndarray] = {}
-        for name, array in saving.reading(self._state.named(variables=variables), lasting=False)().items():
-            if (found := self._range_of(name)) is not None:
-                if array.size:
-                    pieces[_piece_name(name, found)] = array.reshape(-1)
-            elif self._communicator.rank == 0:  # all ranks have the same numbers
-                pieces[name] = array
+    def _pieces(self, *, variables: bool, lasting: bool) -> Callable[[], dict[str, np.ndarray]]:
+        """A function that gives what this rank writes, by the names of arrays and pieces.
+
+        Args:
+            variables: whether the variables are among it.
+            lasting: whether they may change before the function is called.
+        """
+        read = saving.reading(self._state.named(variables=variables), lasting=lasting)
+
+        def pieces() -> dict[str, np.ndarray]:
+            found: dict[str, np.ndarray] = {}
+            for name, array in read().items():
+                if (place := self._range_of(name)) is not None:
+                    if array.size:
+                        found[_piece_name(name, place)] = array.reshape(-1)
+                elif self._communicator.rank == 0:  # all ranks have the same numbers
+                    found[name] = array
+            return found | unowned
+
+        unowned: dict[str, np.ndarray] = {}
         if self._communicator.rank == 0:  # nobody owns an element of an empty variable
             for name, spec in self._specs(variables=variables).items():
                 if spec.size == 0:
-                    pieces[_piece_name(name, (0, 0))] = np.empty(0, spec.dtype)
+                    unowned[_piece_name(name, (0, 0))] = np.empty(0, spec.dtype)
         return pieces
 
     def _range_of(self, name: str) -> Range | None:
@@ -399,8 +443,24 @@ def _owned(shards: Iterable[Shard], rank: int) -> Iterator[tuple[Piece, Variable
 # Names.
 
 
-def _file_name(generation: int, rank: int, ranks: int) -> str:
-    return f"shard-{generation:06}-{rank:05}-of-{ranks:05}.npz"
+def _file_name(label: str, rank: int, ranks: int) -> str:
+    return f"shard-{label}-{rank:05}-of-{ranks:05}.npz"
+
+
+class _Turn(NamedTuple):
+    """A save among those into a directory.
+
+    Attributes:
+        label: what its files are called by, "000007-5be1c0de": the generation, and what no other save has.
+        last: the digest of the manifest that it is to replace; "" where there is no whole one.
+    """
+
+    label: str
+    last: str
+
+
+def _generation(label: str) -> int:
+    return int(label.partition("-")[0])
 
 
 def _piece_name(name: str, found: Range) -> str:
@@ -424,7 +484,7 @@ def _directory(path: PathOrFile) -> str:
     if not isinstance(path, (str, os.PathLike)):
         rule, got = "must be the path of a directory", type(path).__name__
         raise ArgumentTypeError("path", rule, got, "pass one, or gather=True for one file")
-    return os.fspath(path)
+    return os.path.abspath(os.fspath(path))  # the working directory may be another one when a thread writes
 
 
 def _read_manifest(directory: str | os.PathLike[str]) -> Manifest:
@@ -462,46 +522,72 @@ def _of_directory(title: str, path: str | os.PathLike[str], said: Manifest) -> C
     return Contents(title, said, note, kinds, digests, parts)
 
 
-def _new_generation(directory: str) -> int:
-    """A number that no file has. Files of saves that were not finished go first, for the disk may be full of them."""
+def _next_turn(directory: str) -> _Turn:
+    """That of a save that begins. Files of saves that were not finished go first, for the disk may be full of them."""
     if os.path.exists(directory) and not os.path.isdir(directory):
         rule, remedy = "must be a directory", "pass another name, or gather=True for one file"
         raise ArgumentValueError("path", rule, f"the file {directory}", remedy)
     atomic_file.make_directory(directory)
-    last = 0
+    digest, last = "", 0
     # Without a whole manifest nobody knows what is finished: then all files stay until there is one.
     with contextlib.suppress(FileNotFoundError, CheckpointError, KeyError, TypeError, ValueError):
-        last = int(_read_manifest(directory).meta[SHARDED]["generation"])
+        said = _read_manifest(directory)
+        digest, table = said.digest, said.meta[SHARDED]
+        last = int(table["generation"])
         atomic_file.sync_directory(directory)  # who wrote this meta.json may have been killed before it was durable
-        _remove_others(directory, last)
-    return max([last, *_generations(directory).values()]) + 1
+        _remove_others(directory, table["files"])
+    generation = max([last, *_generations(directory).values()]) + 1
+    return _Turn(f"{generation:06}-{os.urandom(4).hex()}", digest)
+
+
+def _are_there(directory: str, files: Sequence[str], told: Told) -> bool:
+    """Wait until the files of all ranks are there, or the other ranks tell that one will not come; whether they are.
+
+    Raises:
+        DistributedError: neither has happened in time.
+    """
+    names, begin, pause = set(files), time.monotonic(), 0.01
+    while missing := names.difference(os.listdir(directory)):
+        with contextlib.suppress(queue.Empty):
+            return told.get(timeout=pause)
+        pause = min(1.0, 2 * pause)
+        if time.monotonic() - begin > SECONDS:
+            rule, got = f"must have the files of all ranks {SECONDS:g} s after that of rank 0", f"no {min(missing)}"
+            remedy = "look for a rank that has died, has no room or is slow, and call wait() on all ranks"
+            raise DistributedError(directory, rule, got, remedy)
+    return True
 
 
 def _commit(
-    directory: str,
-    generation: int,
-    ranks: int,
-    note: Mapping[str, Any],
-    shapes: Mapping[str, list[int]],
+    directory: str, turn: _Turn, names: Sequence[str], note: Mapping[str, Any], shapes: Mapping[str, list[int]]
 ) -> None:
-    """Make a generation the one that is loaded, and remove the others."""
+    """Make a save the one that is loaded, and remove the files of others."""
     entries: dict[str, str] = {}
     files: dict[str, tuple[str, int]] = {}
-    for rank in range(ranks):
-        name = _file_name(generation, rank, ranks)
-        path = os.path.join(directory, name)
+    for rank, name in enumerate(names):
         try:
-            said, _ = checkpoint.read_all(path, ())
+            said, _ = checkpoint.read_all(os.path.join(directory, name), ())
         except FileNotFoundError as error:
             rule, got = "must be a directory that all ranks see", f"no file of rank {rank} seen by rank 0"
             raise ArgumentValueError("path", rule, got, "pass a directory of a shared file system") from error
         entries |= said.arrays
         files[name] = said.digest, len(said.arrays)
-    table = {"generation": generation, "files": files, "shapes": shapes}
+    table = {"generation": _generation(turn.label), "files": files, "shapes": shapes}
     text = manifest.text_of(entries, {**note, SHARDED: table})
+    atomic_file.sync_directory(directory)  # the names of all files are durable before meta.json tells of them
+    if _digest(directory) != turn.last:
+        rule, got = f"must have the {manifest.NAME} that was there when the save began", "that of another job"
+        raise CheckpointError(directory, rule, got, "let one job at a time save there")
     with atomic_file.written(os.path.join(directory, manifest.NAME)) as file:
         file.write(text.encode())
-    _remove_others(directory, generation)
+    _remove_others(directory, files)
+
+
+def _digest(directory: str) -> str:
+    """That of the directory's manifest; "" where there is no whole one."""
+    with contextlib.suppress(FileNotFoundError, CheckpointError):
+        return _read_manifest(directory).digest
+    return ""
 
 
 def _generations(directory: str) -> dict[str, int]:
@@ -510,10 +596,10 @@ def _generations(directory: str) -> dict[str, int]:
     return {name: int(match[1]) for name, match in found if match}
 
 
-def _remove_others(directory: str, generation: int) -> None:
-    """Remove the files of all generations but one, as far as the system lets us."""
-    for name, other in _generations(directory).items():
-        if other != generation:
+def _remove_others(directory: str, files: Container[str]) -> None:
+    """Remove the files of all saves but one, as far as the system lets us."""
+    for name in _generations(directory):
+        if name not in files:
             with contextlib.suppress(OSError):
                 os.unlink(os.path.join(directory, name))
     atomic_file.sweep(directory, _FILE.pattern)

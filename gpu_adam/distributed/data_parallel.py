@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from gpu_adam.adam import Adam
@@ -11,7 +11,9 @@ from gpu_adam.communicators import Communicator
 from gpu_adam.distributed.agreement import agree, check_communicator, described
 from gpu_adam.distributed.gathered import GatheredGradients
 from gpu_adam.errors import ArgumentTypeError, ArgumentValueError
+from gpu_adam.hyperparameters import OWN_SETTINGS
 from gpu_adam.rules import truth_value
+from gpu_adam.state.adam_state import AdamState
 from gpu_adam.state.atomic_file import PathOrFile
 from gpu_adam.state.pending_save import PendingSave
 from gpu_adam.step import request as requests
@@ -62,10 +64,12 @@ class DataParallelAdam(Adam):
     ) -> int | None:
         """Add the gradients of all ranks and update variables by the mean. Arguments and results are Adam's.
 
-        The first step compares what the ranks train. With `Mpi` the host waits for the other ranks in every step.
+        The first step compares what the ranks train, and so does a step by accumulated gradients, for which the host
+        waits: their variables and, where they are divided by it, the number of calls. With `Mpi` the host waits for the
+        other ranks in every step.
 
         Raises:
-            DistributedError: the first step finds that a rank trains something else; the engine failed.
+            DistributedError: a step that compares finds that a rank trains something else; the engine failed.
             And as Adam. What a gradient of this rank raises, before anything is sent, must end the job:
             ``with communicator:``.
         """
@@ -81,15 +85,21 @@ class DataParallelAdam(Adam):
             rule = "must be left out with accumulated gradients, which are divided already"
             raise ArgumentValueError("grad_scale", rule, "one", "pass it to accumulate")
         sums = self._accumulator.now()
-        pairs, own = sums.sums(), sums.taken(mean=self._flavour.accumulation == "mean")
-        return self._step_together(pairs, None, Incoming(None, None, own.calls * self._averaged, own.taken))
+        pairs, is_mean = sums.sums(), self._flavour.accumulation == "mean"
+        own = sums.taken(mean=is_mean)
+        incoming = Incoming(None, None, own.calls * self._averaged, own.taken)
+        what = f"the mean over {own.calls} calls of accumulate" if is_mean else "the sum of calls of accumulate"
+        return self._step_together(pairs, None, incoming, [what])
 
     @property
     def _averaged(self) -> int:
         """By how many ranks the sum is divided: all, or with ``accumulation="sum"`` one."""
         return self.communicator.size if self._flavour.accumulation == "mean" else 1
 
-    def _step_together(self, pairs: Iterable[Any], scale: Any, incoming: Incoming) -> int | None:
+    def _step_together(
+        self, pairs: Iterable[Any], scale: Any, incoming: Incoming, compared: Sequence[str] = ()
+    ) -> int | None:
+        """A step; the ranks compare what it is, besides pairs, where that is given."""
         pairs = requests.listed(pairs)
         request = requests.read(pairs, self._state.registry)
         if self.communicator.device.is_capturing():
@@ -97,13 +107,26 @@ class DataParallelAdam(Adam):
                 *("a step captured in a graph", "must not take gradients of several ranks"),
                 *("such a step", "step outside of graphs"),
             )
-        if not self._agreed:
-            agree(self.communicator, [*described(self), *_described_pairs(request)])
+        if compared or not self._agreed:
+            whole = () if self._agreed else (*described(self), *_described_groups(self._state))
+            agree(self.communicator, [*whole, *compared, *_described_pairs(request)])
             self._agreed = True
         # With the pairs that have none, of which the step warns.
         gathered = [*self._gathered.pairs(request), *(pair for pair in pairs if pair[0] is None)]
         rule = self._rule(1.0 if scale is None and incoming.calls > 1 else scale)
         return self._controller.step(gathered, rule, self._hyper, self._clip, incoming)
+
+    def set_group(self, variables: Iterable[Any], **settings: Any) -> None:
+        """As `Adam.set_group`, on all ranks alike: the next step compares the groups of the ranks."""
+        super().set_group(variables, **settings)
+        self._agreed = False
+
+    def exclude_from_weight_decay(
+        self, var_list: Iterable[Any] | None = None, var_names: Iterable[str] | None = None
+    ) -> None:
+        """As `Adam.exclude_from_weight_decay`, on all ranks alike: the next step compares."""
+        super().exclude_from_weight_decay(var_list, var_names)
+        self._agreed = False
 
     def save(self, path: PathOrFile, **options: Any) -> PendingSave | None:
         """As `Adam.save`, by rank 0 alone, for all ranks have the same state. Every rank may call it.
@@ -126,6 +149,13 @@ class DataParallelAdam(Adam):
         """
         remedy = "pass DataParallelAdam(communicator, **config)"
         raise ArgumentTypeError("from_config", "must have a communicator", "a configuration alone", remedy)
+
+
+def _described_groups(state: AdamState) -> list[str]:
+    names = state.variable_names()
+    groups = [f"{names[v]}: {each}" for v, each in state.settings.items() if each != OWN_SETTINGS]
+    never = [f"{name}: weights do not decay" for variable, name in names.items() if variable in state.never_decayed]
+    return [*sorted(groups), *never, f"weights with these names do not decay: {state.never_decayed_names}"]
 
 
 def _described_pairs(request: requests.Request) -> list[str]:

@@ -11,16 +11,18 @@ import numpy as np
 from gpu_adam import adam
 from gpu_adam.autodiff_seam import refuse_in_loss
 from gpu_adam.communicators import Communicator
-from gpu_adam.distributed.agreement import agree, check_communicator, described
+from gpu_adam.distributed.agreement import agree, check_communicator, described, gathered
 from gpu_adam.distributed.checkpoint import RankFiles, titles_of
 from gpu_adam.distributed.layout import buckets_of, table_bucket
-from gpu_adam.distributed.shards import ArrayShard, RepeatedGradients, Shard, Shards, TableShard
+from gpu_adam.distributed.pending_shards import PendingShards
+from gpu_adam.distributed.shards import ArrayShard, RepeatedGradients, Shard, Shards, TableShard, WholeShard
 from gpu_adam.errors import ArgumentTypeError, ArgumentValueError, SlotNotFoundError
-from gpu_adam.hyperparameters import OWN_SETTINGS, Settings
+from gpu_adam.hyperparameters import OWN_SETTINGS, Settings, checked_patterns
 from gpu_adam.kernels import UpdateRule
 from gpu_adam.rules import is_whole, items_of, one_of, shown, truth_value
 from gpu_adam.state import saving
 from gpu_adam.state.atomic_file import PathOrFile
+from gpu_adam.state.pending_save import second_save
 from gpu_adam.step.gradients import Incoming, OtherDtypeError, as_array, check_shape, dtype_read, on_device
 from gpu_adam.step.groups import SparseGroup
 from gpu_adam.step.guard import checked_scale
@@ -67,6 +69,7 @@ class ShardedAdam(adam.Adam):
                                       F is G, or 2 G for gradients of 16 bits, which are added in float32
         while a bucket travels, once more its G where gradients are ordered or of 16 bits
         tables take P + S / W and the slices on their way; where norms are taken, those of all ranks on each
+        a rank that is alone takes P + S: gradients are read where they lie
 
     Variables begin equal on all ranks (``communicator.broadcast(variable.value).wait()``), or a step mixes them. They
     are moved into flat arrays: what was taken as ``variable.value`` before is no part of them any more. Every variable
@@ -83,6 +86,9 @@ class ShardedAdam(adam.Adam):
             same bytes travel. Otherwise the engine adds in its own order: two orders of W float32 numbers differ by
             about 2 (W - 1) 2^-24 (sum of the absolute values) at most.
         bucket_bytes: of parameters that are exchanged at once.
+
+    Attributes:
+        communicator: as above.
 
     Raises:
         As `Adam`; ArgumentValueError for what is named above.
@@ -107,7 +113,8 @@ class ShardedAdam(adam.Adam):
             if getattr(flavour, name):
                 rule = "must be left out by an optimizer on several ranks"
                 raise ArgumentValueError(name, rule, getattr(flavour, name), "leave it out")
-        self._communicator, self._ordered = communicator, truth_value("deterministic", deterministic)
+        self.communicator: Communicator = communicator
+        self._ordered = truth_value("deterministic", deterministic)
         if not is_whole(bucket_bytes) or bucket_bytes < 1:
             rule = "must be a whole number >= 1"
             raise ArgumentValueError("bucket_bytes", rule, shown(bucket_bytes), "pass 2**25, say, or leave it out")
@@ -117,8 +124,8 @@ class ShardedAdam(adam.Adam):
         self._bucket_numbers: list[int] = []  # of each variable
         self._shards = Shards(communicator, self._parts_of)
         self._state.exchange = self._shards
-        self._pairs: list[tuple[Any, Variable]] | None = None
         self._repeated: RepeatedGradients | None = None
+        self._pending: PendingShards | None = None
 
     def _parts_of(self, dtype: np.dtype) -> int:
         return UpdateRule(complex_mode=self.complex_mode).layout(dtype, dtype).parts
@@ -158,8 +165,8 @@ class ShardedAdam(adam.Adam):
                     self._bucket_numbers[number] = len(self._shards.shards)
                 self._shards.add(shard)
                 pieces += shard.pieces
-        self._pairs = self._repeated = None
-        self._state.titles = titles_of(self._whole, self._shards.shards, self._communicator.rank)
+        self._repeated = None
+        self._state.titles = titles_of(self._whole, self._shards.shards, self.communicator.rank)
         super().build(pieces)
         masters = self._state.slots.get("master", {})
         for variable in new:
@@ -195,12 +202,13 @@ class ShardedAdam(adam.Adam):
     def _buckets(self, numbers: list[int]) -> list[Shard]:
         first = self._whole[numbers[0]]
         sizes = [self._whole[number].size for number in numbers]
-        ranks = self._communicator.size
+        ranks = self.communicator.size
         buckets = buckets_of(sizes, first.dtype.itemsize, ranks, self._bucket_bytes, numbers)
-        return [ArrayShard(bucket, self._whole, self._communicator) for bucket in buckets]
+        kind = WholeShard if ranks == 1 else ArrayShard
+        return [kind(bucket, self._whole, self.communicator) for bucket in buckets]
 
     def _table(self, number: int) -> list[Shard]:
-        variable, communicator = self._whole[number], self._communicator
+        variable, communicator = self._whole[number], self.communicator
         rows = len(variable)
         bucket = table_bucket(rows, variable.size // rows if rows else 0, communicator.size, number)
         defers = self.flavour.sparse_update == "deferred"
@@ -213,14 +221,14 @@ class ShardedAdam(adam.Adam):
         if variable.constraint is not None and self.flavour.master_weights:
             rule, got = "must do without a constraint, which changes no master", f"{variable.name!r} with one"
             raise ArgumentValueError(argument, rule, got, "leave master_weights out, or the constraint")
-        if variable.device is not self._communicator.device:
-            rule, remedy = f"must lie on the communicator's device, {self._communicator.device.name}", "create it there"
+        if variable.device is not self.communicator.device:
+            rule, remedy = f"must lie on the communicator's device, {self.communicator.device.name}", "create it there"
             raise ArgumentValueError(argument, rule, variable.device.name, remedy)
 
     def _agree(self, variables: Sequence[str]) -> None:
         """Raise DistributedError where other ranks build other variables, or have another configuration."""
         options = [f"deterministic = {self._ordered}", f"bucket_bytes = {self._bucket_bytes}"]
-        agree(self._communicator, [*described(self), *options, *variables])
+        agree(self.communicator, [*described(self), *options, *variables])
 
     def _number_of(self, variable: Any, argument: str) -> int:
         number = self._numbers.get(variable) if isinstance(variable, Variable) else None
@@ -240,9 +248,10 @@ class ShardedAdam(adam.Adam):
         Args:
             variable: a variable that was built.
             gradient: an array of the variable's shape, as of `Adam.apply_gradients`. All of a bucket have the dtype of
-                the first one. `IndexedSlices` of the rows that this rank has gradients for, none of them out of range,
-                for a variable that was built as one of `tables`; for another one they are written out, unless gradients
-                are clipped by norm.
+                the first one. Nobody writes to it before `apply_gradients` has returned: a rank that is alone reads it
+                then, where it lies. `IndexedSlices` of the rows that this rank has gradients for, none of them out of
+                range, for a variable that was built as one of `tables`; for another one they are written out, unless
+                gradients are clipped by norm.
 
         Raises:
             ArgumentTypeError, ArgumentValueError: what does not fit; a second gradient of the variable for one step.
@@ -269,8 +278,11 @@ class ShardedAdam(adam.Adam):
             raise ArgumentValueError(f"the gradient of variable {variable.name!r}", rule, got, remedy)
         if is_table:
             return number, self._checked_slices(gradient, variable)
+        dtype = dtype_read(gradient, variable)
+        if variable.device.is_plain(gradient, dtype) and gradient.shape == variable.shape:
+            return number, gradient
         try:
-            array = as_array(gradient, variable, dtype_read(gradient, variable))
+            array = as_array(gradient, variable, dtype)
         except OtherDtypeError:  # an object that does not tell its array's
             array = on_device(gradient, variable.device, f"gradient of variable {variable.name!r}", None)
         check_shape(array, variable.shape, variable)
@@ -295,8 +307,11 @@ class ShardedAdam(adam.Adam):
             if dtype != wanted:
                 rule = f"must have dtype {wanted.name}, as the others with which it travels"
                 raise ArgumentValueError(argument, rule, dtype.name, "cast it")
+        given = dict[Shard, dict[int, Any]]()
         for number, gradient in checked:
-            self._shard_of(number).push(number, gradient)
+            given.setdefault(self._shard_of(number), {})[number] = gradient
+        for shard, gradients in given.items():
+            shard.push(gradients)
         self._begin_complete()
 
     def _begin_complete(self) -> None:
@@ -337,22 +352,20 @@ class ShardedAdam(adam.Adam):
                 step, with some variables updated: the job is to end, as by ``with communicator:``.
         """
         refuse_in_loss("apply_gradients")
-        refuse_in_capture(self._communicator.device, "a step of several ranks")
+        refuse_in_capture(self.communicator.device, "a step of several ranks")
         scale = None if grad_scale is None else checked_scale(grad_scale)
         given = [] if grads_and_vars is None else listed(grads_and_vars)
         if self._repeated is not None and self._repeated.take(given):
             self._begin_complete()
         else:
-            pairs = map(checked_pair, given, itertools.count())
-            self._take([(gradient, variable) for gradient, variable in pairs if gradient is not None])
-        if self._pairs is None or any(isinstance(shard, TableShard) for shard in self._shards.shards):
-            self._pairs = [
-                pair for shard in self._shards.shards for pair in zip(shard.gradients(), shard.pieces, strict=True)
-            ]
-        calls = self._communicator.size if self.flavour.accumulation == "mean" else 1
+            found = map(checked_pair, given, itertools.count())
+            self._take([(gradient, variable) for gradient, variable in found if gradient is not None])
+        shards = self._shards.shards
+        pairs = [pair for shard in shards for pair in zip(shard.gradients(), shard.pieces, strict=True)]
+        calls = self.communicator.size if self.flavour.accumulation == "mean" else 1
         update = self._rule(1.0 if scale is None and calls > 1 else scale)
         incoming = Incoming(scale, calls=calls)
-        done = self._controller.step(self._pairs, update, self._hyper, self._clip, incoming)
+        done = self._controller.step(pairs, update, self._hyper, self._clip, incoming)
         self._shards.all_arrived()
         for variable in self._whole:
             variable.constrain()
@@ -370,7 +383,7 @@ class ShardedAdam(adam.Adam):
             raise ArgumentValueError("gradients", rule, got, "pass zeros where a variable has none")
         self._push(checked)
         if len(checked) == len(self._whole):
-            self._repeated = RepeatedGradients.of(self._shards.shards, pairs, checked, self._communicator.device)
+            self._repeated = RepeatedGradients.of(self._shards.shards, pairs, checked, self.communicator.device)
 
     # What is said of variables reaches the pieces of them that this rank owns.
 
@@ -379,10 +392,12 @@ class ShardedAdam(adam.Adam):
         number = self._number_of(variable, argument)
         return self._shard_of(number).piece_of(number)
 
-    def _pieces_of(self, variables: Any, argument: str) -> list[Variable]:
-        listed = [variables] if isinstance(variables, Variable) else list(variables)
+    def _pieces_of(self, variables: Any, argument: str, call: str) -> list[Variable]:
+        """What this rank owns of variables, for a call that all ranks make alike, or DistributedError."""
+        listed = [] if variables is None else [variables] if isinstance(variables, Variable) else list(variables)
         self.build(listed)
         found = [self._piece_of(each, f"{argument}[{number}]") for number, each in enumerate(listed)]
+        agree(self.communicator, [f"{call} of {None if variables is None else [each.name for each in listed]}"])
         return [piece for piece in found if piece is not None]
 
     def get_slot(self, var: Any, slot_name: str) -> Variable:
@@ -394,17 +409,21 @@ class ShardedAdam(adam.Adam):
         """
         piece = self._piece_of(var, "var")
         if piece is None:
-            rank, remedy = self._communicator.rank, "ask the rank that does; save(gather=True) has all"
+            rank, remedy = self.communicator.rank, "ask the rank that does; save(gather=True) has all"
             got = f"nothing on rank {rank}"
             raise SlotNotFoundError(f"slot {slot_name!r} of variable {var.name!r}", "must be owned", got, remedy)
         return super().get_slot(piece, slot_name)
 
     def set_group(self, variables: Iterable[Any], **settings: Any) -> None:
-        """As `Adam.set_group`, on all ranks alike. ``sparse_update`` is the optimizer's argument, for all tables."""
+        """As `Adam.set_group`, on all ranks alike. ``sparse_update`` is the optimizer's argument, for all tables.
+
+        Raises:
+            As `Adam.set_group`; DistributedError: another rank does otherwise.
+        """
         if "sparse_update" in settings:
             rule, remedy = "must be the same for all tables of an optimizer on several ranks", "pass it to ShardedAdam"
             raise ArgumentValueError("sparse_update", rule, "one of a group", remedy)
-        super().set_group(self._pieces_of(variables, "variables"), **settings)
+        super().set_group(self._pieces_of(variables, "variables", f"set_group({settings})"), **settings)
 
     def get_group(self, variable: Any) -> Settings:
         """As `Adam.get_group`; of a variable of which this rank owns something.
@@ -421,13 +440,23 @@ class ShardedAdam(adam.Adam):
     def exclude_from_weight_decay(
         self, var_list: Iterable[Any] | None = None, var_names: Iterable[str] | None = None
     ) -> None:
-        """As `Adam.exclude_from_weight_decay`, on all ranks alike."""
-        pieces = None if var_list is None else self._pieces_of(var_list, "var_list")
-        super().exclude_from_weight_decay(pieces, var_names)
+        """As `Adam.exclude_from_weight_decay`, on all ranks alike.
+
+        Raises:
+            As `Adam.exclude_from_weight_decay`; DistributedError: another rank does otherwise.
+        """
+        patterns = checked_patterns(var_names)
+        pieces = self._pieces_of(var_list, "var_list", f"exclude_from_weight_decay(var_names={patterns})")
+        super().exclude_from_weight_decay(pieces, patterns)
 
     def overwrite_by_averages(self, var_list: Iterable[Any] | None = None) -> None:
-        """As `Adam.overwrite_by_averages`, on all ranks alike and at the same time."""
-        super().overwrite_by_averages(None if var_list is None else self._pieces_of(var_list, "var_list"))
+        """As `Adam.overwrite_by_averages`, on all ranks alike and at the same time.
+
+        Raises:
+            As `Adam.overwrite_by_averages`; DistributedError: another rank does otherwise.
+        """
+        pieces = self._pieces_of(var_list, "var_list", "overwrite_by_averages")
+        super().overwrite_by_averages(None if var_list is None else pieces)
         self._hand_on()
 
     finalize_variable_values = overwrite_by_averages
@@ -450,7 +479,7 @@ class ShardedAdam(adam.Adam):
         on_busy: str = "wait",
         user: Mapping[str, Any] | None = None,
         gather: bool = False,
-    ) -> None:
+    ) -> PendingShards | None:
         """Write iterations, slots and configuration into a directory, each rank what it owns: see README.md here.
 
         Every rank makes the call. A program that is killed at any moment leaves this save or the last one, never a
@@ -460,42 +489,64 @@ class ShardedAdam(adam.Adam):
             path: a directory that all ranks see, which is made where it does not exist and has one checkpoint; with
                 `gather` a file as of `Adam.save`, which rank 0 writes.
             variables: whether to write the variables too, each rank its part.
-            asynchronous: must be False: when the files of all ranks are there they have to agree that they are.
-            on_busy: of no effect: no save is at work.
+            asynchronous: whether to return while a thread of each rank writes. The state is copied in the order of the
+                current stream, with `gather` to rank 0's host memory, and `check_errors` is left to the caller.
+            on_busy: what to do while an earlier asynchronous save is at work on some rank: "wait" or "error".
             user: as of `Adam.save`; that of rank 0 counts.
             gather: whether to write one file, which a plain `Adam` loads too. Rank 0 takes host memory for all arrays,
                 and device memory for an array of one bucket at a time.
 
+        Returns:
+            With `asynchronous` a `PendingShards`, whose `wait()` all ranks call: it returns when the checkpoint is
+            there, and raises on all ranks what has prevented it. The next save waits, too, and raises it where nobody
+            has waited; so does the end of ``with communicator:``, which does not raise. The checkpoint does not wait
+            for these: it is there when all files are.
+
         Raises:
-            ArgumentTypeError, ArgumentValueError: as `Adam.save`; `asynchronous`; gradients that were handed over wait
-                for their step; a directory that not all ranks see.
+            ArgumentTypeError, ArgumentValueError: as `Adam.save`; gradients that were handed over wait for their step;
+                a directory that not all ranks see.
+            CheckpointError: another job has saved there meanwhile.
+            DistributedError: another rank calls with other arguments than `path` and `user`.
+            ConcurrentStepError: another save is at work, with ``on_busy="error"``, on all ranks.
             OSError: the file system refuses on some rank; what was saved before is still there.
             SparseIndexError: as `check_errors`, on all ranks.
         """
-        if asynchronous:
-            rule, remedy = "must be False on several ranks", "save less often, or where nobody waits"
-            raise ArgumentValueError("asynchronous", rule, asynchronous, remedy)
         one_of("on_busy", on_busy, ("wait", "error"))
         self._check_ready("save", variables)
-        refuse_in_capture(self._communicator.device, "save")
+        refuse_in_capture(self.communicator.device, "save")
+        options = {"variables": variables, "asynchronous": asynchronous, "gather": gather, "on_busy": on_busy}
+        agree(self.communicator, [f"save with {options}"])
+        self._end_pending_save(on_busy)
 
         def note() -> dict[str, Any]:
-            self._controller.check_errors()
+            if not asynchronous:
+                self._controller.check_errors()
             self._controller.guards.settle_inside()
             return saving.note_of(self._state, self.flavour, self.get_config(), user)
 
         with self._state.alone():
             files = self._files()
-            if gather:
-                files.gather(path, note, variables=variables)
-            else:
-                files.save(path, note, variables=variables)
+            write = files.gather if gather else files.save
+            self._pending = write(path, note, variables=variables, asynchronous=asynchronous)
+            return self._pending
+
+    def _end_pending_save(self, on_busy: str) -> None:
+        """As `AdamState.end_pending_save`, on all ranks alike."""
+        pending = self._pending
+        if pending is None:
+            return
+        if on_busy == "error" and not all(map(int, gathered(self.communicator, f"{pending.done:d}"))):
+            raise second_save()
+        self._pending = None
+        pending.join()
+        pending.raise_untold()
 
     def load(self, path: PathOrFile, *, variables: bool = False) -> None:
         """Read what `save` wrote, on any number of ranks, or a file of `Adam.save`; the slots must exist: see `build`.
 
         Every rank makes the call, reads what it owns, and gets the others' part of the variables from them. Where a
-        rank finds that something is damaged or does not fit, all raise, and nothing has changed on any of them.
+        rank finds that something is damaged or does not fit, all raise, and nothing has changed on any of them. A save
+        that is at work is waited for.
 
         Args:
             path: the directory, or a file of version 2.
@@ -505,9 +556,13 @@ class ShardedAdam(adam.Adam):
             FileNotFoundError: there is no such file, or no finished save in the directory.
             ArgumentValueError: gradients that were handed over wait for their step.
             CheckpointError: as `Adam.load`; files of another save than the directory's manifest tells of.
+            DistributedError: only some ranks read the variables, too.
         """
         refuse_in_loss("load")
         self._check_ready("load", variables)
+        agree(self.communicator, [f"load with {{'variables': {variables}}}"])
+        if self._pending is not None:
+            self._pending.join()
         with self._state.alone():
             self._controller.guards.settle_inside()
             self._files().loading(path, variables=variables)()
@@ -515,7 +570,7 @@ class ShardedAdam(adam.Adam):
                 self._hand_on()
 
     def _files(self) -> RankFiles:
-        return RankFiles(self._communicator, self._state, self._whole, self._shards.shards)
+        return RankFiles(self.communicator, self._state, self._whole, self._shards.shards)
 
     def _check_ready(self, call: str, variables: bool) -> None:
         """Raise ArgumentValueError where a step has begun; if variables are saved or loaded, where one was moved."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -99,8 +99,8 @@ class Shard(ABC):
         return None
 
     @abstractmethod
-    def push(self, number: int, gradient: Any) -> None:
-        """Take a variable's gradient for the next step."""
+    def push(self, gradients: Mapping[int, Any]) -> None:
+        """Take the gradients of some variables, by number, for the next step."""
 
     @abstractmethod
     def begin(self, *, ordered: bool, joins: bool) -> None:
@@ -122,11 +122,15 @@ class Shard(ABC):
 
     @abstractmethod
     def gradients(self) -> list[Any]:
-        """The gradient of each piece, to be read when `arrive` has been called."""
+        """The gradient of each piece, to be read when `arrive` has been called, until `taken` is."""
 
     @abstractmethod
     def arrive(self) -> None:
         """Wait for the gradients."""
+
+    def taken(self) -> None:
+        """Lack all gradients: a step has taken them."""
+        self.lacks = set(self.bucket.variables)
 
     def depart(self) -> None:
         """Begin to give this rank's parameters to the others."""
@@ -149,6 +153,8 @@ class ArrayShard(Shard):
         super().__init__(bucket, variables, communicator)
         self._to_send: Array | None = None
         self._received: Array | None = None
+        self._targets: dict[int, Array] = {}
+        self._sums: list[Array] = []
         self._arriving: Pending | None = None
 
     @property
@@ -156,19 +162,20 @@ class ArrayShard(Shard):
         """See `Shard`."""
         return None if self._to_send is None else self._to_send.dtype
 
-    def push(self, number: int, gradient: Array) -> None:
-        """See `Shard`: it is copied beside the others."""
+    def push(self, gradients: Mapping[int, Array]) -> None:
+        """See `Shard`: they are copied beside each other."""
         if self._to_send is None:
-            device, ranks = self._device, self._communicator.size
-            self._to_send = device.zeros((ranks * self.bucket.shard,), gradient.dtype)
-            self._received = device.zeros((self.bucket.shard,), sum_dtype(gradient.dtype))
-        self._device.copy_call([self.place_of(number)], [gradient.reshape(-1)])()
-        self.lacks.discard(number)
+            self._make_room(next(iter(gradients.values())).dtype)
+        self._device.copy_call([self._targets[number] for number in gradients], list(gradients.values()))()
+        self.lacks -= gradients.keys()
 
-    def place_of(self, number: int) -> Array:
-        """Where a variable's gradient is copied to, one-dimensional, once there was one in the bucket."""
-        assert self._to_send is not None
-        return self._to_send[self._places[number]]
+    def _make_room(self, dtype: np.dtype) -> None:
+        shard, communicator = self.bucket.shard, self._communicator
+        self._to_send = sent = self._device.zeros((communicator.size * shard,), dtype)
+        self._targets = {n: sent[place].reshape(self._arrays[n].shape) for n, place in self._places.items()}
+        self._received = received = self._device.zeros((shard,), sum_dtype(dtype))
+        begins = [piece.offset - communicator.rank * shard for piece in self.own]
+        self._sums = [received[begin : begin + piece.size] for begin, piece in zip(begins, self.own, strict=True)]
 
     def begin(self, *, ordered: bool, joins: bool) -> None:
         """See `Shard`."""
@@ -179,9 +186,7 @@ class ArrayShard(Shard):
 
     def gradients(self) -> list[Array]:
         """See `Shard`: the same arrays at every step."""
-        assert self._received is not None
-        first = self._communicator.rank * self.bucket.shard
-        return [self._received[piece.offset - first : piece.offset - first + piece.size] for piece in self.own]
+        return self._sums
 
     def arrive(self) -> None:
         """See `Shard`."""
@@ -190,30 +195,69 @@ class ArrayShard(Shard):
             pending.wait()
 
 
+class WholeShard(Shard):
+    """A bucket of variables whose gradients are arrays, on the only rank: its own gradients are read where they lie."""
+
+    def __init__(self, bucket: Bucket, variables: Sequence[Variable], communicator: Communicator) -> None:
+        super().__init__(bucket, variables, communicator)
+        self._dtype: np.dtype | None = None
+        self._gradients: dict[int, Array] = {}
+
+    @property
+    def gradient_dtype(self) -> np.dtype | None:
+        """See `Shard`."""
+        return self._dtype
+
+    def push(self, gradients: Mapping[int, Array]) -> None:
+        """See `Shard`."""
+        if self._dtype is None:
+            self._dtype = next(iter(gradients.values())).dtype
+        self._gradients.update(gradients)
+        self.lacks -= gradients.keys()
+
+    def begin(self, *, ordered: bool, joins: bool) -> None:
+        """See `Shard`: they are where they are read."""
+
+    def gradients(self) -> list[Array]:
+        """See `Shard`."""
+        return [self._gradients[piece.variable].reshape(-1) for piece in self.own]
+
+    def arrive(self) -> None:
+        """See `Shard`."""
+
+    def taken(self) -> None:
+        """See `Shard`. Whose gradients they are may free them."""
+        super().taken()
+        self._gradients.clear()
+
+    def depart(self) -> None:
+        """See `Shard`: there are no others."""
+
+
 class RepeatedGradients:
-    """Gradients for the variables of an earlier step, in its order, which are recognised and copied all at once.
+    """Gradients for the variables of an earlier step, in its order, which are recognised and handed over all at once.
 
     Args:
         shards: all of the optimizer.
         pairs: of the earlier step, one for each variable.
-        checked: for each pair the variable's number, and its gradient as it was copied.
+        checked: for each pair the variable's number, and its gradient as it was handed over.
         device: of the arrays.
     """
 
     def __init__(
         self,
-        shards: Sequence[ArrayShard],
+        shards: Sequence[Shard],
         pairs: Sequence[tuple[Any, Variable]],
         checked: Sequence[tuple[int, Array]],
         device: Device,
     ) -> None:
-        self._shards, self._device, count = shards, device, len(pairs)
+        self._device, count = device, len(pairs)
         arrays = [array for _, array in checked]
         targets, shapes = [variable for _, variable in pairs], [array.shape for array in arrays]
         expected = ExpectedPairs(targets, [None] * count, [None] * count, shapes, [array.dtype for array in arrays])
         self._read, self._arrays = device.pair_reader(expected), [variable._storage for variable in targets]
-        shard_of = {number: shard for shard in shards for number in shard.bucket.variables}
-        self._places = [shard_of[number].place_of(number).reshape(array.shape) for number, array in checked]
+        place_of = {number: place for place, (number, _) in enumerate(checked)}
+        self._shards = [(shard, {number: place_of[number] for number in shard.bucket.variables}) for shard in shards]
 
     @classmethod
     def of(
@@ -224,27 +268,24 @@ class RepeatedGradients:
         device: Device,
     ) -> RepeatedGradients | None:
         """What recognises such a step; None where gradients were no arrays of the device, as they will not be again."""
-        dense = [shard for shard in shards if isinstance(shard, ArrayShard)]
+        are_arrays = not any(isinstance(shard, TableShard) for shard in shards)
         as_given = all(array is gradient for (_, array), (gradient, _) in zip(checked, pairs, strict=True))
-        if len(dense) < len(shards) or not as_given:
-            return None
-        return cls(dense, pairs, checked, device)
+        return cls(shards, pairs, checked, device) if are_arrays and as_given else None
 
     def take(self, pairs: Sequence[Any]) -> bool:
-        """Copy the gradients into their buckets; False, and nothing has changed, where they are not such ones."""
+        """Hand the gradients over; False, and nothing has changed, where they are not such ones."""
         addresses = self._read(pairs)
         if addresses is None or not addresses.all():
             return False
         gradients = [gradient for gradient, _ in pairs]
         kind = self._device.xp.ndarray  # tensors of torch have addresses, too
-        has_begun = any(len(shard.lacks) < len(shard.bucket.variables) for shard in self._shards)
+        has_begun = any(len(shard.lacks) < len(shard.bucket.variables) for shard, _ in self._shards)
         if has_begun or not all(type(gradient) is kind for gradient in gradients):
             return False
         if not all(variable._storage is array for (_, variable), array in zip(pairs, self._arrays, strict=True)):
             return False  # another optimizer has moved some
-        self._device.copy_call(self._places, gradients)()
-        for shard in self._shards:
-            shard.lacks.clear()
+        for shard, places in self._shards:
+            shard.push({number: gradients[place] for number, place in places.items()})
         return True
 
 
@@ -291,10 +332,11 @@ class TableShard(Shard):
         """See `Shard`."""
         return self._dtype
 
-    def push(self, number: int, gradient: IndexedSlices) -> None:
+    def push(self, gradients: Mapping[int, IndexedSlices]) -> None:
         """See `Shard`."""
-        self._slices, self._dtype = gradient, gradient.values.dtype
-        self.lacks.discard(number)
+        (self._slices,) = gradients.values()
+        self._dtype = self._slices.values.dtype
+        self.lacks.clear()
 
     def begin(self, *, ordered: bool, joins: bool) -> None:
         """See `Shard`."""
@@ -515,4 +557,4 @@ class Shards:
         """To be called when a step has taken all gradients: it may be made anew until then, where it has failed."""
         self._begun = 0
         for shard in self.shards:
-            shard.lacks = set(shard.bucket.variables)
+            shard.taken()

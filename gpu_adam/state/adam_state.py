@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 
 from gpu_adam.devices import Array, Device
-from gpu_adam.errors import ArgumentValueError, ConcurrentStepError, SlotNotFoundError
+from gpu_adam.errors import ArgumentValueError, SlotNotFoundError
 from gpu_adam.hyperparameters import OWN_SETTINGS, REPLAYS, SPARSE_UPDATES, AnySettings, Cohort
 from gpu_adam.kernels import UpdateRule, slots_of
 from gpu_adam.loss_scale import check_scale
 from gpu_adam.state.counter import checked_count
 from gpu_adam.state.door import Door
-from gpu_adam.state.pending_save import PendingSave
+from gpu_adam.state.pending_save import PendingSave, second_save
 from gpu_adam.state.registry import Registry
 from gpu_adam.state.slots import as_slot, beside, is_beside
 from gpu_adam.uninterrupted import Call, make_all
@@ -262,8 +262,7 @@ class AdamState:
         if pending is None:
             return
         if on_busy == "error" and not pending.done:
-            rule, remedy = "must not be called while a save is at work", "wait for that one, or pass on_busy='wait'"
-            raise ConcurrentStepError("save", rule, "a second one", remedy)
+            raise second_save()
         pending.join()
         self.raise_error_of_save()
 

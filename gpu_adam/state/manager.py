@@ -59,7 +59,7 @@ class CheckpointManager:
 
     Args:
         directory: of the files; it is made where it does not exist. Files of other names in it are left alone.
-        optimizer: an `Adam`, with its variables built where a file is to be restored.
+        optimizer: an `Adam` of one process, with its variables built where a file is to be restored.
         variables: whether the variables are saved and restored, too.
         every_steps: >= 1; save when a multiple of it was reached or passed since the last save. None: not by steps.
         every_seconds: > 0; save when so much time has passed since the last save began. None: not by time.
@@ -73,7 +73,8 @@ class CheckpointManager:
     which waits for the device, only where a save would be due if no step had been left out.
 
     Raises:
-        ArgumentTypeError, ArgumentValueError: a number of the wrong kind, or outside its range.
+        ArgumentTypeError, ArgumentValueError: a number of the wrong kind, or outside its range; an optimizer with a
+            communicator, whose ranks would not save at the same time.
         OSError: the directory cannot be made.
     """
 
@@ -86,6 +87,9 @@ class CheckpointManager:
         every_seconds: float | None = None,
         keep: int | None = None,
     ) -> None:
+        if hasattr(optimizer, "communicator"):
+            rule, remedy = "must be of one process", "call its save on all ranks, every so many steps"
+            raise ArgumentValueError("optimizer", rule, type(optimizer).__name__, remedy)
         self._every_steps = _whole_number("every_steps", every_steps)
         self._every_seconds = every_seconds
         if every_seconds is not None:

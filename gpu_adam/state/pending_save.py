@@ -7,6 +7,8 @@ import threading
 import weakref
 from collections.abc import Callable
 
+from gpu_adam.errors import ConcurrentStepError
+
 
 class PendingSave:
     """A save that may still be at work.
@@ -49,6 +51,12 @@ class PendingSave:
         """Raise the error of a save that has ended, unless it was raised before."""
         if not self._outcome.is_told:
             self.wait()
+
+
+def second_save() -> ConcurrentStepError:
+    """What a save raises that must not wait for another one."""
+    rule, remedy = "must not be called while a save is at work", "wait for that one, or pass on_busy='wait'"
+    return ConcurrentStepError("save", rule, "a second one", remedy)
 
 
 class _Outcome:

@@ -81,12 +81,16 @@ def writing(
     Raises:
         ArgumentTypeError, ArgumentValueError: what the file cannot hold.
     """
-    if isinstance(path, (str, bytes, os.PathLike)):
-        path = os.path.abspath(os.fsdecode(path))  # the working directory may be another one by then
+    path = lasting_path(path)
     named = state.named(variables=variables)
     checkpoint.check(path, named)
     read = reading(named, lasting=lasting)
     return lambda: checkpoint.write(path, read(), note)
+
+
+def lasting_path(path: PathOrFile) -> PathOrFile:
+    """The same file for a thread that writes it later, when the working directory may be another one."""
+    return os.path.abspath(os.fsdecode(path)) if isinstance(path, (str, bytes, os.PathLike)) else path
 
 
 def reading(named: Mapping[str, Variable], *, lasting: bool) -> Callable[[], dict[str, np.ndarray]]:

@@ -3,6 +3,7 @@
 The work is enqueued on the stream that it is given: an event that is missing shows where a driver takes its time.
 """
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -38,6 +39,8 @@ class Nccl:
         log: the calls: name and arguments.
         error: raised by the next call, if there is one.
         asynchronous_error: raised when it is asked for.
+        blocking: the name of a call that does not return before `returns` is set.
+        returns: lets it.
     """
 
     available = True
@@ -49,6 +52,7 @@ class Nccl:
         self.cupy, self.log = cupy, list[Entry]()
         self.error: str | None = None
         self.asynchronous_error: str | None = None
+        self.blocking, self.returns = "", threading.Event()
         self.group: list[Entry] | None = None
         self.size, self.rank = 0, 0
 
@@ -56,19 +60,25 @@ class Nccl:
         """2.27.7."""
         return 22707
 
+    def note(self, name: str, *arguments: Any) -> None:
+        """Write a call down, and return late where it is to block."""
+        self.log.append((name, *arguments))
+        if name == self.blocking:
+            assert self.returns.wait(30)
+
     def get_unique_id(self) -> bytes:
         """The id of a new communicator."""
-        self.log.append(("get_unique_id",))
+        self.note("get_unique_id")
         return ID
 
     def groupStart(self) -> None:  # noqa: N802  (NCCL's name)
         """Begin calls that belong together."""
-        self.log.append(("groupStart",))
+        self.note("groupStart")
         self.group = []
 
     def groupEnd(self) -> None:  # noqa: N802
         """Make them. Every rank sends what this one sends: what comes from one is what this one has for itself."""
-        self.log.append(("groupEnd",))
+        self.note("groupEnd")
         moves, self.group = self.group or [], None
         sent = {peer: (pointer, count) for name, pointer, count, _, peer, _ in moves if name == "send"}
         for name, pointer, count, number, _peer, stream in moves:
@@ -81,7 +91,7 @@ class Nccl:
 
     def NcclCommunicator(self, size: int, identity: bytes, rank: int) -> "Communicator":  # noqa: N802
         """A communicator."""
-        self.log.append(("NcclCommunicator", size, identity, rank))
+        self.note("NcclCommunicator", size, identity, rank)
         self.size, self.rank = size, rank
         return Communicator(self)
 
@@ -103,7 +113,7 @@ class Communicator:
         self._nccl = nccl
 
     def _called(self, name: str, *arguments: Any) -> None:
-        self._nccl.log.append((name, *arguments))
+        self._nccl.note(name, *arguments)
         if self._nccl.error is not None:
             raise NcclError(self._nccl.error)
 
@@ -150,11 +160,11 @@ class Communicator:
 
     def abort(self) -> None:
         """Stop the kernels."""
-        self._nccl.log.append(("abort",))
+        self._nccl.note("abort")
 
     def destroy(self) -> None:
         """Give everything back."""
-        self._nccl.log.append(("destroy",))
+        self._nccl.note("destroy")
 
 
 class Comm:

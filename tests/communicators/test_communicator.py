@@ -125,7 +125,7 @@ def test_what_lies_on_another_device_is_refused(gpu: Device) -> None:
 
 def test_a_pending_operation_keeps_its_arrays_and_closing_waits_for_it() -> None:
     communicator, finished = Alone("host"), list[int]()
-    pending = communicator._begun(functools.partial(finished.append, 1))
+    pending = communicator.begun(functools.partial(finished.append, 1))
     assert communicator._under_way
     communicator.close()
     assert finished == [1]
@@ -136,7 +136,7 @@ def test_a_pending_operation_keeps_its_arrays_and_closing_waits_for_it() -> None
 
 def test_an_operation_that_fails_is_still_under_way() -> None:
     communicator = Alone("host")
-    pending = communicator._begun(functools.partial(int, "x"))
+    pending = communicator.begun(functools.partial(int, "x"))
     for _ in range(2):
         with pytest.raises(ValueError, match="invalid literal"):
             pending.wait()

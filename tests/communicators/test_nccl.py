@@ -2,9 +2,10 @@
 
 import functools
 import os
+import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 import numpy as np
@@ -233,6 +234,68 @@ def test_a_thread_ends_the_job_where_the_host_waits(
     nccl.fake.asynchronous_error = "remote process exited"
     assert ended.wait(10)
     assert capsys.readouterr().err.endswith("set NCCL_DEBUG=INFO.\nRank 1 of 3 ends the job.\n")
+
+
+BLOCKING: dict[str, Callable[[Nccl, Any], object]] = {
+    "get_unique_id": lambda communicator, x: None,
+    "NcclCommunicator": lambda communicator, x: None,
+    "groupEnd": lambda communicator, x: communicator.all_to_all(x, x.copy()).wait(),
+    "allReduce": lambda communicator, x: communicator.all_reduce(x, x).wait(),
+    "destroy": lambda communicator, x: communicator.close(),
+}
+"""Calls of NCCL in which the host waits for the other ranks, and what makes them."""
+
+
+@pytest.mark.parametrize("name", BLOCKING)
+def test_a_call_that_does_not_return_ends_the_job(
+    nccl: Library, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    """And frees nothing that it works with."""
+    monkeypatch.setattr(module, "_POLL_SECONDS", 0.01)
+    statuses, fake, comm = list[int](), nccl.fake, fake_nccl.Comm(0, 1)
+
+    def leave(status: int) -> None:
+        statuses.append(status)
+        fake.returns.set()
+
+    monkeypatch.setattr(os, "_exit", leave)
+    fake.blocking = name
+    communicator = Nccl(comm, nccl.gpu, timeout=0.1)
+    BLOCKING[name](communicator, nccl.gpu.zeros((3,), np.dtype(np.float32)))
+    assert fake.returns.is_set()
+    assert communicator._is_closed.wait(10)
+    assert statuses == [1]
+    assert 1 in comm.asked, "the launcher is told"
+    assert ("abort",) not in fake.log
+    words = r"NCCL in rank 0 of 1 must reach the other ranks \(got a call that has not returned for 0 s\); look for"
+    assert re.match(words, capsys.readouterr().err)
+
+
+def test_a_launcher_that_does_not_hand_on_the_id(
+    nccl: Library, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(module, "_POLL_SECONDS", 0.01)
+    ended, comm = threading.Event(), fake_nccl.Comm(1, 2)
+    monkeypatch.setattr(os, "_exit", lambda status: ended.set())
+    monkeypatch.setattr(comm, "bcast", lambda obj, root: (ended.wait(30), fake_nccl.ID)[1])
+    Nccl(comm, nccl.gpu, timeout=0.1)
+    assert ended.is_set()
+    assert "NCCL in rank 1 of 2 must reach the other ranks (got a call that has" in capsys.readouterr().err
+
+
+def test_nobody_watches_what_could_not_be_made(nccl: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> NoReturn:
+        raise fake_nccl.NcclError("no such network")
+
+    monkeypatch.setattr(module, "_POLL_SECONDS", 0.01)
+    monkeypatch.setattr(nccl.fake, "NcclCommunicator", fail)
+    before = threading.active_count()
+    with pytest.raises(DistributedError, match=r"\(got no such network\)"):
+        Nccl(fake_nccl.Comm(1, 2), nccl.gpu)
+    end = time.monotonic() + 10
+    while threading.active_count() > before and time.monotonic() < end:
+        time.sleep(0.01)
+    assert threading.active_count() == before
 
 
 def test_the_launcher_ends_the_job_or_else_this_process_ends(nccl: Library, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -531,8 +531,10 @@ def memory(communicator: Communicator) -> dict[str, list[float]]:
         optimizer.apply_gradients(zip(gradients, variables, strict=True))
         del device.empty
         ranks = communicator.size
-        said = parameters + 2 * 4 * elements / ranks + parameters + 4 * elements / ranks
-        most_said = said + (parameters if ordered or dtype == "bfloat16" else 0)
+        said = parameters + 2 * 4 * elements / ranks
+        if ranks > 1:
+            said += parameters + 4 * elements / ranks
+        most_said = said + (parameters if ranks > 1 and (ordered or dtype == "bfloat16") else 0)
         found[f"{dtype}, ordered={ordered}"] = [alive - before, said, most - before, most_said]
     return found
 

@@ -11,13 +11,20 @@ import pytest
 
 import gpu_adam
 from gpu_adam import Variable
-from gpu_adam.communicators import Alone, Pending
+from gpu_adam.communicators import Alone, Communicator, Pending
 from gpu_adam.communicators.base import Finish
 from gpu_adam.devices import Device
 from gpu_adam.distributed import ShardedAdam, agreement
-from gpu_adam.errors import ArgumentTypeError, ArgumentValueError, GpuAdamError, SlotNotFoundError
+from gpu_adam.errors import (
+    ArgumentTypeError,
+    ArgumentValueError,
+    DistributedError,
+    GpuAdamError,
+    SlotNotFoundError,
+)
 
 from . import arguments, equality
+from .threads import on_ranks
 
 MAKE: Any = ShardedAdam
 """The class, with arguments of any type."""
@@ -28,11 +35,12 @@ class Counted(Alone):
 
     def __init__(self, device: Device) -> None:
         super().__init__(device)
-        self.begun = 0
+        self.count = 0
 
-    def _begun(self, finish: Finish) -> Pending:
-        self.begun += 1
-        return super()._begun(finish)
+    def begun(self, finish: Finish) -> Pending:
+        """One more."""
+        self.count += 1
+        return super().begun(finish)
 
 
 def variables_of(device: Device) -> list[Variable]:
@@ -50,9 +58,9 @@ def test_what_is_refused_has_changed_nothing_and_nothing_travels(device: Device)
     communicator = Counted(device)
     optimizer, variables = ShardedAdam(communicator, 0.1), variables_of(device)
     optimizer.apply_gradients(gradients_of(variables))
-    begun = communicator.begun
+    begun = communicator.count
     arguments.refused(optimizer, variables)
-    assert communicator.begun == begun
+    assert communicator.count == begun
     plain, others = gpu_adam.Adam(0.1), variables_of(device)
     for _ in range(2):
         plain.apply_gradients(gradients_of(others))
@@ -126,6 +134,46 @@ def test_what_needs_a_process_to_itself(name: str) -> None:
     words = f"{name} must be asked of an optimizer that has no other ranks (got ShardedAdam); "
     with pytest.raises(ArgumentValueError, match=re.escape(words)):
         getattr(ShardedAdam(Alone("host")), name)()
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (
+            lambda optimizer, variables, own: optimizer.set_group(variables, weight_decay=0.1 + own),
+            "set_group({'weight_decay': 0.1}) of ['w0', 'w1', 'w2'] (got set_group({'weight_decay': 1.1}) of ",
+        ),
+        (
+            lambda optimizer, variables, own: optimizer.exclude_from_weight_decay(variables[own:]),
+            "(var_names=[]) of ['w0', 'w1', 'w2'] (got exclude_from_weight_decay(var_names=[]) of ['w1', 'w2'])",
+        ),
+        (
+            lambda optimizer, variables, own: optimizer.exclude_from_weight_decay(var_names=[f"{own}"]),
+            "(var_names=['0']) of None (got exclude_from_weight_decay(var_names=['1']) of None)",
+        ),
+        (
+            lambda optimizer, variables, own: optimizer.overwrite_by_averages(variables[own:]),
+            "overwrite_by_averages of ['w0', 'w1', 'w2'] (got overwrite_by_averages of ['w1', 'w2'])",
+        ),
+        (
+            lambda optimizer, variables, own: optimizer.overwrite_by_averages(None if own else variables),
+            "overwrite_by_averages of ['w0', 'w1', 'w2'] (got overwrite_by_averages of None)",
+        ),
+    ],
+)
+def test_a_call_that_another_rank_makes_otherwise(call: Callable[..., object], words: str) -> None:
+    """Each rank would update what it owns in its own way."""
+
+    def work(communicator: Communicator) -> None:
+        optimizer = ShardedAdam(communicator, 0.1, use_ema=True)
+        variables = variables_of(communicator.device)
+        optimizer.apply_gradients(gradients_of(variables))
+        before = [variable.numpy().tobytes() for variable in variables]
+        with pytest.raises(DistributedError, match=f"rank 1 must do what rank 0 does, .*{re.escape(words)}"):
+            call(optimizer, variables, communicator.rank)
+        assert [variable.numpy().tobytes() for variable in variables] == before
+
+    on_ranks(2, work)
 
 
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])

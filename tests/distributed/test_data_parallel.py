@@ -1,5 +1,7 @@
 """Replicated training: the bits of one process, on one rank and on several; ranks that do not train the same thing."""
 
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +11,13 @@ from communicators import fake_nccl, jobs
 
 import gpu_adam
 from gpu_adam import IndexedSlices, Variable
-from gpu_adam.communicators import Alone, Nccl
+from gpu_adam.communicators import Alone, Communicator, Nccl
 from gpu_adam.devices import Device
 from gpu_adam.distributed import DataParallelAdam
-from gpu_adam.errors import ArgumentTypeError, ArgumentValueError
+from gpu_adam.errors import ArgumentTypeError, ArgumentValueError, DistributedError
 
 from . import training
+from .threads import on_ranks
 
 TRAINING = """
 from distributed import training
@@ -95,7 +98,72 @@ def test_a_rank_that_trains_something_else_is_named(values: str, message: str, t
     assert ended.status == 0, ended
     lines = ended.out.splitlines()
     assert len(lines) == 3, "every rank says so"
-    assert all(line.startswith("rank 2 must train what rank 0 does, ") and message in line for line in lines), lines
+    assert all(line.startswith("rank 2 must do what rank 0 does, ") and message in line for line in lines), lines
+
+
+def differing(start: Callable[[DataParallelAdam, list[Variable], bool], object], **options: Any) -> list[str]:
+    """What the step of each of three ranks raises, of which the last has done something else before.
+
+    Args:
+        start: does it: with the optimizer, its variables, and whether this is the last rank.
+        **options: of the optimizer.
+    """
+
+    def work(communicator: Communicator) -> str:
+        variables = [Variable(np.ones(3, np.float32), name=name, device="host") for name in "ab"]
+        adam = DataParallelAdam(communicator, 0.1, **options)
+        pairs = [(np.ones(3, np.float32), variable) for variable in variables]
+        adam.apply_gradients(pairs)
+        before = [variable.numpy().tobytes() for variable in variables]
+        start(adam, variables, communicator.rank == 2)
+        try:
+            adam.apply_gradients(None if adam._accumulator.calls else pairs)
+        except DistributedError as error:
+            assert [variable.numpy().tobytes() for variable in variables] == before
+            assert adam.iterations == 1
+            return str(error)
+        return ""
+
+    return on_ranks(3, work)
+
+
+def accumulate(adam: DataParallelAdam, variables: list[Variable], calls: int) -> None:
+    for _ in range(calls):
+        adam.accumulate([(np.ones(3, np.float32), variable) for variable in variables])
+
+
+def test_ranks_that_have_accumulated_another_number_of_times() -> None:
+    words = (
+        "rank 2 must do what rank 0 does, the mean over 2 calls of accumulate (got the mean over 3 calls of "
+        "accumulate); run the same program with the same arguments in all ranks."
+    )
+    assert differing(lambda adam, of, is_last: accumulate(adam, of, 2 + is_last)) == [words] * 3
+    assert differing(lambda adam, of, is_last: accumulate(adam, of, 2)) == [""] * 3
+    assert differing(lambda adam, of, is_last: accumulate(adam, of, 2 + is_last), accumulation="sum") == [""] * 3
+
+
+@pytest.mark.parametrize("accumulation", ["mean", "sum"])
+def test_ranks_that_have_accumulated_for_other_variables(accumulation: str) -> None:
+    found = differing(
+        lambda adam, of, is_last: accumulate(adam, of[:1] if is_last else of, 2), accumulation=accumulation
+    )
+    assert len(set(found)) == 1
+    assert "b: float32 (3,) with a gradient of float32 (got nothing)" in found[0]
+
+
+def test_ranks_with_other_groups() -> None:
+    def group(adam: DataParallelAdam, of: list[Variable], is_last: bool) -> None:
+        adam.set_group(of[:1], weight_decay=0.2 if is_last else 0.1)
+
+    found = differing(group)
+    assert len(set(found)) == 1
+    assert re.search(r"a: Settings\(.*weight_decay=0.1.*\(got a: Settings\(.*weight_decay=0.2", found[0])
+    found = differing(lambda adam, of, is_last: adam.exclude_from_weight_decay(of[is_last:]), weight_decay=0.1)
+    assert len(set(found)) == 1
+    assert "a: weights do not decay (got b: weights do not decay)" in found[0]
+    found = differing(lambda adam, of, is_last: adam.exclude_from_weight_decay(var_names=["ab"[is_last]]))
+    assert len(set(found)) == 1
+    assert "do not decay: ('a',) (got weights with these names do not decay: ('b',))" in found[0]
 
 
 def test_arguments() -> None:

@@ -255,7 +255,7 @@ def test_the_first_difference_is_named_on_all_ranks(tmp_path: Path) -> None:
             words = ""
             if different is not None:
                 rule, remedy = (
-                    "must train what rank 0 does",
+                    "must do what rank 0 does",
                     "run the same program with the same arguments in all ranks.",
                 )
                 words = f"rank 1 {rule}, {different[0]} (got {different[1]}); {remedy}"

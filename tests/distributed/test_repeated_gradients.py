@@ -1,5 +1,7 @@
-"""Steps with the variables of the last one: their gradients are copied at once, and mean what others mean."""
+"""Steps with the variables of the last one: their gradients are taken at once, and mean what others mean."""
 
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -7,11 +9,11 @@ import numpy as np
 import pytest
 from reference import assert_same_bits
 
+from distributed.threads import on_ranks
 from gpu_adam import Adam, Variable
-from gpu_adam.communicators import Alone
-from gpu_adam.devices import Device
+from gpu_adam.communicators import Alone, Communicator
+from gpu_adam.devices import Device, find_device
 from gpu_adam.distributed import ShardedAdam
-from gpu_adam.distributed.shards import ArrayShard
 from gpu_adam.errors import ArgumentValueError
 
 SHAPES = [(7,), (3, 5), (), (0, 2), (2000,)]
@@ -19,16 +21,16 @@ Pairs = list[tuple[Any, Variable]]
 
 
 @pytest.fixture
-def pushed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The numbers of the variables whose gradients are copied one by one."""
-    push, numbers = ArrayShard.push, list[int]()
+def checked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, str]]:
+    """Whose gradients are looked at one by one: the rank and the variable's name."""
+    check, found = ShardedAdam._checked, list[tuple[int, str]]()
 
-    def noted(self: ArrayShard, number: int, gradient: Any) -> None:
-        numbers.append(number)
-        push(self, number, gradient)
+    def noted(self: ShardedAdam, gradient: Any, variable: Variable, argument: str) -> tuple[int, Any]:
+        found.append((self.communicator.rank, variable.name))
+        return check(self, gradient, variable, argument)
 
-    monkeypatch.setattr(ArrayShard, "push", noted)
-    return numbers
+    monkeypatch.setattr(ShardedAdam, "_checked", noted)
+    return found
 
 
 def variables(device: Device) -> list[Variable]:
@@ -40,19 +42,51 @@ def gradients(device: Device, step: int, dtype: str = "float32") -> list[Any]:
     return [device.array(np.asarray(rng.standard_normal(shape), dtype)) for shape in SHAPES]
 
 
-@pytest.mark.parametrize("bucket_bytes", [1, 2**30])
-def test_the_second_step_copies_at_once(device: Device, pushed: list[int], bucket_bytes: int) -> None:
-    mine, plain = variables(device), variables(device)
-    adam, reference = (
-        ShardedAdam(Alone(device), 0.1, bucket_bytes=bucket_bytes, global_clipnorm=1.0),
-        Adam(0.1, global_clipnorm=1.0),
-    )
+def train(communicator: Communicator, bucket_bytes: int) -> list[Any]:
+    """What the variables are after four steps, with other gradients in each."""
+    device, mine = communicator.device, variables(communicator.device)
+    adam = ShardedAdam(communicator, 0.1, bucket_bytes=bucket_bytes, global_clipnorm=1.0, deterministic=True)
     for step in range(4):
-        for optimizer, targets in ((adam, mine), (reference, plain)):
-            optimizer.apply_gradients(list(zip(gradients(device, step), targets, strict=True)))
-        assert pushed == list(range(len(SHAPES))), "only in the first step"
-    for one, other in zip(mine, plain, strict=True):
-        assert_same_bits(one.numpy(), other.numpy())
+        adam.apply_gradients(list(zip(gradients(device, 10 * step + communicator.rank), mine, strict=True)))
+    return [variable.numpy() for variable in mine]
+
+
+def expected(device: Device, ranks: int) -> list[Any]:
+    """What they are to be."""
+    plain, reference = variables(device), Adam(0.1, global_clipnorm=1.0)
+    for step in range(4):
+        for rank in range(ranks):
+            reference.accumulate(list(zip(gradients(device, 10 * step + rank), plain, strict=True)))
+        reference.apply_gradients()
+    return [variable.numpy() for variable in plain]
+
+
+@pytest.mark.parametrize("bucket_bytes", [1, 2**30])
+def test_the_second_step_looks_at_no_gradient(device: Device, checked: list[Any], bucket_bytes: int) -> None:
+    for one, other in zip(train(Alone(device), bucket_bytes), expected(device, 1), strict=True):
+        assert_same_bits(one, other)
+    assert checked == [(0, f"w{number}") for number in range(len(SHAPES))], "only in the first step"
+
+
+@pytest.mark.parametrize("bucket_bytes", [1, 2**30])
+def test_so_it_is_on_two_ranks(checked: list[Any], bucket_bytes: int) -> None:
+    for found in on_ranks(2, lambda communicator: train(communicator, bucket_bytes)):
+        for one, other in zip(found, expected(find_device("host"), 2), strict=True):
+            assert_same_bits(one, other)
+    assert sorted(checked) == [(rank, f"w{number}") for rank in range(2) for number in range(len(SHAPES))]
+
+
+def test_nothing_of_a_gradient_is_kept_after_the_step(device: Device) -> None:
+    """Which `push_gradient` has kept until then."""
+    variable, gradient = Variable(np.ones(3), device=device), device.array(np.ones(3))
+    adam = ShardedAdam(Alone(device), 0.1)
+    adam.build(variable)
+    adam.push_gradient(variable, gradient)
+    gone = weakref.ref(gradient)
+    del gradient
+    assert adam.apply_gradients() == 1
+    gc.collect()
+    assert gone() is None
 
 
 def reversed_pairs(pairs: Pairs) -> Pairs:

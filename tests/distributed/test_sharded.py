@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 from communicators import jobs
 
+from gpu_adam.communicators import Alone
+
 from . import equality
 
 SCRIPT = """
@@ -47,10 +49,18 @@ def test_in_any_order_several_ranks_are_near_one(found: list[Any]) -> None:
         assert all(theirs["nearly"][dtype][1] == digest for theirs in found), "all ranks have the same bits"
 
 
+def check_memory(found: dict[str, list[float]], padding: int) -> None:
+    """What is kept, and the most that there is at once, are what is said, but for some padding."""
+    for kind, (kept, said, peak, most) in found.items():
+        assert abs(kept - said) <= padding, kind
+        assert abs(peak - most) <= padding, kind
+
+
 def test_memory(found: list[Any]) -> None:
-    """What is kept, and the most that there is at once, are what is said, and chunks that are not full."""
-    padding = 2_000 if len(found) == 1 else 500_000
+    """With several ranks, chunks that are not full."""
     for theirs in found:
-        for kind, (kept, said, peak, most) in theirs["memory"].items():
-            assert abs(kept - said) <= padding, kind
-            assert abs(peak - most) <= padding, kind
+        check_memory(theirs["memory"], 2_000 if len(found) == 1 else 500_000)
+
+
+def test_one_rank_has_no_copy_of_gradients() -> None:
+    check_memory(equality.memory(Alone("host")), 2_000)
