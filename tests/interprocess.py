@@ -149,4 +149,4 @@ def processes(cupy: Any) -> Iterator[Processes]:
         for name, function in made.functions().items():
             patch.setattr(cupy.cuda.runtime, name, function)
         yield made
-    assert made.faults == []
+    assert not made.faults, made.faults

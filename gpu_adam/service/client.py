@@ -105,14 +105,18 @@ class Client:
         A call in another thread that waits for the service raises a ServiceError.
         """
         self._is_closed = True
-        waiting = self._socket
-        if waiting is not None:
-            with contextlib.suppress(OSError):
-                waiting.shutdown(socket.SHUT_RDWR)
-        with self._lock:
+        if not self._lock.acquire(blocking=False):
+            waiting = self._socket
+            if waiting is not None:
+                with contextlib.suppress(OSError):
+                    waiting.shutdown(socket.SHUT_RDWR)
+            self._lock.acquire()
+        try:
             for optimizer in self._opened.values():
-                optimizer._forget()
+                optimizer._forget()  # before the service hears of the end, and frees what is mapped
             self._disconnect()
+        finally:
+            self._lock.release()
 
     def __enter__(self) -> Client:
         return self
@@ -526,7 +530,7 @@ class RemoteOptimizer:
         """Give up what is mapped."""
         for _, memory in filter(None, (self._own, self._copies_region)):
             memory.close()
-        self._own = self._copies_region = None
+        self._own = self._copies_region = self._views = None
 
     def _new_region(self, nbytes: int) -> tuple[int, SharedMemory]:
         answer, descriptors = self._client._exchange({"op": "region", "bytes": nbytes})
@@ -547,7 +551,7 @@ class RemoteOptimizer:
     def _have_region(self, nbytes: int) -> None:
         if self._own is not None:
             number, memory = self._own
-            self._own, self._bindings = None, {}
+            self._own, self._bindings, self._views = None, {}, None
             memory.close()
             self._client._exchange({"op": "free", "region": number})
         self._own = self._new_region(nbytes)

@@ -266,7 +266,7 @@ class Server:
         end.setblocking(False)
         try:
             connection = _Connection(end, self.device)
-        except GpuAdamError as error:  # the device has no events left, say
+        except Exception as error:  # the device has no events left, say
             _log.warning("a client could not be accepted: %s", error)
             with contextlib.suppress(ConnectionLostError, BlockingIOError):
                 send(end, refusal(error))
