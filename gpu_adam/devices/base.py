@@ -280,7 +280,7 @@ class Device(ABC):
     @property
     @abstractmethod
     def identity(self) -> str:
-        """What names the device in every process: "host", or "GPU-" and a UUID, as NVML has it."""
+        """What names the device in every process of the machine, whatever number it has there."""
 
     @abstractmethod
     def share_memory(self, nbytes: int, *, read_only: bool) -> SharedMemory:

@@ -256,9 +256,12 @@ class CudaDevice(Device):
 
     @property
     def identity(self) -> str:
-        """The device's UUID, as NVML writes it."""
-        uuid = bytes(cupy.cuda.runtime.getDeviceProperties(self.index)["uuid"]).hex()
-        return "GPU-" + "-".join((uuid[:8], uuid[8:12], uuid[12:16], uuid[16:20], uuid[20:]))
+        """The device's place on the PCI bus, and of its UUID what CuPy gives, which is cut off at the first zero byte.
+
+        The place tells one GPU from another, the UUID the instances of one GPU (MIG).
+        """
+        uuid = cupy.cuda.runtime.getDeviceProperties(self.index)["uuid"]
+        return f"{cupy.cuda.Device(self.index).pci_bus_id} {uuid.hex()}"
 
     def share_memory(self, nbytes: int, *, read_only: bool) -> SharedMemory:
         """New memory in an allocation of its own."""

@@ -16,6 +16,9 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -25,6 +28,10 @@ from gpu_adam.errors import DeviceError
 
 _F_SEAL_FUTURE_WRITE = 0x10  # of <linux/fcntl.h>, Linux 5.1; Python's fcntl has it from 3.13 on
 _RESIZING = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+_NEEDS = (
+    "see that both processes run on one Linux machine, in containers with --ipc=host, not on WSL or Tegra, "
+    "and that the device is not exclusive to one process"
+)
 _CUDA_PAGE = 2**21  # cudaMalloc's granularity, within which an allocation would share what a handle gives access to
 
 
@@ -100,25 +107,36 @@ def host_mapping(handle: dict[str, Any], descriptor: int) -> SharedMemory:
 
 
 class CudaSharedMemory:
-    """Memory in an allocation of its own, full of zeros.
+    """Memory in an allocation of its own, full of zeros. Making it waits for the zeros, and for nothing else.
 
     Args:
         cupy: the module, whose current device has the memory.
         nbytes: >= 0.
+
+    Raises:
+        DeviceError: there is not so much memory, or the device cannot share any.
     """
 
     descriptor = -1
 
     def __init__(self, cupy: Any, nbytes: int) -> None:
         size = max(1, -(-nbytes // _CUDA_PAGE)) * _CUDA_PAGE
-        memory = cupy.cuda.Memory(size)
-        self.array = _uint8(cupy, cupy.cuda.MemoryPointer(memory, 0), size)
-        self.array.fill(0)
-        self.handle = {"ipc": cupy.cuda.runtime.ipcGetMemHandle(memory.ptr).hex(), "bytes": size}
+        self._device = cupy.cuda.Device()
+        with _told(cupy, f"must have {size} bytes that processes can share", f"ask for less, or {_NEEDS}"):
+            memory = cupy.cuda.Memory(size)
+            self.handle = {"ipc": cupy.cuda.runtime.ipcGetMemHandle(memory.ptr).hex(), "bytes": size}
+        pointer = cupy.cuda.MemoryPointer(memory, 0)
+        # Those who write to it know of no stream of this process. A new stream waits for no steps.
+        stream = cupy.cuda.Stream(non_blocking=True)
+        pointer.memset_async(0, size, stream)
+        stream.synchronize()
+        self.array = _uint8(cupy, pointer, size)
 
     def close(self) -> None:
-        """Forget the array, with which the allocation goes."""
-        self.array = None
+        """Forget the array, with which the allocation goes. Waits for the device, whose work may use it."""
+        if self.array is not None:
+            self._device.synchronize()
+            self.array = None
 
 
 class CudaMapping:
@@ -127,22 +145,37 @@ class CudaMapping:
     Args:
         cupy: the module, whose current device has the memory.
         handle: of the memory.
+
+    Raises:
+        DeviceError: the memory cannot be mapped here.
     """
 
     descriptor = -1
 
     def __init__(self, cupy: Any, handle: dict[str, Any]) -> None:
-        self._runtime, self.handle = cupy.cuda.runtime, handle
-        self._address = self._runtime.ipcOpenMemHandle(bytes.fromhex(handle["ipc"]))
-        memory = cupy.cuda.UnownedMemory(self._address, handle["bytes"], self)
+        self.handle = handle
+        with _told(cupy, "must be mapped", _NEEDS):
+            address = cupy.cuda.runtime.ipcOpenMemHandle(bytes.fromhex(handle["ipc"]))
+        memory = cupy.cuda.UnownedMemory(address, handle["bytes"], _Opened(cupy, address))
         self.array = _uint8(cupy, cupy.cuda.MemoryPointer(memory, 0), handle["bytes"])
 
     def close(self) -> None:
-        """Unmap the memory: no array of it may be used any more."""
-        if self._address:
-            self.array = None
-            self._runtime.ipcCloseMemHandle(self._address)
-            self._address = 0
+        """Forget the array: the memory is unmapped as soon as no other array has it."""
+        self.array = None
+
+
+class _Opened:
+    """A mapping of the current device, which is undone with this object."""
+
+    def __init__(self, cupy: Any, address: int) -> None:
+        self._device, self._address = cupy.cuda.Device(), address
+        self._close = cupy.cuda.runtime.ipcCloseMemHandle
+
+    def __del__(self) -> None:
+        if not sys.is_finalizing():
+            with self._device:
+                self._device.synchronize()  # what is enqueued may use the memory
+                self._close(self._address)
 
 
 class CudaEvent:
@@ -151,32 +184,49 @@ class CudaEvent:
     Args:
         cupy: the module.
         handle: of another process's event; without one a new event is made.
+
+    Raises:
+        DeviceError: the device has no such events, or this process cannot have them.
     """
 
     def __init__(self, cupy: Any, handle: str | None = None) -> None:
-        self._cuda, runtime = cupy.cuda, cupy.cuda.runtime
-        if handle is None:
-            self._event = cupy.cuda.Event(disable_timing=True, interprocess=True)
-            self._address = self._event.ptr
-            self.handle = runtime.ipcGetEventHandle(self._address).hex()
-        else:
-            self._event = None
-            self._address = runtime.ipcOpenEventHandle(bytes.fromhex(handle))
-            self.handle = handle
+        self._runtime, self._address = cupy.cuda.runtime, 0
+        self._stream = cupy.cuda.get_current_stream
+        with _told(cupy, "must have events that processes can share", _NEEDS):
+            if handle is None:
+                flags = self._runtime.eventDisableTiming | self._runtime.eventInterprocess
+                self._address = self._runtime.eventCreateWithFlags(flags)
+                self.handle = self._runtime.ipcGetEventHandle(self._address).hex()
+            else:
+                self._address = self._runtime.ipcOpenEventHandle(bytes.fromhex(handle))
+                self.handle = handle
 
     def record(self) -> None:
         """Record it on the current stream."""
-        self._cuda.runtime.eventRecord(self._address, self._cuda.get_current_stream().ptr)
+        self._runtime.eventRecord(self._address, self._stream().ptr)
 
     def wait(self) -> None:
         """Have the current stream wait for it."""
-        self._cuda.runtime.streamWaitEvent(self._cuda.get_current_stream().ptr, self._address)
+        self._runtime.streamWaitEvent(self._stream().ptr, self._address)
 
     def close(self) -> None:
-        """Destroy this process's event."""
-        if self._event is None and self._address:
-            self._cuda.runtime.eventDestroy(self._address)
-        self._event, self._address = None, 0
+        """Destroy this process's event; what waits for it goes on waiting."""
+        address, self._address = self._address, 0
+        if address:
+            self._runtime.eventDestroy(address)
+
+    def __del__(self) -> None:
+        if not sys.is_finalizing():
+            self.close()
+
+
+@contextmanager
+def _told(cupy: Any, rule: str, remedy: str) -> Iterator[None]:
+    """A block in which an error of CUDA's becomes one of shared memory."""
+    try:
+        yield
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        raise _refused(rule, error, remedy) from error
 
 
 def _uint8(cupy: Any, pointer: Any, size: int) -> Array:

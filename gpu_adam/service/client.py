@@ -105,14 +105,18 @@ class Client:
         A call in another thread that waits for the service raises a ServiceError.
         """
         self._is_closed = True
-        waiting = self._socket
-        if waiting is not None:
-            with contextlib.suppress(OSError):
-                waiting.shutdown(socket.SHUT_RDWR)
-        with self._lock:
+        if not self._lock.acquire(blocking=False):
+            waiting = self._socket
+            if waiting is not None:
+                with contextlib.suppress(OSError):
+                    waiting.shutdown(socket.SHUT_RDWR)
+            self._lock.acquire()
+        try:
             for optimizer in self._opened.values():
-                optimizer._forget()
+                optimizer._forget()  # before the service hears of the end, and frees what is mapped
             self._disconnect()
+        finally:
+            self._lock.release()
 
     def __enter__(self) -> Client:
         return self
@@ -173,6 +177,8 @@ class Client:
         with self._lock:
             while True:
                 self._check_usable()
+                for optimizer in self._opened.values():
+                    optimizer._forget()
                 self._disconnect()
                 self._connect()
                 try:
@@ -207,6 +213,12 @@ class Client:
         self.name, self.optimizers = answer["name"], answer["optimizers"]
         self.device = _device_of(answer["device"])
         self.ready = self.device.map_event(answer["ready"])
+
+    def _tell(self) -> None:
+        """Let `ready` stand for what is enqueued on the current stream too, besides what it has stood for."""
+        with self._lock:
+            self.ready.wait()
+            self.ready.record()
 
     def _disconnect(self) -> None:
         if self._socket is not None:
@@ -391,7 +403,8 @@ class RemoteOptimizer:
     def minimize(self, loss: Callable[[], Any], var_list: Any, grad_loss: Any = None) -> int | None:
         """Differentiate a loss and push the gradients.
 
-        The loss sees all variables as they were at one point between two steps.
+        The loss sees all variables as they were at one point between two steps. The service is told what it was, but
+        on CUDA, where the host does not wait for it.
 
         Args:
             loss: a function without arguments, as for `Adam.minimize`.
@@ -403,7 +416,8 @@ class RemoteOptimizer:
         """
         with self.snapshot(), self._client.device.activate():
             value, pairs = importlib.import_module("gpu_adam.autodiff").gradients(loss, var_list, grad_loss)
-        return self.apply_gradients(pairs, float(np.sum(self._client.device.numpy(value))))
+        # On CUDA the host would have to wait for the loss.
+        return self.apply_gradients(pairs, float(np.sum(value)) if self._client.device.xp is np else None)
 
     @contextmanager
     def snapshot(self) -> Iterator[int]:
@@ -437,6 +451,15 @@ class RemoteOptimizer:
             ServiceError: the service's configuration has no checkpoints.
         """
         return Path(self._request({"op": "save"})["path"])
+
+    def check_errors(self) -> None:
+        """Have the service wait for its device, and raise what that could not say earlier.
+
+        Raises:
+            SparseIndexError: on CUDA, an index outside its variable that some client has pushed since the last check;
+                such rows were left out.
+        """
+        self._request({"op": "check"})
 
     def pause(self) -> None:
         """Have the service make no steps: pushes wait."""
@@ -507,7 +530,7 @@ class RemoteOptimizer:
         """Give up what is mapped."""
         for _, memory in filter(None, (self._own, self._copies_region)):
             memory.close()
-        self._own = self._copies_region = None
+        self._own = self._copies_region = self._views = None
 
     def _new_region(self, nbytes: int) -> tuple[int, SharedMemory]:
         answer, descriptors = self._client._exchange({"op": "region", "bytes": nbytes})
@@ -528,7 +551,7 @@ class RemoteOptimizer:
     def _have_region(self, nbytes: int) -> None:
         if self._own is not None:
             number, memory = self._own
-            self._own, self._bindings = None, {}
+            self._own, self._bindings, self._views = None, {}, None
             memory.close()
             self._client._exchange({"op": "free", "region": number})
         self._own = self._new_region(nbytes)
@@ -587,9 +610,9 @@ class RemoteOptimizer:
         if self._read_step is not None:
             message["read"] = self._read_step
         while True:
-            write()
             with client.device.activate():
-                client.ready.record()
+                write()
+                client._tell()
             before, was_sent = self.iterations, False
             try:
                 named = self._named(parts)
@@ -664,10 +687,12 @@ class RemoteOptimizer:
                 self._copies_region = self._new_region(self._nbytes)
             number, memory = self._copies_region
             with client.device.activate():
-                client.ready.record()
+                client._tell()
                 answer, _ = client._exchange({"op": "read", "optimizer": self.name, "region": number})
                 self._done.wait()
-                return {name: places[name].view(memory.array).copy() for name in names}, answer["step"]
+                copies = {name: places[name].view(memory.array).copy() for name in names}
+                client._tell()  # until when the region is read from, whichever stream asks for the next copy
+                return copies, answer["step"]
 
         return client._insist(copied)
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from gpu_adam.devices import Array, Device
 from gpu_adam.devices.sharing import HostSharedMemory
-from gpu_adam.errors import ArgumentValueError, ServiceError
+from gpu_adam.errors import ArgumentValueError, ServiceError, SparseIndexError
 from gpu_adam.service import sequence
 from gpu_adam.service.config import OptimizerConfig
 from gpu_adam.service.layout import placed
@@ -90,6 +90,7 @@ class ServedOptimizer:
         self._manager: CheckpointManager | None = None
         self._last_save: float | None = None
         self._has_checkpoints(config, resume=resume)
+        self.done.record()
         self._sequence.begin()
         self._sequence.end(self.iterations)
 
@@ -160,12 +161,25 @@ class ServedOptimizer:
             rule = f"must be one of {', '.join(SETTABLE)}"
             raise ArgumentValueError("the hyperparameter", rule, repr(name), "pass one of them")
 
+    def check(self) -> None:
+        """Wait for the device and raise what that could not say earlier, as `Adam.check_errors`."""
+        self.adam.check_errors()
+
+    def _log_errors(self) -> None:
+        """Wait for the device, and log what nobody has asked for: the error of each variable."""
+        while True:
+            try:
+                return self.check()
+            except SparseIndexError as error:
+                _log.warning("optimizer %r was pushed rows that it does not have: %s", self.name, error)
+
     def save(self) -> Path:
         """Write a checkpoint now, and wait for it; of sums that wait for their step the step is made before."""
         if self._manager is None:
             rule, remedy = "must have an entry checkpoint in the configuration", "add one, with a directory"
             raise ServiceError(f"optimizer {self.name!r}", rule, "none", remedy)
         self.step_of_sums()
+        self._log_errors()
         path = self._manager.save()
         self._last_save = time.monotonic()
         return path
@@ -188,6 +202,7 @@ class ServedOptimizer:
         self._held, self.policy.waiting = [], {}
         self.policy.finish(self)
         self.adam.synchronize()
+        self._log_errors()
         if self._manager is not None:
             self.save()
 

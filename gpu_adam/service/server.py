@@ -145,10 +145,11 @@ class Server:
         self._waker, self._woken = socket.socketpair()
         self._poll, self._receiver = select.epoll(), Receiver()
         try:
-            self.optimizers = {
-                name: ServedOptimizer(name, each, config.device, resume=resume)
-                for name, each in config.optimizers.items()
-            }
+            with self.device.activate():
+                self.optimizers = {
+                    name: ServedOptimizer(name, each, config.device, resume=resume)
+                    for name, each in config.optimizers.items()
+                }
         except BaseException:
             self.close()
             raise
@@ -169,6 +170,7 @@ class Server:
             "set": self._set,
             "config": self._config,
             "describe": self._describe,
+            "check": self._check,
             "save": self._save,
             "pause": self._pause,
             "resume": self._resume,
@@ -262,7 +264,14 @@ class Server:
             time.sleep(0.01)
             return
         end.setblocking(False)
-        connection = _Connection(end, self.device)
+        try:
+            connection = _Connection(end, self.device)
+        except Exception as error:  # the device has no events left, say
+            _log.warning("a client could not be accepted: %s", error)
+            with contextlib.suppress(ConnectionLostError, BlockingIOError):
+                send(end, refusal(error))
+            end.close()
+            return
         refused = None
         if connection.user not in self._users:
             rule, remedy = "must be this service's, or one of --allow-uid", "ask who runs the service"
@@ -453,6 +462,10 @@ class Server:
 
     def _describe(self, connection: _Connection, fields: Fields) -> tuple[dict[str, Any], Sequence[int]]:
         return {**self._optimizer(fields).description(), "clients": self.clients}, ()
+
+    def _check(self, connection: _Connection, fields: Fields) -> tuple[dict[str, Any], Sequence[int]]:
+        self._optimizer(fields).check()
+        return {}, ()
 
     def _save(self, connection: _Connection, fields: Fields) -> tuple[dict[str, Any], Sequence[int]]:
         return {"path": str(self._optimizer(fields).save())}, ()
