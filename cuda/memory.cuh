@@ -13,6 +13,7 @@
 #ifndef GPU_ADAM_ONE_THREAD  // defined by the host's fast mode only: a GPU hides latency behind other warps
 #define GPU_ADAM_ONE_THREAD 0
 #define GPU_ADAM_STRIP (1 << 30)
+#define GPU_ADAM_REPLAYED 1
 #define GPU_ADAM_PREFETCHES false
 #define GPU_ADAM_PREFETCH(pointer)
 #define GPU_ADAM_FETCH(pointer)

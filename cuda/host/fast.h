@@ -25,6 +25,13 @@ template <typename T> static inline T __shfl_up_sync(unsigned, T x, unsigned) { 
 #define GPU_ADAM_STRIP 64
 #define GPU_ADAM_PREFETCHES fetches_ahead
 #define GPU_ADAM_PREFETCH(pointer) prefetch_strip(pointer)
+// Bytes of v in a strip of deferred rows (replay.cuh): eight of x86's vectors. With fewer of them in work an operation waits
+// for the result of the one before, with more of them registers do not hold them.
+#if defined(__AVX512F__)
+#define GPU_ADAM_REPLAYED 512
+#else
+#define GPU_ADAM_REPLAYED 256
+#endif
 // What lies at an address that nothing but an index tells, and will be needed after some other work.
 #define GPU_ADAM_FETCH(pointer) __builtin_prefetch(pointer, 1)
 #if defined(__clang__)
