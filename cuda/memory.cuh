@@ -13,9 +13,11 @@
 #ifndef GPU_ADAM_ONE_THREAD  // defined by the host's fast mode only: a GPU hides latency behind other warps
 #define GPU_ADAM_ONE_THREAD 0
 #define GPU_ADAM_STRIP (1 << 30)
+#define GPU_ADAM_REPLAYED 1
 #define GPU_ADAM_PREFETCHES false
 #define GPU_ADAM_PREFETCH(pointer)
 #define GPU_ADAM_FETCH(pointer)
+#define GPU_ADAM_HALVES 0
 #define GPU_ADAM_INDEPENDENT
 #define GPU_ADAM_CALLED
 #endif
@@ -84,12 +86,14 @@ __device__ inline Pack<T, N> gradient_pack(const T* g) {
 }
 
 // Consecutive elements of a variable to update.
-struct Range {
-    Slots slots;               // where they begin
+template <typename Pointers>
+struct RangeOf {
+    Pointers slots;            // where they begin
     int size;                  // how many
     long long first;           // index of the first one in the variable
     unsigned long long noise;  // of the variable
 };
+using Range = RangeOf<Slots>;
 
 // N consecutive elements of every slot, as one thread loads and stores them.
 template <int N>
@@ -99,16 +103,57 @@ struct SlotPacks {
 #undef PACK_OF
 };
 
+// Whether a strip has floats in place of Float16, converted before its loop and after it, as many at once as the host's
+// processor can: g++ 12 makes no vectors of its instructions for one number.
+template <typename T> constexpr bool IS_FLOAT16 = false;
+template <> constexpr bool IS_FLOAT16<Float16> = true;
+template <> constexpr bool IS_FLOAT16<const Float16> = true;
+constexpr bool HALVES = GPU_ADAM_HALVES && !ROUNDS_AT_ONCE && (IS_FLOAT16<Stored> || IS_FLOAT16<Gradient>);
+
+template <typename T, bool = HALVES && IS_FLOAT16<T>> struct InStrip { using Type = T; };
+template <typename T> struct InStrip<T, true> { using Type = float; };
+
+// The n numbers at p as a strip has them: Float16 in `floats`, others where they are.
+template <typename T>
+__device__ inline typename InStrip<T>::Type* in_strip(T* p, int n, float* floats) {
+    if constexpr (HALVES && IS_FLOAT16<T>) {
+        int i = 0;
+        for (; i + GPU_ADAM_HALVES <= n; i += GPU_ADAM_HALVES) widen_together(p + i, floats + i);
+        for (; i < n; ++i) floats[i] = widened(p[i]);
+        return floats;
+    } else {
+        return p;
+    }
+}
+// Back to p, from where in_strip had put them.
+template <typename T>
+__device__ inline void out_of_strip(T* p, int n, const float* floats) {
+    if constexpr (HALVES && IS_FLOAT16<T>) {
+        int i = 0;
+        for (; i + GPU_ADAM_HALVES <= n; i += GPU_ADAM_HALVES) narrow_together(floats + i, p + i);
+        for (; i < n; ++i) narrow(p[i], floats[i]);
+    }
+}
+
+// The slots of a strip.
+struct StripSlots : Slots {
+    InStrip<Stored>::Type* theta;  // in place of that of Slots
+};
+
 // A gradient in global memory, clipped on its way in.
-template <bool PACKED>
+template <bool PACKED, typename Number = Gradient>
 struct GlobalGradient {
-    const Gradient* __restrict__ g;
+    const Number* __restrict__ g;
     Factor factor;
 
     template <int N>
-    __device__ Pack<Gradient, N> pack(int i) const { return gradient_pack<N, PACKED>(g + i); }
-    __device__ Value computed(Gradient x, const StepScalars& step) const {
+    __device__ Pack<Number, N> pack(int i) const { return gradient_pack<N, PACKED>(g + i); }
+    __device__ Value computed(Number x, const StepScalars& step) const {
         return clipped(value(x), step, factor);
+    }
+    // That of a strip, for which there is room in `floats`.
+    __device__ auto strip(int begin, int n, float* floats) const {
+        return GlobalGradient<PACKED, typename InStrip<Number>::Type>{in_strip(g + begin, n, floats), factor};
     }
 };
 
@@ -120,6 +165,7 @@ struct SharedGradient {
     template <int N>
     __device__ Pack<Value, N> pack(int i) const { return gradient_pack<N, PACKED>(g + i); }
     __device__ Value computed(Value x, const StepScalars&) const { return x; }
+    __device__ SharedGradient strip(int begin, int, float*) const { return {g + begin}; }
 };
 
 // Sums of squares that a thread takes of its elements, in float64: of theta_t - theta_{t-1}, before it is rounded to 16
@@ -176,12 +222,16 @@ __device__ __forceinline__ void prefetch(const Range& range, const Source& gradi
 }
 
 // Load, compute and store what one thread updates in one go: a pack, or one element of head or tail; and measure it.
-template <int N, typename Source>
-__device__ inline void update_pack(const Range& range, const Source& gradient, const StepScalars& step, int i,
+template <int N, typename Pointers, typename Source>
+__device__ inline void update_pack(const RangeOf<Pointers>& range, const Source& gradient, const StepScalars& step, int i,
                                    Measures& measures, int lane) {
-    const Slots& slots = range.slots;
+    const Pointers& slots = range.slots;
     const auto g = gradient.template pack<N>(i);
-    SlotPacks<N> packs;
+    struct {
+#define PACK_OF(slot, Memory, Register, present) decltype(load_pack<N>(slots.slot)) slot;
+        GPU_ADAM_SLOTS(PACK_OF)
+#undef PACK_OF
+    } packs;
 #define LOAD(slot, Memory, Register, present) \
     if constexpr (present) packs.slot = load_pack<N>(slots.slot + i);
     GPU_ADAM_SLOTS(LOAD)
@@ -208,6 +258,20 @@ __device__ inline void update_pack(const Range& range, const Source& gradient, c
 #undef STORE
 }
 
+// Load, compute and store n elements from `begin` on, where HALVES is true.
+template <typename Source>
+__device__ inline void update_halves(const Range& range, const Source& gradient, const StepScalars& step, int begin, int n,
+                                     Measures& measures) {
+    alignas(64) float theta[GPU_ADAM_STRIP], g[GPU_ADAM_STRIP];
+    const auto source = gradient.strip(begin, n, g);
+    StripSlots slots = {range.slots.at(begin)};
+    slots.theta = in_strip(range.slots.theta + begin, MASTER ? 0 : n, theta);  // a master is read in its place
+    const RangeOf<StripSlots> strip = {slots, n, range.first + begin, range.noise};
+    GPU_ADAM_INDEPENDENT
+    for (int k = 0; k < n; ++k) update_pack<1>(strip, source, step, k, measures, k);
+    out_of_strip(range.slots.theta + begin, n, theta);
+}
+
 // Update every element of the range once. Threads of the block stride through it; any blockDim.x is right. An element is
 // read before it is written, by the thread that writes it, so the gradient may be one of the slots itself, but must
 // not overlap a slot otherwise. No barrier inside. size = 0: nothing happens. Returns what the thread has measured.
@@ -221,6 +285,10 @@ __device__ inline Measures update_range(const Range range, const Source gradient
     for (int strip = 0; strip < packs; strip += STRIP) {
         const int end = packs - strip < STRIP ? packs : strip + STRIP;
         if (prefetches) prefetch(range, gradient, head + strip * PACK);
+        if constexpr (HALVES) {
+            update_halves(range, gradient, step, strip, end - strip, measures);
+            continue;
+        }
         GPU_ADAM_INDEPENDENT
         for (int j = strip + threadIdx.x; j < end; j += blockDim.x) {
             update_pack<PACK>(range, gradient, step, head + j * PACK, measures, GPU_ADAM_ONE_THREAD ? j - strip : 0);

@@ -59,7 +59,7 @@ struct StepLog {
     LoggedStep* steps;
 };
 
-constexpr int STRIP_SIZE = GPU_ADAM_ONE_THREAD ? GPU_ADAM_STRIP : PACK;  // elements of a strip
+constexpr int STRIP_SIZE = GPU_ADAM_ONE_THREAD ? GPU_ADAM_REPLAYED / int{sizeof(StoredReal)} : PACK;  // its elements
 constexpr int STRIP_ROWS = GPU_ADAM_ONE_THREAD ? STRIP_SIZE : 1;        // rows, at most
 constexpr int PATIENCE = 16;                                       // steps between two looks whether theta still moves
 constexpr int LONG_PATIENCE = 64;                                  // the same of a moment, whose steps are short

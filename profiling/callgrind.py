@@ -21,7 +21,7 @@ from gpu_adam.devices import compiler
 MISSING = "no valgrind"
 CHUNKS = 16
 _FLAGS = [flag for flag in compiler.flags() if flag != "-march=native"]
-_ARCHITECTURE = ["-mavx2", "-mfma"]
+_ARCHITECTURE = ["-mavx2", "-mfma", "-mf16c"]
 _ENTRIES = {"dense": "dense_entry", "sparse": "sparse_entry", "square_sums": "square_sums_entry"}
 
 # Behind the kernel's own text, which has the structs. Arrays of ones: the count does not depend on values.

@@ -121,7 +121,7 @@ def test_the_bits_are_those_of_updates_of_all_rows(
 
 
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("float64", marks=pytest.mark.thorough)])
-@pytest.mark.parametrize("columns", [1, 2, 3, 7, 8, 16, 63, 64, 65, 100, 1000, 5000])
+@pytest.mark.parametrize("columns", [1, 2, 3, 7, 8, 16, 63, 64, 65, 100, 127, 128, 129, 1000, 5000])
 def test_rows_of_every_size(device: Device, dtype: str, columns: int) -> None:
     initial = numbers(np.random.default_rng(3), (max(3, min(200, 3000 // columns)), columns), dtype)
     program(Twins(device, [initial], beta_1=0.3, beta_2=0.7), "adversarial", 45 if columns < 500 else 12)

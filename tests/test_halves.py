@@ -236,32 +236,44 @@ def test_stochastic_rounding_does_not_depend_on_the_launch() -> None:
             same(one, other)
 
 
-@pytest.mark.parametrize("is_by_chance", [False, True])
-def test_elements_that_are_moved_in_pairs(is_by_chance: bool) -> None:
-    """Where all arrays are of bfloat16: they begin anywhere, are of any size, and other devices move single ones."""
+_TOGETHER: list[tuple[str, str, dict[str, Any]]] = [
+    ("bfloat16", "bfloat16", {"slot_dtype": "bfloat16"}),
+    ("bfloat16", "bfloat16", {"slot_dtype": "bfloat16", "stochastic_rounding": True}),
+    ("float16", "float16", {}),
+    ("float16", "float16", {"master_weights": True, "slot_dtype": "bfloat16"}),
+    ("float16", "float32", {"clipvalue": 2.0}),
+    ("float32", "float16", {"amsgrad": True}),
+]
+
+
+@pytest.mark.parametrize(("dtype", "gradient", "config"), _TOGETHER)
+def test_elements_that_the_host_moves_or_converts_together(dtype: str, gradient: str, config: dict[str, Any]) -> None:
+    """They begin anywhere, are of any size; other devices move and convert single ones. Every NaN is the same one."""
     rng = np.random.default_rng(11)
-    offsets, sizes = (0, 1, 2, 3), (1, 2, 3, 65, 4099)
-    starts = [(offset, rng.standard_normal(size).astype(BFLOAT16)) for offset in offsets for size in sizes]
-    gradients = [rng.standard_normal(x.size).astype(BFLOAT16) for _, x in starts]
-    for gradient in gradients[::2]:
-        gradient[::7], gradient[3::9] = np.nan, np.inf
-    table = rng.standard_normal((9, 5)).astype(BFLOAT16)
+    offsets, sizes = (0, 1, 2, 3), (1, 2, 3, 17, 65, 4099)
+    starts = [(offset, rng.standard_normal(size).astype(MIXING[dtype])) for offset in offsets for size in sizes]
+    gradients = [rng.standard_normal(x.size).astype(MIXING[gradient]) for _, x in starts]
+    for values in gradients[::2]:
+        values[::7], values[3::9] = -np.nan, np.inf
+    table = rng.standard_normal((9, 5)).astype(MIXING[dtype])
     results = []
     for device in (HostDevice(threads=1), HostDevice(block_size=96)):
         arrays = [device.empty(offset + x.size, x.dtype)[offset:] for offset, x in starts]
         for array, (_, x) in zip(arrays, starts, strict=True):
             array[...] = x
-        rows = Variable(table, device=device)
-        optimizer = Adam(0.01, slot_dtype="bfloat16", stochastic_rounding=is_by_chance)
+        variables, rows = [Variable.over(array, device) for array in arrays], Variable(table, device=device)
+        optimizer = Adam(0.01, **config)
         for turn in range(3):  # a gradient lies as its variable does, or not
             memory = [device.empty(x.size + turn, x.dtype)[turn:] for x in gradients]
-            for place, gradient in zip(memory, gradients, strict=True):
-                place[...] = gradient
-            pairs: list[Any] = [*zip(memory, arrays, strict=True), (IndexedSlices(table[:3], [7, 1, 7]), rows)]
-            optimizer.apply_gradients(pairs)
+            for place, values in zip(memory, gradients, strict=True):
+                place[...] = values
+            slices = IndexedSlices(table[:3].astype(MIXING[gradient]), [7, 1, 7])
+            optimizer.apply_gradients([*zip(memory, variables, strict=True), (slices, rows)])
         results.append([*arrays, rows.numpy(), *(slot.numpy() for slot in optimizer.weights[1:])])
     for one, other in zip(*results, strict=True):
         same(one, other)
+        if one.dtype.itemsize == 2:
+            assert one.tobytes() == other.tobytes()
 
 
 @pytest.mark.thorough

@@ -25,12 +25,26 @@ template <typename T> static inline T __shfl_up_sync(unsigned, T x, unsigned) { 
 #define GPU_ADAM_STRIP 64
 #define GPU_ADAM_PREFETCHES fetches_ahead
 #define GPU_ADAM_PREFETCH(pointer) prefetch_strip(pointer)
+// Bytes of v in a strip of deferred rows (replay.cuh): eight of x86's vectors. With fewer of them in work an operation waits
+// for the result of the one before, with more of them registers do not hold them.
+#if defined(__AVX512F__)
+#define GPU_ADAM_REPLAYED 512
+#else
+#define GPU_ADAM_REPLAYED 256
+#endif
 // What lies at an address that nothing but an index tells, and will be needed after some other work.
 #define GPU_ADAM_FETCH(pointer) __builtin_prefetch(pointer, 1)
 #if defined(__clang__)
 #define GPU_ADAM_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
 #else
 #define GPU_ADAM_INDEPENDENT _Pragma("GCC ivdep")
+#endif
+#if defined(__AVX512F__)
+#define GPU_ADAM_HALVES 16  // Float16 that the processor converts at once
+#elif defined(__F16C__)
+#define GPU_ADAM_HALVES 8
+#else
+#define GPU_ADAM_HALVES 0
 #endif
 #define GPU_ADAM_CALLED __attribute__((noinline))  // a function that is compiled once, for the compiler's time
 static thread_local bool fetches_ahead = false;
@@ -39,6 +53,42 @@ template <typename T>
 static __forceinline__ void prefetch_strip(const T* p) {
     for (int i = 0; i < GPU_ADAM_STRIP; i += 64 / sizeof(T)) __builtin_prefetch(p + 4 * GPU_ADAM_STRIP + i, 1);
 }
+
+#if GPU_ADAM_HALVES
+// GPU_ADAM_HALVES numbers at any addresses, with the bits of numbers.cuh: every NaN is stored as one and the same; FTZ and DAZ
+// change nothing, for denormal floats are zeros in 16 bits. (The header that g++ has names for these instructions in is
+// that of all intrinsics; clang++ gives up the names that g++ has for them.)
+typedef float Floats __attribute__((vector_size(4 * GPU_ADAM_HALVES)));
+#if defined(__clang__)
+typedef __fp16 Halves __attribute__((vector_size(2 * GPU_ADAM_HALVES)));
+#else
+typedef short Halves __attribute__((vector_size(2 * GPU_ADAM_HALVES)));
+#endif
+static __forceinline__ void widen_together(const void* from, float* to) {
+    Halves halves;
+    memcpy(&halves, from, sizeof halves);
+#if defined(__clang__)
+    const Floats floats = __builtin_convertvector(halves, Floats);
+#elif GPU_ADAM_HALVES == 16
+    const Floats floats = __builtin_ia32_vcvtph2ps512_mask(halves, Floats{}, -1, 4);  // all lanes, exceptions as ever
+#else
+    const Floats floats = __builtin_ia32_vcvtph2ps256(halves);
+#endif
+    memcpy(to, &floats, sizeof floats);
+}
+static __forceinline__ void narrow_together(const float* from, void* to) {
+    Floats floats;
+    for (int k = 0; k < GPU_ADAM_HALVES; ++k) floats[k] = from[k] == from[k] ? from[k] : __uint_as_float(0x7fc00000u);
+#if defined(__clang__)
+    const Halves halves = __builtin_convertvector(floats, Halves);
+#elif GPU_ADAM_HALVES == 16
+    const Halves halves = __builtin_ia32_vcvtps2ph512_mask(floats, 0, Halves{}, -1);  // 0: to the nearest, ties to even
+#else
+    const Halves halves = __builtin_ia32_vcvtps2ph256(floats, 0);
+#endif
+    memcpy(to, &halves, sizeof halves);
+}
+#endif
 
 // Whether fetching ahead pays is the processor's affair: on some it saves a twentieth of the time, on others it costs a
 // quarter (profiling/README.md). So the first large launches of a kernel try both ways in turns of a few blocks, side by side on

@@ -340,7 +340,8 @@ class AdamState:
         """
         named = self.named() if named is None else named
         names = list(named)
-        if len(arrays) != len(names) or not all(map(arrays.__contains__, names)):
+        in_order = list(arrays) == names  # which is sooner seen than each name is found in a large dict
+        if not in_order and (len(arrays) != len(names) or not all(map(arrays.__contains__, names))):
             missing = next((f"nothing for {name!r}" for name in names if name not in arrays), None)
             raise ArgumentValueError(
                 "arrays",
@@ -350,8 +351,9 @@ class AdamState:
             )
         label = label or names.__getitem__
         copies: defaultdict[Device, tuple[list[Array], list[Array]]] = defaultdict(lambda: ([], []))
-        for number, (name, weight) in enumerate(named.items()):
-            value, target = arrays[name], weight._value
+        values = arrays.values() if in_order else map(arrays.__getitem__, names)
+        for number, (name, weight, value) in enumerate(zip(names, named.values(), values, strict=True)):
+            target = weight._value
             if weight is self.counter:
                 count = checked_count(value, label(number))
                 source = as_slot(value if from_file else count, weight, label(number), from_file=from_file)

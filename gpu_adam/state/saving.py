@@ -189,7 +189,7 @@ def fitting(
     Raises:
         CheckpointError: something is missing, or left over.
     """
-    fits = arrays.keys() == named
+    fits = list(arrays) == list(named) or arrays.keys() == named  # mostly they are in order, which is sooner seen
     if not fits and not variables:
         arrays = {name: array for name, array in arrays.items() if not name.endswith(f"/{VALUE}")}
         fits = arrays.keys() == named

@@ -163,8 +163,11 @@ class Reader:
         """
         file, numbers, offsets, sizes, crcs = self._file, self.numbers, self._offsets, self._sizes, self._crcs
         block, begin, end = b"", 0, 0  # what was read last, and where in the file it lies
+        order, number = [*numbers, None], -1
         for name in names:
-            number = numbers[name]
+            number += 1
+            if order[number] != name:  # which is sooner seen than found in a large dict, whose entries lie anywhere
+                number = numbers[name]
             offset, limit, size = offsets[number], offsets[number + 1], sizes[number]
             if offset < begin or limit > end:  # one read for many members costs less than three for each
                 wanted = min(limit - offset, _MAX_HEADER + (size if size <= largest else 0))
