@@ -143,7 +143,7 @@ def _listening(address: str, *, needs_loopback: bool) -> socket.socket:
         ArgumentValueError: no address, none to listen at, or not one of loopback where it must be.
     """
     match = re.fullmatch(r"(\[[^\]]+\]|[^:\s]+):(\d{1,5})", address)
-    if match is None:
+    if match is None or int(match[2]) >= 2**16:
         raise ArgumentValueError("--http", "must be HOST:PORT", repr(address), "pass 127.0.0.1:8080, say")
     host, port = match[1].strip("[]"), int(match[2])
     try:
@@ -152,7 +152,7 @@ def _listening(address: str, *, needs_loopback: bool) -> socket.socket:
             rule = "must be a loopback address where no token is demanded"
             raise ArgumentValueError("--http", rule, address, "pass 127.0.0.1:PORT, or --token-file FILE")
         listener = socket.create_server(found[:2], family=family, backlog=MOST_CONNECTIONS)
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         rule, remedy = "must be an address to listen at", "choose another, or port 0 for a free one"
         raise ArgumentValueError("--http", rule, f"{address}: {error}", remedy) from error
     return listener

@@ -17,9 +17,11 @@ from fastapi import APIRouter, Depends, FastAPI, Request, Security
 from fastapi import Path as InPath
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 import gpu_adam
 from gpu_adam.bench.telemetry import Telemetry
@@ -98,8 +100,12 @@ class Access:
         names = None if self._telemetry is None else self._telemetry.names()
         return names or (device.name.rpartition(":")[2], device.identity)
 
-    async def call(self, function: Callable[[], _Result], seconds: float = CALL_SECONDS) -> _Result:
+    async def call(self, function: Callable[[], _Result], seconds: float | None = None) -> _Result:
         """What a function returns that the server's thread calls.
+
+        Args:
+            function: to be called.
+            seconds: how long to wait for it; None for CALL_SECONDS.
 
         Raises:
             RefusedError: the service ends, or its thread was at work on something else for so long; then the function
@@ -108,6 +114,7 @@ class Access:
         """
         if self.server.is_draining:
             raise RefusedError(503, ServiceError("the service", "must not be ending", "it is", "ask the next one"))
+        seconds = CALL_SECONDS if seconds is None else seconds
         try:
             return await asyncio.wait_for(asyncio.wrap_future(self.server.call(function)), seconds)
         except asyncio.TimeoutError:
@@ -116,7 +123,7 @@ class Access:
             raise RefusedError(503, error) from None
 
     async def optimizer(
-        self, name: str, function: Callable[[ServedOptimizer], _Result], seconds: float = CALL_SECONDS
+        self, name: str, function: Callable[[ServedOptimizer], _Result], seconds: float | None = None
     ) -> _Result:
         """The same, of a function of an optimizer.
 
@@ -176,7 +183,7 @@ def _access(request: Request) -> Access:
 
 _Reach = Annotated[Access, Depends(_access)]
 _Name = Annotated[str, InPath(description="The optimizer's name.")]
-_Hyper = Annotated[str, InPath(description=f"One of {', '.join(SETTABLE)}.")]
+_Hyper = Annotated[str, InPath(description="What is meant.", json_schema_extra={"enum": list(SETTABLE)})]
 
 
 def _failures(*statuses: HTTPStatus) -> dict[int | str, dict[str, Any]]:
@@ -220,10 +227,10 @@ async def get_service(access: _Reach) -> Service:
 )
 async def stream_events(access: _Reach) -> StreamingResponse:
     """Each event's data is an Overview as JSON. The stream ends with an event `end` where the service ends."""
+    await access.overview()  # a failure is to be an answer, not a stream
     if access.streams >= MOST_STREAMS:
         rule, remedy = f"must be at most {MOST_STREAMS} at once", "close a page"
         raise RefusedError(503, ServiceError("the streams of events", rule, "one more", remedy))
-    await access.overview()  # a failure is to be an answer, not a stream
     return StreamingResponse(_events(access), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
 
 
@@ -387,6 +394,9 @@ async def get_metrics(access: _Reach) -> Response:
     return Response(await access.call(access.metrics.text), media_type=CONTENT_TYPE_LATEST)
 
 
+ROUTERS = (health, known, metrics)
+
+
 def make_application(server: Server, *, has_token: bool) -> FastAPI:
     """The endpoints of a service.
 
@@ -404,22 +414,23 @@ def make_application(server: Server, *, has_token: bool) -> FastAPI:
         redoc_url=None,
     )
     application.state.access = Access(server)
-    application.include_router(health)
-    token = {
-        "responses": _failures(HTTPStatus.UNAUTHORIZED),
-        "dependencies": [Security(HTTPBearer(auto_error=False, description="What the file of --token-file has."))],
-    }
-    for router in (known, metrics):
-        application.include_router(router, **(token if has_token else {}))  # type: ignore[arg-type]
+    bearer = Security(HTTPBearer(auto_error=False, description="What the file of --token-file has."))
+    for router in ROUTERS:
+        if has_token and router is not health:
+            application.include_router(router, responses=_failures(HTTPStatus.UNAUTHORIZED), dependencies=[bearer])
+        else:
+            application.include_router(router)
     page, policy = _page()
 
     @application.get("/", include_in_schema=False)
     async def get_page() -> HTMLResponse:
         return HTMLResponse(page, headers={"Content-Security-Policy": policy, "Cache-Control": "no-store"})
 
+    description = _with_names(application.openapi(), list(server.optimizers))
+
     @application.get("/v1/openapi.json", include_in_schema=False)
     async def get_description() -> JSONResponse:
-        return JSONResponse(application.openapi())
+        return JSONResponse(description)
 
     application.add_exception_handler(RefusedError, _refused)
     application.add_exception_handler(GpuAdamError, _forbidden)
@@ -427,6 +438,16 @@ def make_application(server: Server, *, has_token: bool) -> FastAPI:
     application.add_exception_handler(RequestValidationError, _invalid)
     application.add_exception_handler(HTTPException, _http_error)
     return application
+
+
+def _with_names(description: dict[str, Any], optimizers: list[str]) -> dict[str, Any]:
+    """A description of the endpoints, with the names that this service's optimizers have."""
+    for methods in description["paths"].values():
+        for operation in methods.values():
+            for parameter in operation.get("parameters", []):
+                if parameter["name"] == "optimizer":
+                    parameter["schema"]["enum"] = optimizers
+    return description
 
 
 def _page() -> tuple[str, str]:
@@ -467,6 +488,18 @@ async def _invalid(_: Request, error: Any) -> JSONResponse:
 
 
 async def _http_error(request: Request, error: Any) -> JSONResponse:
-    where = f"{request.method} {shown(request.url.path)}"
-    wrong = ServiceError(where, "must be an endpoint's", error.detail, "see /v1/openapi.json")
-    return JSONResponse(failure(wrong), error.status_code, error.headers)
+    what, rule = f"{request.method} {shown(request.url.path)}", "must be an endpoint's"
+    if error.status_code == HTTPStatus.BAD_REQUEST:
+        what, rule = "the body", "must be JSON in UTF-8"
+    wrong = ServiceError(what, rule, error.detail, "see /v1/openapi.json")
+    headers = error.headers
+    if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:  # Starlette names the first route's alone
+        headers = {"Allow": ", ".join(_methods_of(request))}
+    return JSONResponse(failure(wrong), error.status_code, headers)
+
+
+def _methods_of(request: Request) -> list[str]:
+    """What may be done at a path that exists."""
+    routes = [each for router in ROUTERS for each in router.routes if isinstance(each, APIRoute)]
+    here = [each.methods or set() for each in routes if each.matches(request.scope)[0] is not Match.NONE]
+    return sorted(set[str]().union(*here) or {"GET"})

@@ -93,6 +93,7 @@ class Browser:
     def open(self, url: str) -> None:
         """Go to an address."""
         self("Page.navigate", url=url)
+        self.until("document.readyState === 'complete'")
 
     def run(self, expression: str) -> Any:
         """The value of an expression of JavaScript, a promise's when it is there."""
