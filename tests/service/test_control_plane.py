@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 pytest.importorskip("fastapi", reason="fastapi is not installed (extra: serve)")
-httpx = pytest.importorskip("httpx", reason="httpx is not installed (extra: test)")
+httpx = pytest.importorskip("httpx", reason="httpx is not installed (extra: dev)")
 
 from prometheus_client.parser import text_string_to_metric_families
 from service.browser import CHROMIUM, Browser
@@ -632,7 +632,7 @@ def test_schemathesis_finds_nothing(serve: Callable[..., Service], tmp_path: Pat
     Not asked: that each assignment of the right type is taken, for what a hyperparameter may be depends on which one it
     is; and for the stream, which does not end.
     """
-    pytest.importorskip("schemathesis", reason="schemathesis is not installed (extra: test)")
+    pytest.importorskip("schemathesis", reason="schemathesis is not installed (extra: dev)")
     token = written(tmp_path / "token", TOKEN)
     service = serve(CONFIG, "--http", "127.0.0.1:0", "--device", "host", "--token-file", str(token))
     address = address_of(service)
