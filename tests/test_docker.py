@@ -143,7 +143,7 @@ def serve_options(text: str) -> dict[str, str | None]:
 
 def owned() -> tuple[Path, ServiceConfig]:
     """Where the example configuration has checkpoints, and what it owns."""
-    config = read_config(ROOT / "docker" / "service.toml", "host")
+    config = read_config(ROOT / "docker" / "gpu-adam.toml", "host")
     checkpoint = config.optimizers["main"].checkpoint
     assert checkpoint is not None
     return checkpoint["directory"], config

@@ -24,11 +24,11 @@ httpx = pytest.importorskip("httpx", reason="httpx is not installed (extra: dev)
 
 from prometheus_client.parser import text_string_to_metric_families
 from service.browser import CHROMIUM, Browser
-from service.conftest import SECONDS, Service, until
+from service.running import SECONDS, InProcess, InThread, until
 
 from gpu_adam import Adam
 from gpu_adam.errors import ArgumentTypeError, ArgumentValueError
-from gpu_adam.service import Client, connect, control_plane, endpoints, gatekeeper
+from gpu_adam.service import Client, control_plane, endpoints, gatekeeper
 from gpu_adam.service.config import read_config
 from gpu_adam.service.control_plane import ControlPlane
 from gpu_adam.service.metrics import Metrics
@@ -54,7 +54,7 @@ TOKEN = "correct-horse-battery"
 FOUR_PARTS = {"error", "argument", "rule", "got", "remedy", "message"}
 
 
-class Served:
+class Served(InThread):
     """A service in a thread of this process, with a control plane.
 
     Args:
@@ -63,22 +63,11 @@ class Served:
     """
 
     def __init__(self, directory: Path, token: str | None = None) -> None:
-        self.directory = directory
-        (directory / "service.toml").write_text(CONFIG)
+        super().__init__(directory, CONFIG)
         token_file = None if token is None else written(directory / "token", token)
-        self.server = Server(read_config(directory / "service.toml", "host"), directory / "socket")
         self.plane = ControlPlane(self.server, "127.0.0.1:0", token_file)
-        self.over = threading.Event()
-        self.thread = threading.Thread(target=self.server.run, args=(self.over.is_set,))
-        self.thread.start()
         headers = {} if token is None else {"Authorization": f"Bearer {token}"}
         self.http = httpx.Client(base_url=self.plane.address, headers=headers, timeout=SECONDS)
-        self.clients: list[Client] = []
-
-    def connect(self, name: str) -> Client:
-        """A client."""
-        self.clients.append(connect(self.directory / "socket", name, SECONDS))
-        return self.clients[-1]
 
     def get(self, path: str) -> Any:
         """What an endpoint answers."""
@@ -99,20 +88,16 @@ class Served:
         """A connection to the port."""
         return socket.create_connection(self.plane._socket.getsockname()[:2], timeout=SECONDS)
 
-    def end(self) -> None:
-        """Let the service end."""
-        self.over.set()
+    def begin_to_end(self) -> None:
+        """Have the service finish, and do not wait for it."""
+        self._is_over = True
         self.server.call(lambda: None)
-        self.thread.join()
 
     def close(self) -> None:
-        """Give everything back."""
-        for client in self.clients:
-            client.close()
-        self.end()
+        """End clients, control plane and service."""
         self.http.close()
         self.plane.close()
-        self.server.close()
+        super().close()
 
 
 @pytest.fixture
@@ -353,8 +338,7 @@ def test_a_service_that_ends_is_not_ready_and_ends_its_streams(served: Served, m
     with served.http.stream("GET", "/v1/events") as answer:
         stream = events(answer)
         next(stream)
-        served.over.set()
-        served.server.call(lambda: None)
+        served.begin_to_end()
         *_, last = stream
         assert last == "event: end"
     assert "ending" in refusal(served.http.get("/v1/health/ready"), 503)["rule"]
@@ -576,7 +560,7 @@ def test_the_page_needs_nothing_from_elsewhere(served: Served) -> None:
 # The command.
 
 
-def address_of(service: Service) -> str:
+def address_of(service: InProcess) -> str:
     """Where the control plane of a process is."""
     assert service.process.stdout is not None
     line = service.process.stdout.readline()
@@ -585,8 +569,8 @@ def address_of(service: Service) -> str:
     return match[1]
 
 
-def test_the_command_serves_and_ends_with_status_0(serve: Callable[..., Service]) -> None:
-    service = serve(CONFIG, "--http", "127.0.0.1:0", "--device", "host")
+def test_the_command_serves_and_ends_with_status_0(serve_in_process: Callable[..., InProcess]) -> None:
+    service = serve_in_process(CONFIG, "--http", "127.0.0.1:0", "--device", "host")
     address = address_of(service)
     with httpx.stream("GET", f"{address}/v1/events") as answer:
         stream = events(answer)
@@ -626,7 +610,7 @@ def test_the_command_refuses_in_a_sentence(tmp_path: Path) -> None:
 
 
 @pytest.mark.thorough
-def test_schemathesis_finds_nothing(serve: Callable[..., Service], tmp_path: Path) -> None:
+def test_schemathesis_finds_nothing(serve_in_process: Callable[..., InProcess], tmp_path: Path) -> None:
     """Requests that the description allows and forbids get what it promises, whoever sends them.
 
     Not asked: that each assignment of the right type is taken, for what a hyperparameter may be depends on which one it
@@ -634,7 +618,7 @@ def test_schemathesis_finds_nothing(serve: Callable[..., Service], tmp_path: Pat
     """
     pytest.importorskip("schemathesis", reason="schemathesis is not installed (extra: dev)")
     token = written(tmp_path / "token", TOKEN)
-    service = serve(CONFIG, "--http", "127.0.0.1:0", "--device", "host", "--token-file", str(token))
+    service = serve_in_process(CONFIG, "--http", "127.0.0.1:0", "--device", "host", "--token-file", str(token))
     address = address_of(service)
     ended = subprocess.run(
         [
