@@ -24,7 +24,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
 import gpu_adam
-from gpu_adam.bench.telemetry import Telemetry
+from gpu_adam.devices.telemetry import Telemetry
 from gpu_adam.errors import ArgumentTypeError, ArgumentValueError, GpuAdamError, ServiceError
 from gpu_adam.rules import shown
 from gpu_adam.service.answers import (

@@ -14,6 +14,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,16 +24,17 @@ pytest.importorskip("fastapi", reason="fastapi is not installed (extra: serve)")
 httpx = pytest.importorskip("httpx", reason="httpx is not installed (extra: dev)")
 
 from prometheus_client.parser import text_string_to_metric_families
-from service.browser import CHROMIUM, Browser
-from service.running import SECONDS, InProcess, InThread, until
 
 from gpu_adam import Adam
+from gpu_adam.devices.telemetry import Reading
 from gpu_adam.errors import ArgumentTypeError, ArgumentValueError
 from gpu_adam.service import Client, control_plane, endpoints, gatekeeper
 from gpu_adam.service.config import read_config
 from gpu_adam.service.control_plane import ControlPlane
 from gpu_adam.service.metrics import Metrics
 from gpu_adam.service.server import Server
+from service.browser import CHROMIUM, Browser
+from service.running import SECONDS, InProcess, InThread, until
 
 pytestmark = pytest.mark.no_device
 
@@ -178,6 +180,23 @@ def test_the_service_tells_who_is_there(served: Served) -> None:
     assert served.get("/v1/optimizers/plain")["clients"] == ["actor-0"]
     first.close()
     until(lambda: served.get("/v1/optimizers/plain")["clients"] == [])
+
+
+def test_the_gpu_tells_of_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reading = Reading(sm_mhz=1700, memory_mhz=None, watts=250.5, joules=1.0, celsius=61, throttles=("power cap",))
+    stand_in = SimpleNamespace(read=lambda: reading, names=lambda: ("3", "GPU-12"))
+    monkeypatch.setattr(endpoints.Telemetry, "open", lambda device: stand_in)
+    served = Served(tmp_path)
+    try:
+        said = {"watts": 250.5, "sm_mhz": 1700, "memory_mhz": None, "celsius": 61, "throttles": ["power cap"]}
+        assert served.get("/v1/service")["gpu"] == said
+        monkeypatch.setattr(served.server.device, "name", "cuda:1")
+        assert endpoints.Access(served.server)._names() == ("3", "GPU-12")
+        monkeypatch.setattr(stand_in, "names", lambda: None)
+        assert endpoints.Access(served.server)._names() == ("1", served.server.device.identity)
+    finally:
+        monkeypatch.undo()
+        served.close()
 
 
 def test_a_loss_without_a_number_in_json_is_null(served: Served) -> None:
