@@ -26,7 +26,7 @@ httpx = pytest.importorskip("httpx", reason="httpx is not installed (extra: dev)
 from prometheus_client.parser import text_string_to_metric_families
 
 from gpu_adam import Adam
-from gpu_adam.devices.telemetry import Reading
+from gpu_adam.devices.telemetry import Reading, Telemetry
 from gpu_adam.errors import ArgumentTypeError, ArgumentValueError
 from gpu_adam.service import Client, control_plane, endpoints, gatekeeper
 from gpu_adam.service.config import read_config
@@ -185,7 +185,7 @@ def test_the_service_tells_who_is_there(served: Served) -> None:
 def test_the_gpu_tells_of_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reading = Reading(sm_mhz=1700, memory_mhz=None, watts=250.5, joules=1.0, celsius=61, throttles=("power cap",))
     stand_in = SimpleNamespace(read=lambda: reading, names=lambda: ("3", "GPU-12"))
-    monkeypatch.setattr(endpoints.Telemetry, "open", lambda device: stand_in)
+    monkeypatch.setattr(Telemetry, "open", lambda device: stand_in)
     served = Served(tmp_path)
     try:
         said = {"watts": 250.5, "sm_mhz": 1700, "memory_mhz": None, "celsius": 61, "throttles": ["power cap"]}
