@@ -12,7 +12,8 @@ RUN apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /
 
 # Kernels are compiled at first use, into a volume that survives the container.
 ENV GPU_ADAM_CACHE=/var/cache/gpu_adam PIP_NO_CACHE_DIR=1 PIP_ROOT_USER_ACTION=ignore PYTHONUNBUFFERED=1
-RUN useradd --uid 1000 --create-home adam && install -d -o adam -g adam /var/cache/gpu_adam /home/adam/gpu_adam
+RUN useradd --uid 1000 --create-home adam && install -d -o adam -g adam /var/cache/gpu_adam /home/adam/gpu_adam \
+    /run/gpu_adam /var/lib/gpu_adam
 WORKDIR /home/adam/gpu_adam
 
 COPY --chown=adam:adam LICENSE README.md pyproject.toml ./
@@ -32,6 +33,13 @@ COPY --chown=adam:adam tests tests
 RUN pip install -e ".[test]"
 USER 1000:1000
 ENTRYPOINT ["pytest"]
+
+# With the control plane: docker build --target service ...
+FROM package AS service
+RUN pip install -e ".[serve]"
+USER 1000:1000
+ENTRYPOINT ["gpu-adam"]
+CMD ["serve", "--help"]
 
 # What a build without --target makes.
 FROM package

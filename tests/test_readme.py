@@ -151,7 +151,7 @@ def test_extras_are_real() -> None:
 
 def test_services_and_environment_variables_are_real() -> None:
     compose = (ROOT / "docker" / "compose.yaml").read_text()
-    services = re.findall(r"docker compose -f docker/compose.yaml run --rm (\S+)$", texts(), re.M)
+    services = re.findall(r"docker compose -f docker/compose.yaml (?:run --rm|up) (\S+)$", texts(), re.M)
     assert services == re.findall(r"^  ([\w-]+):\n    build:", compose, re.M)
     sources = "".join(path.read_text() for path in (ROOT / "gpu_adam").rglob("*.py"))
     assert set(re.findall(r"^\| `(GPU_ADAM_[A-Z]+)`", texts(), re.M)) == set(

@@ -71,7 +71,7 @@ def test_the_wheel_has_all_it_needs_in_one_package(dist: Path) -> None:
     kernels = relative(ROOT, "cuda/*.cu", "cuda/*.cuh", "cuda/host/*.h", "cuda/host/*.cpp")
     assert len(kernels) > 10
     assert {f"gpu_adam/{name}" for name in kernels} <= names
-    assert relative(ROOT, "gpu_adam/**/*.py", "gpu_adam/data/*.*", "gpu_adam/py.typed") <= names
+    assert relative(ROOT, "gpu_adam/**/*.py", "gpu_adam/data/*.*", "gpu_adam/**/*.html", "gpu_adam/py.typed") <= names
     assert {name for name in names if name.endswith("licenses/LICENSE")}
     assert not {name for name in names if "__pycache__" in name}
 

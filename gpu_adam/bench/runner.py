@@ -15,9 +15,9 @@ from gpu_adam.bench.clocks import Candidate, Effort, measure
 from gpu_adam.bench.copy_bandwidth import copy_bandwidth
 from gpu_adam.bench.inputs import Inputs
 from gpu_adam.bench.own_step import WrongResultError
-from gpu_adam.bench.telemetry import NONE, Telemetry, between
 from gpu_adam.bench.workloads import Workload
 from gpu_adam.devices import Device
+from gpu_adam.devices.telemetry import NONE, Telemetry, between
 from gpu_adam.errors import ArgumentValueError
 from gpu_adam.kernels import dtype_named
 

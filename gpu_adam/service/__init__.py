@@ -10,6 +10,7 @@
     messages.py   the protocol's messages
     config.py     what a service is to own, from a TOML file
     paths.py      where the socket is
+    control_plane.py, endpoints.py, answers.py, gatekeeper.py, metrics.py, page.html   the service over HTTP
 
 Memory and events that processes share are the devices' (gpu_adam/devices/sharing.py).
 """

@@ -6,14 +6,18 @@ import os
 import signal
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from gpu_adam.errors import ArgumentValueError, GpuAdamError
 from gpu_adam.held_signals import HeldSignals
 from gpu_adam.service.config import read_config
 from gpu_adam.service.paths import default_socket, make_default_directory
 from gpu_adam.service.server import Server
+
+if TYPE_CHECKING:
+    from gpu_adam.service.control_plane import ControlPlane
 
 
 def serve(
@@ -32,6 +36,8 @@ def serve(
     max_clients: Annotated[int, typer.Option(min=1, help="So many at once.")] = 256,
 ) -> None:
     """Own optimizers, and make steps of the gradients that other processes push."""
+    if token_file is not None and http is None:
+        raise ArgumentValueError("--token-file", "must come with --http", "no --http", "pass --http HOST:PORT")
     if socket is None:
         make_default_directory()
         socket = default_socket()
@@ -44,9 +50,7 @@ def serve(
         opened.callback(signal.set_wakeup_fd, before)
         address = ""
         if http is not None:
-            from gpu_adam.service.control_plane import ControlPlane  # noqa: PLC0415  (needs the extra `serve`)
-
-            plane = ControlPlane(server, http, token_file)
+            plane = _control_plane()(server, http, token_file)
             opened.callback(plane.close)
             address = f" and {plane.address}"
         names = ", ".join(f"{name} ({each.policy.text})" for name, each in server.optimizers.items())
@@ -57,3 +61,17 @@ def serve(
         + ", ".join(f"{n} after {o.iterations} steps" for n, o in server.optimizers.items())
         + "."
     )
+
+
+def _control_plane() -> type[ControlPlane]:
+    """The class, of the extra `serve`.
+
+    Raises:
+        GpuAdamError: the extra is not installed.
+    """
+    try:
+        from gpu_adam.service.control_plane import ControlPlane  # noqa: PLC0415  (of the extra)
+    except ImportError as error:
+        remedy = 'install it: pip install "gpu-adam[serve]"'
+        raise GpuAdamError("--http", "needs the extra serve", error, remedy) from error
+    return ControlPlane

@@ -85,6 +85,7 @@ class ServedOptimizer:
         self.durations: deque[float] = deque(maxlen=_PACE_STEPS)
         self._ends: deque[float] = deque(maxlen=_PACE_STEPS)
         self._staleness: deque[int] = deque(maxlen=_PACE_STEPS)
+        self._reported = self._nonfinite = 0
         self._has_sums, self._is_paused = False, False
         self._held: list[Push] = []
         self._manager: CheckpointManager | None = None
@@ -268,6 +269,7 @@ class ServedOptimizer:
         self.durations.append(end - start)
         self._ends.append(end)
         self.observe_step(end - start)
+        self._look_at_gradients()
         self._answer(pushes, done)
         self._save_if_due()
 
@@ -306,16 +308,50 @@ class ServedOptimizer:
             "step_seconds": max(self.durations, default=None),
             "staleness": max(self._staleness, default=None),
             "loss": self.last_loss,
+            "learning_rate": self._learning_rate(),
             "parameter_bytes": self.nbytes,
-            "checkpoint_age_seconds": None if self._last_save is None else time.monotonic() - self._last_save,
+            "checkpoint_age_seconds": self.checkpoint_age,
+            "nonfinite_steps": self.nonfinite_steps,
             "telemetry": self._telemetry(),
         }
 
+    @property
+    def checkpoint_age(self) -> float | None:
+        """Seconds since the newest checkpoint was written, or was restored; None before the first one."""
+        return None if self._last_save is None else time.monotonic() - self._last_save
+
+    @property
+    def nonfinite_steps(self) -> int | None:
+        """How many steps had gradients that were not all finite, as far as the device has told. Never waits.
+
+        None where the optimizer does not look: it has neither `telemetry` nor `skip_nonfinite` nor `loss_scale`. With
+        `telemetry` alone a device that lags behind may have had more.
+        """
+        flavour = self.adam.flavour
+        if flavour.skips:
+            report = self.adam._controller.guards.telemetry()
+            return 0 if report is None else report.skipped
+        return self._nonfinite if flavour.telemetry else None
+
+    def _look_at_gradients(self) -> None:
+        """Count the newest report where nothing else counts it; of a device that lags behind it may be seen again."""
+        if self.adam.flavour.telemetry and not self.adam.flavour.skips:
+            report = self.adam.read_telemetry()
+            if report is not None and report.step != self._reported:
+                self._reported = report.step
+                self._nonfinite += report.nonfinite > 0
+
+    def _learning_rate(self) -> float:
+        """That of the next step."""
+        rate = self.adam.learning_rate
+        return float(rate(self._sequence.step) if callable(rate) else rate)
+
     def _pace(self) -> float:
         ends = self._ends
-        if len(ends) < 2 or time.perf_counter() - ends[-1] > max(2.0, 2 * (ends[-1] - ends[0])):
+        if len(ends) < 2:
             return 0.0
-        return (len(ends) - 1) / (ends[-1] - ends[0])
+        seconds = (ends[-1] - ends[0]) / (len(ends) - 1)
+        return 0.0 if time.perf_counter() - ends[-1] > max(2.0, 3 * seconds) else 1 / seconds
 
     def _telemetry(self) -> dict[str, float] | None:
         if not self.adam.flavour.telemetry:

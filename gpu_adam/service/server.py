@@ -81,6 +81,7 @@ class _Connection:
         self.ready = device.share_event()
         self.regions: dict[int, SharedMemory] = {}
         self.bindings: dict[int, _Binding] = {}
+        self.attached: set[str] = set()  # names of optimizers
         self.numbers = itertools.count(1)
         self.is_waiting = self.is_muted = False  # for the answer to a push, and unheard until then
 
@@ -182,6 +183,15 @@ class Server:
     def clients(self) -> list[str]:
         """The names of those who are connected."""
         return sorted(client.name for client in self._connections.values() if client.is_known)
+
+    def clients_of(self, optimizer: str) -> list[str]:
+        """The names of those who use an optimizer."""
+        return sorted(client.name for client in self._connections.values() if optimizer in client.attached)
+
+    @property
+    def client_bytes(self) -> int:
+        """How much memory clients have, all together."""
+        return sum(client.used for client in self._connections.values())
 
     @property
     def wake_descriptor(self) -> int:
@@ -363,6 +373,7 @@ class Server:
 
     def _attach(self, connection: _Connection, fields: Fields) -> tuple[dict[str, Any], Sequence[int]]:
         served = self._optimizer(fields)
+        connection.attached.add(served.name)
         memories = [served.layout, served.status, served.parameters]
         answer = {"memories": [memory.handle for memory in memories], "done": served.done.handle}
         descriptors = [memory.descriptor for memory in memories if memory.descriptor >= 0]

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from gpu_adam.bench.telemetry import Telemetry, between
 from gpu_adam.devices import HostDevice
+from gpu_adam.devices.telemetry import Telemetry, between
 
 nvml = pytest.importorskip("pynvml", reason="the extra cuda13 brings it")
 
@@ -48,6 +48,16 @@ def test_readings() -> None:
     assert found["joules_per_step"] == pytest.approx(0.5)
     assert found["throttled"] == ["hardware thermal", "power cap"]
     assert telemetry.sheet_bandwidth() == pytest.approx(3352.3e9, rel=1e-4)
+
+
+def test_names_are_those_of_others_figures() -> None:
+    class Named(Fake):
+        def __getattr__(self, name: str) -> Any:
+            names = {"nvmlDeviceGetIndex": 3, "nvmlDeviceGetUUID": "GPU-12"}
+            return (lambda _: names[name]) if name in names else super().__getattr__(name)
+
+    assert Telemetry(Named(), None).names() == ("3", "GPU-12")
+    assert Telemetry(Fake(), None).names() is None
 
 
 def test_the_host_has_none() -> None:

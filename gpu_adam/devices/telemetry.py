@@ -62,6 +62,12 @@ class Telemetry:
         except Exception:  # the driver's errors are of many kinds, and none of them stops a measurement
             return None
 
+    def names(self) -> tuple[str, str] | None:
+        """NVML's index and UUID of the device, which others' figures of it have as labels; None where it has none."""
+        index = self._try(self._nvml.nvmlDeviceGetIndex, self._handle)
+        uuid = self._try(self._nvml.nvmlDeviceGetUUID, self._handle)
+        return None if index is None or uuid is None else (str(index), uuid)
+
     def read(self) -> Reading:
         """The present state."""
         nvml, handle = self._nvml, self._handle
