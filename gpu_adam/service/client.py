@@ -10,8 +10,10 @@ import socket
 import threading
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -19,12 +21,13 @@ import numpy as np
 
 from gpu_adam import schedules
 from gpu_adam.devices import Array, Device, find_device
-from gpu_adam.devices.base import SharedMemory
-from gpu_adam.errors import ArgumentTypeError, ArgumentValueError, ServiceError
-from gpu_adam.rules import shown
+from gpu_adam.devices.base import SharedEvent, SharedMemory
+from gpu_adam.errors import ArgumentTypeError, ArgumentValueError, GpuAdamError, ServiceError
+from gpu_adam.rules import real_number, shown
 from gpu_adam.schedules import LearningRateSchedule
 from gpu_adam.service.layout import LINE, Place, placed
 from gpu_adam.service.messages import (
+    SETTABLE,
     VERSION,
     ConnectionLostError,
     Receiver,
@@ -34,6 +37,7 @@ from gpu_adam.service.messages import (
 from gpu_adam.service.paths import default_socket
 from gpu_adam.service.sequence import StepSequence
 from gpu_adam.step.gradients import dtype_read, on_device
+from gpu_adam.step.guard import checked_scale
 from gpu_adam.step.request import checked_pair, listed, without_gradient
 from gpu_adam.variables import IndexedSlices, Variable
 
@@ -41,8 +45,9 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 0.01, 0.5  # seconds between two tries to connect
 _READ_SECONDS = 0.05  # how long a reader tries by itself, before the server copies for it
 _BINDINGS_KEPT = 16
 _PARTS_AT_ONCE = 500  # gradients that are bound by one message
+_LEAST_SECONDS = 0.05  # for a service that is there to say hello
+_NOT_THERE = (FileNotFoundError, ConnectionRefusedError, ConnectionResetError, BlockingIOError, TimeoutError)
 _Result = TypeVar("_Result")
-_CLIPS = ("clipvalue", "clipnorm", "global_clipnorm")
 
 
 def connect(path: str | os.PathLike[str] | None = None, name: str | None = None, patience: float = 10.0) -> Client:
@@ -63,29 +68,32 @@ def connect(path: str | os.PathLike[str] | None = None, name: str | None = None,
 class Client:
     """A connection to a service.
 
-    It is to be used by one thread at a time: where one waits for the service, others wait for it, but for `close`.
+    Several threads may read and ask, and wait for each other; one at a time may push.
 
     Args:
         path, name, patience: see `connect`.
 
     Attributes:
-        path, name: as above.
+        path: as above.
+        name: the one that was given, or that the service has made; a service that is started again makes another one.
         optimizers: the names of the service's optimizers.
         device: where variables and gradients lie.
     """
 
     device: Device
+    name: str
 
     def __init__(self, path: Path, name: str | None, patience: float) -> None:
-        self.path, self.name, self._patience = path, name, patience
+        self.path, self._given_name, self._patience = path, name, patience
         self._lock, self._receiver = threading.RLock(), Receiver()
+        self._closed = threading.Event()
         self._process = os.getpid()
         self._socket: socket.socket | None = None
-        self._is_closed = False
         self._opened: dict[str, RemoteOptimizer] = {}
         self.optimizers: list[str] = []
-        with self._lock:
-            self._connect()
+        self._connections = 0  # how many there were; who keeps what belongs to one notes its number
+        self._connect(patience)
+        _clients.add(self)
 
     def optimizer(self, name: str) -> RemoteOptimizer:
         """One of the service's optimizers.
@@ -104,7 +112,7 @@ class Client:
 
         A call in another thread that waits for the service raises a ServiceError.
         """
-        self._is_closed = True
+        self._closed.set()
         if not self._lock.acquire(blocking=False):
             waiting = self._socket
             if waiting is not None:
@@ -112,8 +120,6 @@ class Client:
                     waiting.shutdown(socket.SHUT_RDWR)
             self._lock.acquire()
         try:
-            for optimizer in self._opened.values():
-                optimizer._forget()  # before the service hears of the end, and frees what is mapped
             self._disconnect()
         finally:
             self._lock.release()
@@ -132,12 +138,12 @@ class Client:
         return self._insist(lambda: self._exchange(message)[0])
 
     def _insist(self, function: Callable[[], _Result]) -> _Result:
-        """What a function returns, which is called again after a new connection where it loses the old one."""
+        """What a function returns, which is called again over a new connection where it loses the old one."""
         while True:
             try:
                 return function()
             except ConnectionLostError:
-                self._reconnect()
+                self._connect(self._patience)
 
     def _exchange(self, message: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
         """The answer to a message, with its descriptors, over this connection.
@@ -166,70 +172,103 @@ class Client:
         return answer, descriptors
 
     def _check_usable(self) -> None:
-        if self._is_closed:
+        if self._closed.is_set():
             raise ServiceError("the client", "must be open", "it was closed", "connect again")
         if os.getpid() != self._process:
             rule, remedy = "must be used by the process that connected", "connect in each process"
             raise ServiceError("the client", rule, "a copy in a child process", remedy)
 
-    def _reconnect(self) -> None:
-        """Connect again, and map anew what optimizers have of the service's memory."""
+    def _look(self) -> None:
+        """Notice that the service is gone, and connect to the one that has taken its place, if it is there already.
+
+        Who only reads sends no messages, and would go on reading what nobody writes to any more.
+        """
+        if self._closed.is_set() or os.getpid() != self._process or not self._lock.acquire(blocking=False):
+            return  # or another thread waits for an answer, and is going to notice
+        try:
+            if self._socket is not None:
+                with contextlib.suppress(BlockingIOError):
+                    self._socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+                    self._disconnect()  # it is at its end
+        except OSError:
+            self._disconnect()
+        finally:
+            self._lock.release()
+        if self._socket is None:
+            with contextlib.suppress(ServiceError):
+                self._connect(0)
+
+    def _connect(self, patience: float) -> None:
+        """Connect anew, within so many seconds; one try at least."""
+        end, pause = time.monotonic() + patience, _FIRST_PAUSE
         with self._lock:
             while True:
                 self._check_usable()
-                for optimizer in self._opened.values():
-                    optimizer._forget()
                 self._disconnect()
-                self._connect()
                 try:
-                    for optimizer in self._opened.values():
-                        optimizer._attach()
-                    return
-                except ConnectionLostError:
-                    continue
-
-    def _connect(self) -> None:
-        end, pause = time.monotonic() + self._patience, _FIRST_PAUSE
-        while True:
-            try:
-                self._say_hello()
-                return
-            except (ConnectionLostError, OSError) as error:
-                self._disconnect()
-                if time.monotonic() + pause > end:
-                    rule, remedy = f"must answer within {self._patience:g} s", "start it: gpu-adam serve --config FILE"
-                    raise ServiceError(f"the service at {self.path}", rule, _reason(error), remedy) from None
-                time.sleep(pause)
+                    return self._say_hello(max(_LEAST_SECONDS, end - time.monotonic()))
+                except (ConnectionLostError, *_NOT_THERE) as error:
+                    if time.monotonic() + pause > end:
+                        rule, remedy = f"must answer within {patience:g} s", "start it: gpu-adam serve --config FILE"
+                        raise ServiceError(f"the service at {self.path}", rule, _reason(error), remedy) from None
+                except OSError as error:
+                    remedy = "check the path, and who may use it"
+                    raise ServiceError(f"the service at {self.path}", "must be reachable", error, remedy) from None
+                self._closed.wait(pause)
                 pause = min(2 * pause, _LONGEST_PAUSE)
-            except BaseException:
-                self._disconnect()
-                raise
 
-    def _say_hello(self) -> None:
+    def _say_hello(self, seconds: float) -> None:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
-        self._socket.connect(os.fsencode(self.path))
-        hello = {"op": "hello", "version": VERSION, **({} if self.name is None else {"name": self.name})}
-        answer, _ = self._exchange(hello)
-        self.name, self.optimizers = answer["name"], answer["optimizers"]
-        self.device = _device_of(answer["device"])
-        self.ready = self.device.map_event(answer["ready"])
+        self._socket.settimeout(seconds)
+        try:
+            self._socket.connect(os.fsencode(self.path))
+            name = {} if self._given_name is None else {"name": self._given_name}
+            answer, _ = self._exchange({"op": "hello", "version": VERSION, **name})
+            self.device = _device_of(answer["device"])
+            self._ready = self.device.map_event(answer["ready"])
+            self.name, self.optimizers = answer["name"], answer["optimizers"]
+            self._socket.settimeout(None)
+        except BaseException:
+            self._disconnect()
+            raise
+        self._connections += 1
 
     def _tell(self) -> None:
         """Let `ready` stand for what is enqueued on the current stream too, besides what it has stood for."""
         with self._lock:
-            self.ready.wait()
-            self.ready.record()
+            self._ready.wait()
+            self._ready.record()
 
     def _disconnect(self) -> None:
+        """End this connection; what is mapped of it for writing goes first, before the service frees it."""
+        for optimizer in self._opened.values():
+            optimizer._forget_regions()
         if self._socket is not None:
             self._socket.close()
             self._socket = None
+
+    def _leave_to_parent(self) -> None:
+        """Give up the copy of the connection in a child process, which would keep it open after the parent's end."""
+        if self._socket is not None:
+            self._socket.close()
+
+
+_clients = weakref.WeakSet[Client]()
+
+
+def _leave_all_to_parent() -> None:
+    for client in _clients:
+        client._leave_to_parent()
+
+
+os.register_at_fork(after_in_child=_leave_all_to_parent)
 
 
 class RemoteVariable(Variable):
     """A variable of a service. It reads like a local one, in expressions and losses too, and is changed by steps alone.
 
-    What is read is whole: as it was between two steps. It is a copy, made anew after a step.
+    What is read is whole: as it was between two steps. It is a copy, made anew after a step. While the service is away,
+    it reads as it was.
     """
 
     def __init__(self, optimizer: RemoteOptimizer, name: str, array: Array) -> None:
@@ -244,8 +283,7 @@ class RemoteVariable(Variable):
         It is whole as long as no step is made: between the steps of a client that takes part in all of them, say. What
         is enqueued on the current stream from now on follows the last step.
         """
-        self._optimizer._wait_for_steps()
-        return self._storage
+        return self._optimizer._live(self)
 
     @property
     def _value(self) -> Array:
@@ -280,6 +318,9 @@ class Gradients(Mapping[str, Array]):
         self.asked.add(name)
         return array
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._arrays  # which asks for nothing
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._arrays)
 
@@ -297,6 +338,31 @@ class _Part(NamedTuple):
     def to_json(self) -> dict[str, Any]:
         rows = {} if self.indices is None else {"indices": self.indices.to_json()}
         return {"variable": self.variable, "values": self.values.to_json(), **rows}
+
+
+@dataclass
+class _Mapped:
+    """What a client has of an optimizer over one connection.
+
+    Attributes:
+        connection: its number.
+        sequence: the sequence counter.
+        arrays: the variables' memory, by name.
+        done: the event that the service records.
+        region: this client's memory for gradients, with its number.
+        copies: the same for copies of all variables.
+        views: the places of `region` in which gradients like the variables lie, by name.
+        bindings: the numbers of what is bound in `region`.
+    """
+
+    connection: int
+    sequence: StepSequence
+    arrays: dict[str, Array]
+    done: SharedEvent
+    region: tuple[int, SharedMemory] | None = None
+    copies: tuple[int, SharedMemory] | None = None
+    views: dict[str, Array] | None = None
+    bindings: dict[tuple[_Part, ...], int] = field(default_factory=dict)
 
 
 class RemoteOptimizer:
@@ -317,13 +383,15 @@ class RemoteOptimizer:
     variables: dict[str, RemoteVariable]
     policy: str
     staleness: int | None
-    _views: tuple[Array, dict[str, Array]] | None
 
     def __init__(self, client: Client, name: str) -> None:
         vars(self).update(name=name, variables={})
-        self._client, self._frozen, self.staleness = client, False, None
+        self._client, self.staleness = client, None
         self._places: dict[str, Place] = {}
-        self._attach()
+        self._is_frozen = self._is_writing = False
+        self._copies: dict[str, tuple[Array, tuple[int, int]]] = {}  # with connection and version
+        self._read_step: int | None = None
+        self._mapped = self._attached()
 
     # Steps.
 
@@ -345,7 +413,7 @@ class RemoteOptimizer:
             grads_and_vars: (gradient, variable) pairs, as for `Adam.apply_gradients`; the variables are those of
                 `variables`.
             loss: what the loss was, for those who look at the service.
-            grad_scale: what the gradients are to be divided by, > 0.
+            grad_scale: what the gradients are to be divided by, a number > 0.
 
         Returns:
             The number of the step that the push became part of, or with "every=T" is going to be. With "all_of=N" the
@@ -354,6 +422,7 @@ class RemoteOptimizer:
         Raises:
             As `Adam.apply_gradients`; ServiceError: the service is gone, or a client is that had a part in the step.
         """
+        self._check_not_writing()
         pairs = []
         without = []
         for number, pair in enumerate(listed(grads_and_vars)):
@@ -388,17 +457,21 @@ class RemoteOptimizer:
                 g["b"][...] = error.sum(0)
 
         Pushed are the gradients that were asked for, in the order of the variables. Where the block raises, nothing is.
+        Within the block nothing else is pushed, and after it the arrays are not to be written to.
 
         Args:
             grad_scale: as for `apply_gradients`.
         """
-        memory = self._region(self._nbytes)
-        if self._views is None or self._views[0] is not memory:
-            self._views = memory, {name: place.view(memory) for name, place in self._places.items()}
-        given = Gradients(self._views[1])
-        yield given
+        self._check_not_writing()
+        self._is_writing = True
+        try:
+            memory = self._region(self._nbytes)
+            given = Gradients(self._views_of(memory))
+            yield given
+        finally:
+            self._is_writing = False
         parts = tuple([part for part in self._whole if part.variable in given.asked])
-        self._push(parts, lambda: self._have_again(memory), given.loss, grad_scale)
+        self._push(parts, lambda: self._write_again(memory), given.loss, grad_scale)
 
     def minimize(self, loss: Callable[[], Any], var_list: Any, grad_loss: Any = None) -> int | None:
         """Differentiate a loss and push the gradients.
@@ -421,19 +494,29 @@ class RemoteOptimizer:
 
     @contextmanager
     def snapshot(self) -> Iterator[int]:
-        """A block in which all variables read as they were at one point between two steps; it gets the steps done."""
-        self._frozen, step = True, self._copy(list(self.variables))
+        """A block in which all variables read as they were at one point between two steps; it gets the steps done.
+
+        Inside of another such block it is that one's point.
+        """
+        if self._is_frozen:
+            assert self._read_step is not None
+            yield self._read_step
+            return
+        self._client._look()
+        step = self._copy(list(self.variables))
+        self._is_frozen = True
         try:
             yield step
         finally:
-            self._frozen = False
+            self._is_frozen = False
 
     # What the service knows.
 
     @property
     def iterations(self) -> int:
         """The steps done."""
-        return self._sequence.step
+        self._client._look()
+        return self._current().sequence.step
 
     def get_config(self) -> dict[str, Any]:
         """The optimizer's configuration, as `Adam.get_config`."""
@@ -448,7 +531,7 @@ class RemoteOptimizer:
         """Have the service write a checkpoint; its path, once it is durable.
 
         Raises:
-            ServiceError: the service's configuration has no checkpoints.
+            ServiceError: the service's configuration has no checkpoints, or it is paused while gradients wait.
         """
         return Path(self._request({"op": "save"})["path"])
 
@@ -470,13 +553,13 @@ class RemoteOptimizer:
         self._request({"op": "resume"})
 
     def __getattr__(self, name: str) -> Any:
-        if name in _HYPERPARAMETERS:
+        if name in SETTABLE:
             value = self._request({"op": "get", "name": name})["value"]
             return schedules.deserialize(value) if isinstance(value, dict) else value
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in _HYPERPARAMETERS:
+        if name in SETTABLE:
             self._request({"op": "set", "name": name, "value": _as_json(name, value)})
         elif name.startswith("_") or name in ("staleness", "policy"):
             super().__setattr__(name, value)
@@ -486,51 +569,58 @@ class RemoteOptimizer:
     def __repr__(self) -> str:
         return f"<optimizer {self.name!r} of {self._client!r}>"
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        rule, remedy = "must stay in the process that connected", "connect in each process"
+        raise ServiceError(f"optimizer {self.name!r}", rule, "a copy", remedy)
+
     # Memory.
 
     def _request(self, message: dict[str, Any]) -> dict[str, Any]:
-        answer: dict[str, Any] = self._client._request({**message, "optimizer": self.name})
-        return answer
+        return self._client._request({**message, "optimizer": self.name})
 
-    def _attach(self) -> None:
-        """Map the service's memory, and have nothing of an earlier connection."""
+    def _current(self) -> _Mapped:
+        """What is mapped over the present connection; of the last one, while there is none."""
         client = self._client
+        if client._connections != self._mapped.connection and client._socket is not None:
+            with contextlib.suppress(ConnectionLostError):
+                self._mapped = self._attached()
+        return self._mapped
+
+    def _attached(self) -> _Mapped:
+        """The service's memory, mapped over the present connection."""
+        client = self._client
+        connection = client._connections
         answer, descriptors = client._exchange({"op": "attach", "optimizer": self.name})
         try:
-            host = find_device("host")
-            memories = [host.map_memory(answer["memories"][number], descriptors[number]) for number in range(2)]
-            layout, status = (memory.array for memory in memories)
+            host, handles = find_device("host"), answer["memories"]
+            layout = host.map_memory(handles[0], descriptors[0]).array
+            status = host.map_memory(handles[1], descriptors[1]).array
             entries = json.loads(layout.tobytes())
             places = {name: Place(offset, tuple(shape), dtype) for name, offset, shape, dtype in entries}
             if self.variables and places != self._places:
                 rule, remedy = "must have the variables that it had", "connect again"
                 raise ServiceError(f"optimizer {self.name!r}", rule, "others, after a new start", remedy)
-            descriptor = descriptors[2] if len(descriptors) > 2 else -1
-            self._parameters = client.device.map_memory(answer["memories"][2], descriptor)
+            parameters = client.device.map_memory(handles[2], descriptors[2] if len(descriptors) > 2 else -1).array
         finally:
             _close(descriptors)
-        self._sequence, self._places = StepSequence(status), places
+        self._places, self.policy, self._counts_exactly = places, answer["policy"], answer["counts"]
         self._nbytes = max((-(-(p.offset + p.nbytes) // LINE) * LINE for p in places.values()), default=0)
-        self._done = client.device.map_event(answer["done"])
-        self.policy = answer["policy"]
-        for name, place in places.items():
-            array = place.view(self._parameters.array)
+        self._whole = tuple([_Part(name, place, None) for name, place in places.items()])
+        arrays = {name: place.view(parameters) for name, place in places.items()}
+        for name, array in arrays.items():
             if name in self.variables:
                 self.variables[name]._move_to(array)
             else:
                 self.variables[name] = RemoteVariable(self, name, array)
-        self._forget_copies()
-        self._own: tuple[int, SharedMemory] | None = None  # the region, with its number
-        self._copies_region: tuple[int, SharedMemory] | None = None
-        self._whole = tuple([_Part(name, place, None) for name, place in places.items()])
-        self._views = None
-        self._bindings: dict[tuple[_Part, ...], int] = {}
+        return _Mapped(connection, StepSequence(status), arrays, client.device.map_event(answer["done"]))
 
-    def _forget(self) -> None:
-        """Give up what is mapped."""
-        for _, memory in filter(None, (self._own, self._copies_region)):
+    def _forget_regions(self) -> None:
+        """Give up the memory that this client may write to."""
+        mapped = self._mapped
+        for _, memory in filter(None, (mapped.region, mapped.copies)):
             memory.close()
-        self._own = self._copies_region = self._views = None
+        mapped.region = mapped.copies = mapped.views = None
+        mapped.bindings.clear()
 
     def _new_region(self, nbytes: int) -> tuple[int, SharedMemory]:
         answer, descriptors = self._client._exchange({"op": "region", "bytes": nbytes})
@@ -542,21 +632,30 @@ class RemoteOptimizer:
 
     def _region(self, nbytes: int) -> Array:
         """This client's memory for gradients, of so many bytes or more, which may be written to from now on."""
-        if self._own is None or self._own[1].array.size < nbytes:
-            self._client._insist(lambda: self._have_region(max(nbytes, self._nbytes)))
-        assert self._own is not None
+
+        def memory() -> Array:
+            mapped = self._current()
+            if mapped.region is None or mapped.region[1].array.size < nbytes:
+                if mapped.region is not None:
+                    number, old = mapped.region
+                    mapped.region = mapped.views = None
+                    mapped.bindings.clear()
+                    old.close()
+                    self._client._exchange({"op": "free", "region": number})
+                mapped.region = self._new_region(max(nbytes, self._nbytes))
+            return mapped.region[1].array
+
+        found = self._client._insist(memory)
         self._wait_for_steps()
-        return self._own[1].array
+        return found
 
-    def _have_region(self, nbytes: int) -> None:
-        if self._own is not None:
-            number, memory = self._own
-            self._own, self._bindings, self._views = None, {}, None
-            memory.close()
-            self._client._exchange({"op": "free", "region": number})
-        self._own = self._new_region(nbytes)
+    def _views_of(self, memory: Array) -> dict[str, Array]:
+        mapped = self._mapped
+        if mapped.views is None:
+            mapped.views = {name: place.view(memory) for name, place in self._places.items()}
+        return mapped.views
 
-    def _have_again(self, written: Array) -> None:
+    def _write_again(self, written: Array) -> None:
         """Have what was written also after the service was started again, where the memory has outlived it."""
         memory = self._region(written.size)
         if memory is not written:
@@ -568,7 +667,7 @@ class RemoteOptimizer:
     def _wait_for_steps(self) -> None:
         """Have the current stream follow what the service has enqueued."""
         with self._client.device.activate():
-            self._done.wait()
+            self._mapped.done.wait()
 
     def _own_variable(self, target: Any, argument: str) -> RemoteVariable:
         variable = self.variables.get(getattr(target, "name", ""))
@@ -578,6 +677,11 @@ class RemoteOptimizer:
         return variable
 
     # Pushing.
+
+    def _check_not_writing(self) -> None:
+        if self._is_writing:
+            rule, remedy = "must end before anything else is pushed", "push after it, or by another client"
+            raise ServiceError("the block of gradients()", rule, "a push inside of it", remedy)
 
     def _arrays(self, pairs: list[tuple[Any, RemoteVariable]]) -> list[Array]:
         """The arrays that gradients consist of, one after the other: of slices the values, then the indices."""
@@ -606,21 +710,21 @@ class RemoteOptimizer:
         if loss is not None:
             message["loss"] = float(loss)
         if grad_scale is not None:
-            message["scale"] = float(grad_scale)
+            message["scale"] = real_number("grad_scale", checked_scale(grad_scale))
         if self._read_step is not None:
             message["read"] = self._read_step
         while True:
             with client.device.activate():
                 write()
                 client._tell()
-            before, was_sent = self.iterations, False
+            before, was_sent = self._mapped.sequence.step, False
             try:
                 named = self._named(parts)
                 was_sent = True
                 answer, _ = client._exchange({**message, **named})
             except ConnectionLostError:
-                client._reconnect()
-                if was_sent and self.iterations > before:
+                client._connect(client._patience)
+                if was_sent and (self.iterations > before or not self._counts_exactly):
                     rule, remedy = "must be known to be part of a step or not", "look at iterations, and go on"
                     got = f"the service was started again after it; {before} steps then, {self.iterations} now"
                     raise ServiceError("the push", rule, got, remedy) from None
@@ -629,70 +733,88 @@ class RemoteOptimizer:
                     self.staleness = answer["staleness"]
                     step: int | None = answer["step"]
                     return step
-                client._reconnect()
+                client._connect(client._patience)
 
     def _named(self, parts: tuple[_Part, ...]) -> dict[str, Any]:
         """How a push names its gradients: by a binding, which the service has checked, or one by one where rows are."""
-        assert self._own is not None
-        where = {"optimizer": self.name, "region": self._own[0]}
+        mapped = self._mapped
+        if mapped.region is None:
+            raise ConnectionLostError
+        where = {"optimizer": self.name, "region": mapped.region[0]}
         if any(part.indices is not None for part in parts):
             return {**where, "gradients": [part.to_json() for part in parts]}
-        exchange = self._client._exchange
-        if parts not in self._bindings:
-            if len(self._bindings) == _BINDINGS_KEPT:
-                oldest = next(iter(self._bindings))
-                exchange({"op": "unbind", "binding": self._bindings.pop(oldest)})
+        bindings, exchange = mapped.bindings, self._client._exchange
+        if parts not in bindings:
+            if len(bindings) == _BINDINGS_KEPT:
+                oldest = next(iter(bindings))
+                exchange({"op": "unbind", "binding": bindings.pop(oldest)})
             more: dict[str, Any] = {}
-            for start in range(0, max(1, len(parts)), _PARTS_AT_ONCE):
-                some = [part.to_json() for part in parts[start : start + _PARTS_AT_ONCE]]
-                answer, _ = exchange({"op": "bind", **where, "gradients": some, **more})
-                more = {"binding": answer["binding"]}
-            self._bindings[parts] = more["binding"]
-        return {"binding": self._bindings[parts]}
+            try:
+                for start in range(0, max(1, len(parts)), _PARTS_AT_ONCE):
+                    some = [part.to_json() for part in parts[start : start + _PARTS_AT_ONCE]]
+                    answer, _ = exchange({"op": "bind", **where, "gradients": some, **more})
+                    more = {"binding": answer["binding"]}
+            except GpuAdamError:
+                if more:
+                    exchange({"op": "unbind", **more})
+                raise
+            bindings[parts] = more["binding"]
+        return {"binding": bindings[parts]}
 
     # Reading.
 
-    def _forget_copies(self) -> None:
-        self._copies: dict[str, tuple[Array, int]] = {}
-        self._read_step: int | None = None
+    def _live(self, variable: RemoteVariable) -> Array:
+        """A variable's memory."""
+        self._client._look()
+        self._read_step = self._current().sequence.step
+        self._wait_for_steps()
+        return variable._storage
 
     def _copy_of(self, name: str) -> Array:
-        """A whole copy of a variable, made anew where steps were made since the last one."""
-        copy, step = self._copies.get(name, (None, None))
-        if copy is None or not (self._frozen or step == self.iterations):
+        """A whole copy of a variable, made anew where something has changed since the last one."""
+        if not self._is_frozen:
+            self._client._look()
+        known = self._copies.get(name)
+        if known is None or not (self._is_frozen or known[1] == self._point()):
             self._copy([name])
-            copy, _ = self._copies[name]
-        return copy
+            known = self._copies[name]
+        return known[0]
+
+    def _point(self) -> tuple[int, int]:
+        """What tells one state of the variables from another: the connection, and the sequence counter."""
+        mapped = self._current()
+        return mapped.connection, mapped.sequence.version
 
     def _copy(self, names: list[str]) -> int:
-        """Copy some variables, all of them as they were at the same point between two steps; the steps done by then."""
-        arrays = {name: self.variables[name]._storage for name in names}
+        """Copy some variables, all as they were at the same point between two steps; the steps done by then."""
+        mapped = self._current()
         found = None
         if self._client.device.xp is np:
-            found = self._sequence.whole(lambda: {n: array.copy() for n, array in arrays.items()}, _READ_SECONDS)
-        copies, step = self._copied_by_server(names) if found is None else found
+            found = mapped.sequence.whole(lambda: {n: mapped.arrays[n].copy() for n in names}, _READ_SECONDS)
+        copies, step, version = self._copied_by_server(names) if found is None else found
         for name, copy in copies.items():
             if isinstance(copy, np.ndarray):
                 copy.flags.writeable = False
-            self._copies[name] = copy, step
+            self._copies[name] = copy, (self._mapped.connection, version)
         self._read_step = step
         return step
 
-    def _copied_by_server(self, names: list[str]) -> tuple[dict[str, Array], int]:
+    def _copied_by_server(self, names: list[str]) -> tuple[dict[str, Array], int, int]:
         """The same, by the service between two steps: it is enqueued in the order of the steps."""
         client, places = self._client, self._places
 
-        def copied() -> tuple[dict[str, Array], int]:
-            if self._copies_region is None:
-                self._copies_region = self._new_region(self._nbytes)
-            number, memory = self._copies_region
+        def copied() -> tuple[dict[str, Array], int, int]:
+            mapped = self._current()
+            if mapped.copies is None:
+                mapped.copies = self._new_region(self._nbytes)
+            number, memory = mapped.copies
             with client.device.activate():
                 client._tell()
                 answer, _ = client._exchange({"op": "read", "optimizer": self.name, "region": number})
-                self._done.wait()
+                mapped.done.wait()
                 copies = {name: places[name].view(memory.array).copy() for name in names}
                 client._tell()  # until when the region is read from, whichever stream asks for the next copy
-                return copies, answer["step"]
+                return copies, answer["step"], answer["version"]
 
         return client._insist(copied)
 
@@ -727,8 +849,3 @@ def _reason(error: Exception) -> str:
 def _close(descriptors: Iterable[int]) -> None:
     for descriptor in descriptors:
         os.close(descriptor)
-
-
-_HYPERPARAMETERS = frozenset(
-    ("learning_rate", "beta_1", "beta_2", "epsilon", "decay", "weight_decay", "l2", "amsgrad", *_CLIPS)
-)

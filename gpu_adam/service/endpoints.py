@@ -40,8 +40,9 @@ from gpu_adam.service.answers import (
     Variable,
 )
 from gpu_adam.service.gatekeeper import failure
+from gpu_adam.service.messages import SETTABLE
 from gpu_adam.service.metrics import Metrics
-from gpu_adam.service.served import SETTABLE, ServedOptimizer
+from gpu_adam.service.served import ServedOptimizer
 from gpu_adam.service.server import Server
 
 CALL_SECONDS = 5.0

@@ -21,6 +21,12 @@ from gpu_adam.rules import is_whole, shown
 VERSION = 1
 """Of the protocol; a client of another version is refused with a sentence."""
 
+SETTABLE = (
+    *("learning_rate", "beta_1", "beta_2", "epsilon", "decay", "weight_decay", "l2"),
+    *("clipvalue", "clipnorm", "global_clipnorm", "amsgrad"),
+)
+"""What of an optimizer may be read and assigned while it is served."""
+
 LARGEST = 2**17
 """Bytes of a datagram at most; Linux sends up to about 200 KiB at once by default."""
 
@@ -29,7 +35,7 @@ _INT = 4  # bytes of a descriptor
 _ANCILLARY = socket.CMSG_SPACE(4 * _INT)  # for four, which is more than any message has
 _encode = json.JSONEncoder(separators=(",", ":")).encode
 
-_WAYS_TO_SAY: dict[str, type[GpuAdamError]] = {
+_ERROR_CLASSES: dict[str, type[GpuAdamError]] = {
     name: kind
     for name, kind in vars(errors).items()
     if isinstance(kind, type) and issubclass(kind, GpuAdamError) and kind is not GpuAdamError
@@ -122,7 +128,7 @@ def refusal(error: Exception) -> dict[str, Any]:
         _log.error("a call of a client failed", exc_info=error)
         got, remedy = f"{type(error).__name__}: {error}", "look into the service's log"
         error = ServiceError("the service", "must not fail", got, remedy)
-    kind = next(kind.__name__ for kind in type(error).__mro__ if kind.__name__ in _WAYS_TO_SAY)
+    kind = next(kind.__name__ for kind in type(error).__mro__ if kind.__name__ in _ERROR_CLASSES)
     return {"error": [kind, error.argument, error.rule, str(error.got), error.remedy]}
 
 
@@ -130,7 +136,7 @@ def raise_refusal(answer: dict[str, Any]) -> None:
     """Raise the error that an answer stands for, if it does."""
     if "error" in answer:
         kind, argument, rule, got, remedy = answer["error"]
-        raise _WAYS_TO_SAY[kind](argument, rule, got, remedy)
+        raise _ERROR_CLASSES[kind](argument, rule, got, remedy)
 
 
 class Fields:

@@ -79,6 +79,10 @@ class Policy(ABC):
     def take(self, push: Push, steps: Steps) -> None:
         """Take a push."""
 
+    def needs(self, client: str) -> bool:
+        """Whether it matters that a client is gone."""
+        return False
+
     def lose(self, client: str, steps: Steps) -> None:  # noqa: B027  # most wait for nobody
         """Take note that a client is gone."""
 
@@ -107,7 +111,8 @@ class AllOf(Policy):
     Args:
         number: of clients.
         lost: "fail": where a client is lost, the pushes that wait are refused, and the next step needs `number` clients
-            again. "continue": the step goes on without it, and so do those that follow until another client joins.
+            again. "continue": the step goes on without it, and so do those that follow until another client joins; once
+            all are gone, the next step needs `number` clients again.
     """
 
     def __init__(self, number: int, lost: str) -> None:
@@ -131,16 +136,20 @@ class AllOf(Policy):
         self.waiting[push.client] = push
         self._step_if_all_are_there(steps)
 
+    def needs(self, client: str) -> bool:
+        """Whether it is one of those that push."""
+        return client in self._members
+
     def lose(self, client: str, steps: Steps) -> None:
         """Go on without it, or refuse the others, where it was one of those that push."""
         if client not in self._members:
             return
         self._members.discard(client)
         self.waiting.pop(client, None)
+        self._is_complete &= self._goes_on and bool(self._members)
         if self._goes_on:
             self._step_if_all_are_there(steps)
             return
-        self._is_complete = False
         waiting, self.waiting = self.waiting, {}
         for push in waiting.values():
             rule, remedy = "must stay until the step is made", "push again"

@@ -66,8 +66,15 @@ class StepSequence:
         self._words[1] = step
         self._words[0] += _ONE
 
-    def whole(self, copy: Callable[[], _Result], seconds: float) -> tuple[_Result, int] | None:
-        """What `copy` returns of memory that did not change meanwhile, and the steps done; None where time ran out.
+    @property
+    def version(self) -> int:
+        """The sequence counter: another one after each change."""
+        return int(self._words[0])
+
+    def whole(self, copy: Callable[[], _Result], seconds: float) -> tuple[_Result, int, int] | None:
+        """What `copy` returns of memory that did not change meanwhile, the steps done, and the version.
+
+        None where time ran out.
 
         Args:
             copy: reads the memory; called until it has succeeded.
@@ -75,13 +82,13 @@ class StepSequence:
         """
         end = time.monotonic() + seconds
         while True:
-            before, step = int(self._words[0]), self.step
+            before = self.version
             self._fence()
             if before % 2 == 0:
-                result = copy()
+                result, step = copy(), self.step
                 self._fence()
-                if int(self._words[0]) == before:
-                    return result, step
+                if self.version == before:
+                    return result, step, before
             elif time.monotonic() > end - seconds + _SPIN_SECONDS:
                 time.sleep(_SPIN_SECONDS)
             if time.monotonic() > end:

@@ -10,7 +10,7 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +20,13 @@ from gpu_adam.errors import ArgumentValueError, ServiceError, SparseIndexError
 from gpu_adam.service import sequence
 from gpu_adam.service.config import OptimizerConfig
 from gpu_adam.service.layout import placed
-from gpu_adam.service.messages import refusal
+from gpu_adam.service.messages import SETTABLE, refusal
 from gpu_adam.service.policies import Push
 from gpu_adam.service.sequence import StepSequence
 from gpu_adam.state.manager import CheckpointManager
 from gpu_adam.variables import Variable
 
 _log = logging.getLogger("gpu_adam")
-
-SETTABLE = (
-    *("learning_rate", "beta_1", "beta_2", "epsilon", "decay", "weight_decay", "l2"),
-    *("clipvalue", "clipnorm", "global_clipnorm", "amsgrad"),
-)
-"""What of an optimizer may be read and assigned while it is served."""
 
 _PACE_STEPS = 100
 
@@ -54,6 +48,7 @@ class ServedOptimizer:
         done: an event: what was enqueued of the last step, and of copies.
         pushes: how many pushes have become part of steps.
         last_loss: what the last client that said so said, or None.
+        counts_exactly: whether clients see how many steps are done, also where the device may leave steps out.
         durations: how long the last steps took the host, in seconds.
         observe_step: called with the seconds of each step.
 
@@ -63,6 +58,7 @@ class ServedOptimizer:
     """
 
     def __init__(self, name: str, config: OptimizerConfig, device: Device, *, resume: bool) -> None:
+        _check_directory(name, config.checkpoint, resume=resume)
         self.name, self.adam, self.policy, self._device = name, config.adam, config.policy, device
         sizes = [(value.shape, value.dtype.name) for value in config.values.values()]
         self.places, self.nbytes = placed(sizes)
@@ -86,28 +82,20 @@ class ServedOptimizer:
         self._ends: deque[float] = deque(maxlen=_PACE_STEPS)
         self._staleness: deque[int] = deque(maxlen=_PACE_STEPS)
         self._reported = self._nonfinite = 0
+        # Where the host can look at once, it does; a device is not waited for.
+        self.counts_exactly = device.checks_indices or not config.adam.flavour.skips
         self._has_sums, self._is_paused = False, False
-        self._held: list[Push] = []
+        self._held: list[Push | str] = []  # what came while it was paused, in order: pushes, and names of lost clients
         self._manager: CheckpointManager | None = None
         self._last_save: float | None = None
-        self._has_checkpoints(config, resume=resume)
+        if config.checkpoint is not None:
+            self._manager = CheckpointManager(optimizer=self.adam, **config.checkpoint)
+            if resume and self._manager.restore_latest() is not None:
+                self._last_save = time.monotonic()
+        self._first_step = self.iterations
         self.done.record()
         self._sequence.begin()
         self._sequence.end(self.iterations)
-
-    def _has_checkpoints(self, config: OptimizerConfig, *, resume: bool) -> None:
-        if config.checkpoint is None:
-            if resume:
-                rule, remedy = "must have an entry checkpoint to resume from", "add one, or leave --resume out"
-                raise ArgumentValueError(f"optimizer {self.name!r}", rule, "none", remedy)
-            return
-        directory: Path = config.checkpoint["directory"]
-        if not resume and directory.is_dir() and any(directory.glob("step-*.npz")):
-            rule, remedy = "must have no checkpoints without --resume", "pass --resume, or name another directory"
-            raise ArgumentValueError(f"optimizer {self.name!r}'s checkpoint.directory", rule, directory, remedy)
-        self._manager = CheckpointManager(optimizer=self.adam, **config.checkpoint)
-        if resume and self._manager.restore_latest() is not None:
-            self._last_save = time.monotonic()
 
     @property
     def iterations(self) -> int:
@@ -130,19 +118,32 @@ class ServedOptimizer:
 
     def lose(self, client: str) -> None:
         """Take note that a client is gone: what it pushed and no step has used is left out."""
-        self._held = [push for push in self._held if push.client != client]
-        self.policy.lose(client, self)
+        if not self._is_paused:
+            self.policy.lose(client, self)
+            return
+        self._held = [each for each in self._held if isinstance(each, str) or each.client != client]
+        if client not in self._held and self.policy.needs(client):
+            self._held.append(client)
 
     def tick(self) -> None:
         """Make the step that is due."""
         self.policy.tick(self)
 
-    def copy_to(self, memory: Array, offset: int) -> int:
-        """Enqueue a copy of all variables into a client's memory, at their places from `offset` on; the steps done."""
+    @property
+    def waiting(self) -> int:
+        """How many pushes wait for their step."""
+        return len(self.policy.waiting) + sum(isinstance(each, Push) for each in self._held)
+
+    def copy_to(self, memory: Array, offset: int) -> tuple[int, int]:
+        """Enqueue a copy of all variables into a client's memory, at their places from `offset` on.
+
+        Returns:
+            The steps done, and the sequence counter.
+        """
         targets = [place._replace(offset=place.offset + offset).view(memory) for place in self.places]
         self._device.copy_call(targets, [variable.value for variable in self.variables.values()])()
         self.done.record()
-        return self._sequence.step
+        return self._sequence.step, self._sequence.version
 
     def get(self, name: str) -> Any:
         """A hyperparameter, as JSON has it."""
@@ -175,10 +176,17 @@ class ServedOptimizer:
                 _log.warning("optimizer %r was pushed rows that it does not have: %s", self.name, error)
 
     def save(self) -> Path:
-        """Write a checkpoint now, and wait for it; of sums that wait for their step the step is made before."""
+        """Write a checkpoint now, and wait for it; of sums that wait for their step the step is made before.
+
+        Raises:
+            ServiceError: there are no checkpoints, or such sums while the optimizer is paused.
+        """
         if self._manager is None:
             rule, remedy = "must have an entry checkpoint in the configuration", "add one, with a directory"
             raise ServiceError(f"optimizer {self.name!r}", rule, "none", remedy)
+        if self._is_paused and self._has_sums:
+            rule, remedy = "must not be paused while gradients wait for their step", "resume it first"
+            raise ServiceError(f"optimizer {self.name!r}", rule, "a pause", remedy)
         self.step_of_sums()
         self._log_errors()
         path = self._manager.save()
@@ -193,18 +201,23 @@ class ServedOptimizer:
         """Take the pushes that were kept, in their order, and those to come."""
         self._is_paused = False
         held, self._held = self._held, []
-        for push in held:
-            self.policy.take(push, self)
+        for each in held:
+            if isinstance(each, str):
+                self.policy.lose(each, self)
+            else:
+                self.policy.take(each, self)
 
     def finish(self) -> None:
-        """Make the steps that were promised, refuse what waits, and wait for the device; with a checkpoint, save."""
-        for push in [*self._held, *self.policy.waiting.values()]:
-            push.answer({"draining": True})
+        """Refuse what waits, make the steps that were promised, wait for the device, and save if anything was done."""
+        self._is_paused = False
+        waiting = [each for each in [*self._held, *self.policy.waiting.values()] if isinstance(each, Push)]
         self._held, self.policy.waiting = [], {}
+        for push in waiting:
+            push.answer({"draining": True})
         self.policy.finish(self)
         self.adam.synchronize()
         self._log_errors()
-        if self._manager is not None:
+        if self._manager is not None and (self._last_save is not None or self.iterations != self._first_step):
             self.save()
 
     # What the policy asks for.
@@ -242,7 +255,15 @@ class ServedOptimizer:
         """Make the step of the sums, if there are any."""
         if self._has_sums:
             self._has_sums = False
-            self._step([], self.adam.apply_gradients)
+            self._step([], self._apply_sums)
+
+    def _apply_sums(self) -> int | None:
+        try:
+            return self.adam.apply_gradients()
+        except Exception as error:  # nobody waits for an answer that would say so
+            _log.error("a step of optimizer %r that pushes were promised was not made: %s", self.name, error)
+            self.adam.discard_accumulated()
+            raise
 
     def refuse(self, push: Push, error: ServiceError) -> None:
         """Answer that the push is part of no step."""
@@ -256,7 +277,7 @@ class ServedOptimizer:
             for push in pushes:
                 push.ready()
             done = function()
-            now = before + 1 if done is None else done
+            now = self._count(before) if done is None else done
             self.done.record()
         except Exception as error:  # whatever it is, it is these clients', and none waits for ever
             answer = refusal(error)
@@ -272,6 +293,10 @@ class ServedOptimizer:
         self._look_at_gradients()
         self._answer(pushes, done)
         self._save_if_due()
+
+    def _count(self, before: int) -> int:
+        """The steps done after one that may have been left out; on a device one more, for the host does not wait."""
+        return self.iterations if self.counts_exactly else before + 1
 
     def _answer(self, pushes: Sequence[Push], step: int | None) -> None:
         for push in pushes:
@@ -290,7 +315,7 @@ class ServedOptimizer:
         try:
             if self._manager.step() is not None:
                 self._last_save = time.monotonic()
-        except OSError:
+        except Exception:  # the step is done, and has been answered
             _log.exception("a checkpoint of optimizer %r could not be written", self.name)
 
     # What is said of it.
@@ -303,7 +328,7 @@ class ServedOptimizer:
             "steps": self._sequence.step,
             "pushes": self.pushes,
             "paused": self._is_paused,
-            "waiting": len(self._held) + len(self.policy.waiting),
+            "waiting": self.waiting,
             "steps_per_second": self._pace(),
             "step_seconds": max(self.durations, default=None),
             "staleness": max(self._staleness, default=None),
@@ -365,3 +390,16 @@ class ServedOptimizer:
         """Give the shared memory back."""
         for memory in (self.parameters, self.status, self.layout, self.done):
             memory.close()
+
+
+def _check_directory(name: str, checkpoint: Mapping[str, Any] | None, *, resume: bool) -> None:
+    """Refuse to begin anew where there are checkpoints, and to resume where there can be none."""
+    if checkpoint is None:
+        if resume:
+            rule, remedy = "must have an entry checkpoint to resume from", "add one, or leave --resume out"
+            raise ArgumentValueError(f"optimizer {name!r}", rule, "none", remedy)
+        return
+    directory: Path = checkpoint["directory"]
+    if not resume and directory.is_dir() and any(directory.glob("step-*.npz")):
+        rule, remedy = "must have no checkpoints without --resume", "pass --resume, or name another directory"
+        raise ArgumentValueError(f"optimizer {name!r}'s checkpoint.directory", rule, directory, remedy)

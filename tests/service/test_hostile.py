@@ -17,7 +17,7 @@ import pytest
 from gpu_adam import IndexedSlices
 from gpu_adam.errors import ArgumentValueError, ServiceError
 from gpu_adam.service import connect
-from gpu_adam.service import server as server_module
+from gpu_adam.service import connection as connection_module
 from gpu_adam.service.messages import LARGEST, VERSION
 from service.running import InThread, until
 
@@ -156,7 +156,8 @@ def test_regions_of_others(serve: Serve) -> None:
 
 
 def test_limits_of_a_client(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server_module, "MOST_BINDINGS", 5)
+    monkeypatch.setattr(connection_module, "MOST_BINDINGS", 5)
+    monkeypatch.setattr(connection_module, "MOST_REGIONS", 64)
     service = serve("client_memory = 1_000_000\n" + _plain())
     with Raw(service) as raw:
         assert "must take at most 1000000 bytes together" in _until_refused(
@@ -237,9 +238,12 @@ def test_too_many_clients(serve: Serve) -> None:
         taken.append(raw)
         if len(taken) > 40:
             taken.pop(20).socket.close()
-    until(lambda: len(service.server._connections) == 20)
-    with pytest.raises(ServiceError, match=r"the clients must be at most 20 at once .*raise --max-clients"):
-        service.connect()
+    until(lambda: len([each for each in service.server._connections.values() if each.refusal is None]) == 20)
+    for raw in taken[20:]:
+        raw.socket.close()
+    for _ in range(50):
+        with pytest.raises(ServiceError, match=r"the clients must be at most 20 at once .*raise --max-clients"):
+            service.connect(patience=0)
     for raw in taken:
         raw.socket.close()
     service.close_clients()
@@ -258,7 +262,7 @@ def test_indices_that_change_after_the_check(serve: Serve) -> None:
         apply = served.adam.apply_gradients
 
         def hostile(pairs: Any, **options: Any) -> Any:
-            memory = next(iter(service.server._connections.values())).regions[region].array
+            memory = next(iter(service.server._connections.values())).memory(region)
             memory[512:520].view(np.int64)[0] = 10**9
             return apply(pairs, **options)
 
@@ -290,7 +294,7 @@ def test_only_this_user(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     assert stat.S_IMODE(os.stat(service.path).st_mode) == 0o600
     monkeypatch.setattr(service.server, "_users", {os.getuid() + 1})
     with pytest.raises(ServiceError, match=r"the user must be this service's, or one of --allow-uid"):
-        service.connect()
+        service.connect(patience=0)
     shared = serve(allow_users=[os.getuid() + 1])
     assert stat.S_IMODE(os.stat(shared.path).st_mode) == 0o666
     assert_goes_on(shared)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -20,8 +23,10 @@ from reference import assert_same_bits
 
 import gpu_adam
 from gpu_adam import Adam, Variable
-from gpu_adam.errors import GpuAdamError, ServiceError
+from gpu_adam.errors import ArgumentValueError, GpuAdamError, ServiceError
+from gpu_adam.service import connect
 from gpu_adam.service.config import read_config
+from gpu_adam.service.listener import Listener
 from gpu_adam.service.server import Server
 from service.running import PLAIN, SECONDS, InProcess, until
 
@@ -140,15 +145,145 @@ def test_a_push_that_waits_is_made_again(serve_in_process: Serve) -> None:
             other.save()
 
 
-def test_names_stay_after_a_new_start(serve_in_process: Serve) -> None:
+def test_names_after_a_new_start(serve_in_process: Serve) -> None:
     service = serve_in_process(saved())
-    first, second = service.connect(), service.connect("named")
-    assert (first.name, second.name) == ("client-000001", "named")
+    first, named = service.connect(), service.connect("named")
+    assert (first.name, named.name) == ("client-000001", "named")
     service.end()
     service.start("--resume")
-    assert first.optimizer("main").describe()["clients"] == ["client-000001"]
-    assert service.connect().name == "client-000002"
-    assert second.optimizer("main").describe()["clients"] == ["client-000001", "client-000002", "named"]
+    assert service.connect().name == "client-000001"
+    clients = ["client-000001", "client-000002", "named"]
+    assert first.optimizer("main").describe()["clients"] == clients[:2]
+    assert named.optimizer("main").describe()["clients"] == clients
+    assert first.name == "client-000002", "names that the service makes are those of one start"
+
+
+def test_one_that_only_reads_finds_the_next_service(serve_in_process: Serve) -> None:
+    service = serve_in_process(saved(", every_steps = 1"))
+    reading, pushing = service.optimizer(), service.optimizer()
+    b, g = reading.variables["b"], np.ones(4, np.float32)
+    pushing.apply_gradients([(g, pushing.variables["b"])])
+    seen = b.numpy()
+    service.end()
+    assert_same_bits(b.numpy(), seen)
+    assert reading.iterations == 1
+    service.start("--resume")
+    pushing.apply_gradients([(g, pushing.variables["b"])])
+    assert reading.iterations == 2
+    assert (b.numpy() < seen).all()
+
+
+def test_other_variables_after_a_new_start(serve_in_process: Serve) -> None:
+    two = saved() + saved().replace("main", "other").replace('"run"', '"others"')
+    service = serve_in_process(two)
+    client = service.connect()
+    main, other = client.optimizer("main"), client.optimizer("other")
+    main.save(), other.save()
+    service.end()
+    service.file.write_text(saved() + saved().replace("main", "other").replace('"run"', '"new"').replace("[4]", "[5]"))
+    service.start("--resume")
+    for _ in range(2):
+        with pytest.raises(ServiceError, match="optimizer 'other' must have the variables that it had"):
+            other.apply_gradients([(np.ones((6, 4), np.float32), other.variables["w"])])
+        assert main.apply_gradients([(np.ones(4, np.float32), main.variables["b"])]) == _ + 1
+        assert main.variables["b"].numpy().all()
+        assert not main.variables["w"].numpy().any()
+
+
+def test_the_socket_of_another_service_stays(tmp_path: Path) -> None:
+    path = tmp_path / "socket"
+    first = Listener(path, is_open=False)
+    os.unlink(path)  # somebody has removed it
+    second = Listener(path, is_open=False)
+    first.close()
+    first.close()
+    assert path.exists()
+    second.close()
+    assert not path.exists()
+
+
+def test_two_services_that_start_together(tmp_path: Path) -> None:
+    path = tmp_path / "socket"
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(20):
+            Listener(path, is_open=False).socket.close()  # as one that was killed
+            barrier = threading.Barrier(8)
+
+            def start(barrier: threading.Barrier = barrier) -> Listener | None:
+                barrier.wait()
+                with contextlib.suppress(ArgumentValueError):
+                    return Listener(path, is_open=False)
+                return None
+
+            started = [each for each in pool.map(lambda _: start(), range(8)) if each is not None]
+            assert len(started) == 1
+            started[0].close()
+
+
+def test_a_start_that_is_refused_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "step-000000001.npz").write_bytes(b"")
+    config = tmp_path / "service.toml"
+    config.write_text(PLAIN.replace("main", "first") + saved())
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(5):
+        with pytest.raises(ArgumentValueError, match="must have no checkpoints without --resume"):
+            Server(read_config(config), tmp_path / "socket")
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert not (tmp_path / "socket").exists()
+
+
+def test_one_checkpoint_that_fails_does_not_take_the_others(serve_in_process: Serve) -> None:
+    service = serve_in_process(saved() + saved().replace("main", "other").replace('"run"', '"others"'))
+    for name in ("main", "other"):
+        optimizer = service.connect().optimizer(name)
+        optimizer.apply_gradients([(np.ones(4, np.float32), optimizer.variables["b"])])
+    shutil.rmtree(service.directory / "run")
+    service.process.terminate()
+    printed, _ = service.process.communicate(timeout=SECONDS)
+    assert service.process.returncode != 0
+    assert "optimizer 'main' could not finish" in printed
+    assert [each.name for each in (service.directory / "others").iterdir()] == ["step-000000001.npz"]
+
+
+def test_a_service_that_did_nothing_saves_nothing(serve_in_process: Serve) -> None:
+    service = serve_in_process(saved())
+    service.connect()
+    service.end()
+    service.start()
+    service.connect()
+    service.end()
+
+
+def test_a_client_whose_process_has_a_child(serve_in_process: Serve) -> None:
+    service = serve_in_process()
+    watching = service.optimizer("watching")
+    code = (
+        "import os, sys, time\nfrom gpu_adam.service import connect\nmain = connect(sys.argv[1]).optimizer('main')\n"
+        "if os.fork() == 0:\n    b = main.variables['b'].numpy()\n    try:\n        main.learning_rate\n"
+        "    except Exception as error:\n        print(error, flush=True)\n    time.sleep(60)\n"
+        "else:\n    time.sleep(60)"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(service.path)], stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert process.stdout is not None
+    assert "must be used by the process that connected" in process.stdout.readline()
+    process.kill()
+    until(lambda: watching.describe()["clients"] == ["watching"])
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+def test_a_service_that_does_not_say_hello(tmp_path: Path) -> None:
+    listener = Listener(tmp_path / "socket", is_open=False)
+    start = time.monotonic()
+    with pytest.raises(ServiceError, match=r"must answer within 0.3 s"):
+        connect(listener.path, patience=0.3)
+    with pytest.raises(ServiceError, match="must be reachable"):
+        connect(tmp_path / ("x" * 200))
+    assert time.monotonic() - start < SECONDS / 2
+    listener.close()
 
 
 def test_a_service_that_stays_away(serve_in_process: Serve) -> None:

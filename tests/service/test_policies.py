@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from reference import assert_same_bits
 
-from gpu_adam import Adam, IndexedSlices, Variable
+from gpu_adam import Adam, CheckpointManager, IndexedSlices, Variable
 from gpu_adam.errors import ArgumentTypeError, ArgumentValueError, ServiceError
-from gpu_adam.service.policies import AllOf, Every, OnPush, policy_named
+from gpu_adam.service.policies import AllOf, Every, OnPush, Push, policy_named
 from service.running import InThread, until
 from service.test_steps import config, gradient
 
@@ -205,6 +205,118 @@ def test_a_client_that_is_lost_while_paused_pushes_nothing(serve: Serve) -> None
 def _push_and_fail(main: Any) -> None:
     with pytest.raises(ServiceError, match="the client must be open"):
         main.apply_gradients([(np.ones((6, 4), np.float32), main.variables["w"])])
+
+
+def test_a_pause_is_one_for_what_a_lost_client_brings_about(serve: Serve) -> None:
+    text = config("all_of=2").replace('"all_of=2"', '"all_of=2"\nlost_client = "continue"')
+    service = serve(text)
+    a, b, watching = (service.optimizer(name) for name in ("a", "b", "watching"))
+    g = np.ones((6, 4), np.float32)
+    with ThreadPoolExecutor() as pool:
+        for main in (a, b):
+            first = pushed(pool, main, g)
+            until(lambda f=first: f.done() or waiting(watching) == 1)  # type: ignore[misc]
+        begun = pushed(pool, a, g)
+        until_waiting(watching, 1)
+        watching.pause()
+        b._client.close()
+        until(lambda: watching.describe()["clients"] == ["a", "watching"])
+        assert watching.iterations == 1, "not while it is paused"
+        watching.resume()
+        assert begun.result() == 2
+
+
+def test_a_pause_is_one_for_checkpoints_of_sums(serve: Serve) -> None:
+    text = config("every=1000").replace('"every=1000"', '"every=1000"\ncheckpoint = {directory = "run"}')
+    main = serve(text).optimizer()
+    main.apply_gradients([(np.ones((6, 4), np.float32), main.variables["w"])])
+    main.pause()
+    with pytest.raises(ServiceError, match="must not be paused while gradients wait for their step"):
+        main.save()
+    assert main.iterations == 0
+    main.resume()
+    assert main.save().name == "step-000000001.npz"
+
+
+def test_after_all_clients_have_gone_it_begins_anew() -> None:
+    policy, log = AllOf(2, "continue"), Recorded()
+    for client in "ab":
+        policy.take(log.push(client), log)
+    policy.lose("a", log)
+    policy.lose("b", log)
+    policy.take(log.push("c"), log)
+    assert log.steps == [["a", "b"]]
+    policy.take(log.push("d"), log)
+    assert log.steps == [["a", "b"], ["c", "d"]]
+
+
+class Recorded:
+    """What a policy asks for."""
+
+    def __init__(self) -> None:
+        self.steps: list[list[str]] = []
+
+    def push(self, client: str) -> Push:
+        """A push of nothing."""
+        return Push(client, [], None, None, None, lambda: None, lambda answer: None)
+
+    def step(self, pushes: Sequence[Push]) -> None:
+        """Note the clients of a step."""
+        self.steps.append([push.client for push in pushes])
+
+    def add(self, push: Push) -> None:
+        """Not asked for."""
+        raise AssertionError
+
+    def step_of_sums(self) -> None:
+        """Not asked for."""
+        raise AssertionError
+
+    def refuse(self, push: Push, error: ServiceError) -> None:
+        """Nothing is answered."""
+
+
+@pytest.mark.parametrize("policy", ["on_push", "every=1000"])
+def test_a_checkpoint_that_fails_is_logged_and_nothing_else(
+    serve: Serve, policy: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    text = config(policy).replace(f'"{policy}"', f'"{policy}"\ncheckpoint = {{directory = "run", every_steps = 1}}')
+    service = serve(text)
+    main = service.optimizer()
+
+    def fail(self: Any) -> None:
+        raise MemoryError("no memory for a snapshot")
+
+    monkeypatch.setattr(CheckpointManager, "step", fail)
+    assert main.apply_gradients([(np.ones((6, 4), np.float32), main.variables["w"])]) == 1
+    if policy != "on_push":
+        service.server.call(service.server.optimizers["main"].tick).result()
+    assert main.iterations == 1
+    assert main.learning_rate == 0.01, "the next answer is that of the next question"
+    assert "no memory for a snapshot" in caplog.text
+
+
+def test_a_step_of_sums_that_fails_is_logged_and_forgotten(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    service = serve(config("every=1000"))
+    main = service.optimizer()
+    g = np.ones((6, 4), np.float32)
+    main.apply_gradients([(g, main.variables["w"])])
+    adam = service.server.optimizers["main"].adam
+    monkeypatch.setattr(adam, "apply_gradients", lambda: _raise(ArgumentValueError("beta_1", "must", 2, "do")))
+    service.server.call(service.server.optimizers["main"].tick).result()
+    monkeypatch.undo()
+    assert "that pushes were promised was not made" in caplog.text
+    main.apply_gradients([(2 * g, main.variables["w"])])
+    service.end()
+    w, local = Variable(np.zeros((6, 4), np.float32), device="host"), Adam(0.01)
+    local.apply_gradients([(2 * g, w)])
+    assert_same_bits(main.variables["w"].numpy(), w.numpy())
+
+
+def _raise(error: Exception) -> None:
+    raise error
 
 
 def test_staleness(serve: Serve) -> None:

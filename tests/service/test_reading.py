@@ -97,6 +97,20 @@ def test_a_snapshot_does_not_change_in_its_block(serve: Serve) -> None:
     assert b.numpy().any()
 
 
+def test_a_snapshot_inside_of_another_is_the_same(serve: Serve) -> None:
+    service = serve()
+    main, other = service.optimizer(), service.optimizer()
+    b, c = main.variables["b"], other.variables["b"]
+    with main.snapshot():
+        other.apply_gradients([(np.ones(4, np.float32), c)])
+        with main.snapshot() as done:
+            assert done == 0
+        main.minimize(lambda: (b * b).sum() + b.sum(), [b])
+        assert not b.numpy().any()
+    assert main.staleness == 1
+    assert b.numpy().any()
+
+
 def test_a_reader_that_finds_no_time_has_the_service_copy(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     service = serve()
     main = service.optimizer()
@@ -111,11 +125,11 @@ def test_a_reader_that_finds_no_time_has_the_service_copy(serve: Serve, monkeypa
 def test_the_sequence_counter() -> None:
     memory = HostSharedMemory(NBYTES, read_only=False)
     writer, reader = StepSequence(memory.array), StepSequence(memory.array)
-    assert reader.whole(lambda: "x", 0) == ("x", 0)
+    assert reader.whole(lambda: "x", 0) == ("x", 0, 0)
     writer.begin()
     assert reader.whole(lambda: "x", 0.001) is None
     writer.end(7)
-    assert reader.whole(lambda: "x", 0) == ("x", 7)
+    assert reader.whole(lambda: "x", 0) == ("x", 7, 2)
     copies = iter(range(3))
 
     def disturbed() -> int:
@@ -125,4 +139,4 @@ def test_the_sequence_counter() -> None:
             writer.end(7)
         return number
 
-    assert reader.whole(disturbed, 10) == (2, 7)
+    assert reader.whole(disturbed, 10) == (2, 7, 6)

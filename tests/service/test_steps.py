@@ -271,3 +271,64 @@ def test_a_client_in_several_threads(serve: Serve) -> None:
         thread.start()
     for thread in threads:
         thread.join()
+
+
+def test_to_ask_whether_there_is_a_gradient_pushes_none(serve: Serve) -> None:
+    main = serve().optimizer()
+    with main.gradients() as given:
+        given["w"][...] = 1
+    w = main.variables["w"].numpy()
+    with main.gradients() as given:
+        assert "w" in given
+        assert "x" not in given
+        assert list(given) == ["w", "b"]
+        given["b"][...] = 1
+    assert_same_bits(main.variables["w"].numpy(), w)
+    assert main.variables["b"].numpy().any()
+
+
+def test_nothing_else_is_pushed_while_gradients_are_written(serve: Serve) -> None:
+    main = serve().optimizer()
+    b = main.variables["b"]
+    with main.gradients() as given:
+        given["w"][...] = 1
+        for push in (
+            lambda: main.apply_gradients([(np.full(4, -5, np.float32), b)]),
+            lambda: main.minimize(lambda: (b * b).sum() + 0, [b]),
+            lambda: main.gradients().__enter__(),
+        ):
+            with pytest.raises(ServiceError, match=r"the block of gradients\(\) must end before anything else"):
+                push()
+        assert (given["w"] == 1).all()
+    assert main.iterations == 1
+    with pytest.raises(ZeroDivisionError), main.gradients():
+        _ = 1 / 0
+    assert main.apply_gradients([(np.ones(4, np.float32), b)]) == 2, "after the block anything is pushed"
+
+
+def test_steps_that_are_left_out_are_not_counted(serve: Serve) -> None:
+    main, twin = (
+        serve(config(adam="learning_rate = 0.01, skip_nonfinite = true")).optimizer(),
+        Twin(skip_nonfinite=True),
+    )
+    w = main.variables["w"]
+    for number, bad in enumerate([False, True, True, False, True]):
+        g = np.full((6, 4), np.nan if bad else number + 1, np.float32)
+        before = w.value
+        assert main.apply_gradients([(g, w)]) is None
+        twin.adam.apply_gradients([(g, twin.w)])
+        assert bad == np.array_equal(w.value, before)
+        twin.assert_equal(main)
+    assert main.iterations == 2
+
+
+def test_many_optimizers_of_one_client(serve: Serve) -> None:
+    names = [f"o{n}" for n in range(6)]
+    variables = "".join(f"v{n} = {{shape = [1]}}\n" for n in range(20))
+    service = serve("".join(f"[optimizer.{name}]\n[optimizer.{name}.variables]\n{variables}" for name in names))
+    client = service.connect()
+    for name in names:
+        optimizer = client.optimizer(name)
+        for number in range(20):
+            optimizer.apply_gradients([(np.ones(1, np.float32), optimizer.variables[f"v{number}"])])
+        assert optimizer.iterations == 20
