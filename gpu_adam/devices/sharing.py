@@ -50,8 +50,10 @@ class HostSharedMemory:
         size = max(nbytes, 1)
         try:
             self.descriptor = os.memfd_create("gpu_adam", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        except (AttributeError, OSError) as error:
+        except AttributeError as error:
             raise _refused("needs memfd_create", error, "use Linux") from error
+        except OSError as error:
+            raise _refused("must be made", error, "raise the limit of open files (ulimit -n)") from error
         try:
             # Reserved at once: a page that is missing later would kill the process that touches it.
             os.posix_fallocate(self.descriptor, 0, size)

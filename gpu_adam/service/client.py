@@ -23,10 +23,11 @@ from gpu_adam import schedules
 from gpu_adam.devices import Array, Device, find_device
 from gpu_adam.devices.base import SharedEvent, SharedMemory
 from gpu_adam.errors import ArgumentTypeError, ArgumentValueError, GpuAdamError, ServiceError
-from gpu_adam.rules import real_number, shown
+from gpu_adam.rules import FINITE_NOT_NEGATIVE, real_number, shown
 from gpu_adam.schedules import LearningRateSchedule
 from gpu_adam.service.layout import LINE, Place, placed
 from gpu_adam.service.messages import (
+    LARGEST,
     SETTABLE,
     VERSION,
     ConnectionLostError,
@@ -41,10 +42,10 @@ from gpu_adam.step.guard import checked_scale
 from gpu_adam.step.request import checked_pair, listed, without_gradient
 from gpu_adam.variables import IndexedSlices, Variable
 
+_PATIENCE = FINITE_NOT_NEGATIVE._replace(remedy="pass the seconds to wait")
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.01, 0.5  # seconds between two tries to connect
 _READ_SECONDS = 0.05  # how long a reader tries by itself, before the server copies for it
 _BINDINGS_KEPT = 16
-_PARTS_AT_ONCE = 500  # gradients that are bound by one message
 _LEAST_SECONDS = 0.05  # for a service that is there to say hello
 _NOT_THERE = (FileNotFoundError, ConnectionRefusedError, ConnectionResetError, BlockingIOError, TimeoutError)
 _Result = TypeVar("_Result")
@@ -62,6 +63,7 @@ def connect(path: str | os.PathLike[str] | None = None, name: str | None = None,
     Raises:
         ServiceError: no service answers, or one of another version; or it refuses this client.
     """
+    _PATIENCE.check("patience", real_number("patience", patience))
     return Client(Path(default_socket() if path is None else path), name, patience)
 
 
@@ -249,8 +251,10 @@ class Client:
 
     def _leave_to_parent(self) -> None:
         """Give up the copy of the connection in a child process, which would keep it open after the parent's end."""
+        self._lock = threading.RLock()  # another thread of the parent may have held the old one
         if self._socket is not None:
             self._socket.close()
+            self._socket = None
 
 
 _clients = weakref.WeakSet[Client]()
@@ -289,6 +293,10 @@ class RemoteVariable(Variable):
     def _value(self) -> Array:
         return self._optimizer._copy_of(self._name)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A copy is a variable of its own.
+        return Variable, (self.numpy(), self.trainable, self._name, None, self._device)
+
     def _check_updatable(self) -> None:
         rule, remedy = "must be updated by its service", "call apply_gradients of the client's optimizer"
         raise ServiceError(f"variable {self._name!r}", rule, "an optimizer of this process", remedy)
@@ -320,6 +328,9 @@ class Gradients(Mapping[str, Array]):
 
     def __contains__(self, name: object) -> bool:
         return name in self._arrays  # which asks for nothing
+
+    def __setitem__(self, name: str, values: Any) -> None:
+        self[name][...] = values
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._arrays)
@@ -462,6 +473,7 @@ class RemoteOptimizer:
         Args:
             grad_scale: as for `apply_gradients`.
         """
+        self._client._check_usable()
         self._check_not_writing()
         self._is_writing = True
         try:
@@ -706,34 +718,36 @@ class RemoteOptimizer:
     ) -> int | None:
         """Push what `write` writes, again where the service was started again before it had taken it."""
         client = self._client
+        client._check_usable()
         message: dict[str, Any] = {"op": "push"}
         if loss is not None:
-            message["loss"] = float(loss)
+            message["loss"] = float(real_number("loss", loss))
         if grad_scale is not None:
             message["scale"] = real_number("grad_scale", checked_scale(grad_scale))
-        if self._read_step is not None:
-            message["read"] = self._read_step
-        while True:
-            with client.device.activate():
-                write()
-                client._tell()
-            before, was_sent = self._mapped.sequence.step, False
-            try:
-                named = self._named(parts)
-                was_sent = True
-                answer, _ = client._exchange({**message, **named})
-            except ConnectionLostError:
-                client._connect(client._patience)
-                if was_sent and (self.iterations > before or not self._counts_exactly):
-                    rule, remedy = "must be known to be part of a step or not", "look at iterations, and go on"
-                    got = f"the service was started again after it; {before} steps then, {self.iterations} now"
-                    raise ServiceError("the push", rule, got, remedy) from None
-            else:
-                if "draining" not in answer:
-                    self.staleness = answer["staleness"]
-                    step: int | None = answer["step"]
-                    return step
-                client._connect(client._patience)
+        with client._lock:  # no other thread writes to this memory before the service has read it
+            while True:
+                with client.device.activate():
+                    write()
+                    client._tell()
+                before, was_sent = self._mapped.sequence.step, False
+                if self._read_step is not None and self._read_step <= before:  # else it was an earlier service's
+                    message["read"] = self._read_step
+                try:
+                    named = self._named(parts)
+                    was_sent = True
+                    answer, _ = client._exchange({**message, **named})
+                except ConnectionLostError:
+                    client._connect(client._patience)
+                    if was_sent and (self.iterations > before or not self._counts_exactly):
+                        rule, remedy = "must be known to be part of a step or not", "look at iterations, and go on"
+                        got = f"the connection was lost before the answer; {before} steps then, {self.iterations} now"
+                        raise ServiceError("the push", rule, got, remedy) from None
+                else:
+                    if "draining" not in answer:
+                        self.staleness = answer["staleness"]
+                        step: int | None = answer["step"]
+                        return step
+                    client._connect(client._patience)
 
     def _named(self, parts: tuple[_Part, ...]) -> dict[str, Any]:
         """How a push names its gradients: by a binding, which the service has checked, or one by one where rows are."""
@@ -750,8 +764,7 @@ class RemoteOptimizer:
                 exchange({"op": "unbind", "binding": bindings.pop(oldest)})
             more: dict[str, Any] = {}
             try:
-                for start in range(0, max(1, len(parts)), _PARTS_AT_ONCE):
-                    some = [part.to_json() for part in parts[start : start + _PARTS_AT_ONCE]]
+                for some in _in_messages([part.to_json() for part in parts]):
                     answer, _ = exchange({"op": "bind", **where, "gradients": some, **more})
                     more = {"binding": answer["binding"]}
             except GpuAdamError:
@@ -819,10 +832,26 @@ class RemoteOptimizer:
         return client._insist(copied)
 
 
+def _in_messages(parts: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    """The parts in lists that fit into a message each; one list at least."""
+    some: list[dict[str, Any]] = []
+    size = 0
+    for part in parts:
+        more = len(json.dumps(part))
+        if some and size + more > LARGEST // 2:
+            yield some
+            some, size = [], 0
+        some.append(part)
+        size += more
+    yield some
+
+
 def _as_json(name: str, value: Any) -> Any:
     """A hyperparameter's value as JSON has it; the service says what is wrong with it."""
     if isinstance(value, LearningRateSchedule):
         return schedules.serialize(value)
+    if isinstance(value, np.bool_):
+        return bool(value)
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     with contextlib.suppress(TypeError, ValueError):

@@ -32,12 +32,15 @@ def serve(
     *,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoints.")] = False,
     device: Annotated[str | None, typer.Option(help="auto, host, cuda or cuda:N; default: the file's.")] = None,
-    allow_uid: Annotated[list[int] | None, typer.Option(help="Number of a user whose clients are taken, too.")] = None,
+    allow_uid: Annotated[list[int] | None, typer.Option(min=0, help="A user whose clients are taken, too.")] = None,
     max_clients: Annotated[int, typer.Option(min=1, help="So many at once.")] = 256,
 ) -> None:
     """Own optimizers, and make steps of the gradients that other processes push."""
     if token_file is not None and http is None:
         raise ArgumentValueError("--token-file", "must come with --http", "no --http", "pass --http HOST:PORT")
+    if socket is None and allow_uid:
+        rule = "must come with --socket: other users do not reach the default one's directory"
+        raise ArgumentValueError("--allow-uid", rule, "no --socket", "pass --socket PATH")
     if socket is None:
         make_default_directory()
         socket = default_socket()

@@ -18,10 +18,11 @@ Paths are relative to the file's directory.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +30,7 @@ import numpy as np
 
 from gpu_adam.adam import Adam
 from gpu_adam.devices import Device, find_device
-from gpu_adam.errors import ArgumentTypeError, ArgumentValueError
+from gpu_adam.errors import ArgumentTypeError, ArgumentValueError, GpuAdamError
 from gpu_adam.rules import is_whole, one_of, shown
 from gpu_adam.service.layout import KINDS
 from gpu_adam.service.policies import LOSSES, Policy, policy_named
@@ -108,6 +109,10 @@ def read_config(path: Path, device: str | None = None) -> ServiceConfig:
     if not optimizers:
         raise ArgumentValueError(str(path), "must have an optimizer", "none", "add a table [optimizer.main]")
     found = {name: _optimizer(f"{path}: optimizer.{name}", entry, path.parent) for name, entry in optimizers.items()}
+    directories = [each.checkpoint["directory"].resolve() for each in found.values() if each.checkpoint is not None]
+    if len(set(directories)) < len(directories):
+        rule, remedy = "must have a checkpoint.directory for each optimizer", "name different ones"
+        raise ArgumentValueError(str(path), rule, "the same for two", remedy)
     models = sum(value.nbytes for each in found.values() for value in each.values.values())
     memory = table.get("client_memory", 4 * models + 2**26)
     if not is_whole(memory) or memory < 1:
@@ -120,7 +125,11 @@ def read_config(path: Path, device: str | None = None) -> ServiceConfig:
 def _optimizer(where: str, given: Any, directory: Path) -> OptimizerConfig:
     table = _table(where, given)
     _check_names(where, table, ("config", "policy", "lost_client", "checkpoint", "variables"))
-    adam = Adam.from_config(_table(f"{where}.config", table.get("config", {})))
+    with _named(f"{where}.config"):
+        adam = Adam.from_config(_table("it", table.get("config", {})))
+    if adam.flavour.loss_scale is not None:
+        rule, remedy = "must be left out: clients do not see it", "pass grad_scale with each push, and skip_nonfinite"
+        raise ArgumentValueError(f"{where}.config.loss_scale", rule, "one", remedy)
     if adam.flavour.sparse_update != "dense":
         rule = 'must be "dense": others read all rows at any time'
         raise ArgumentValueError(f"{where}.config.sparse_update", rule, adam.flavour.sparse_update, "leave it out")
@@ -154,8 +163,9 @@ def _unchecked_value(where: str, table: Mapping[str, Any], directory: Path) -> n
             raise ArgumentValueError(f"{where}.seed", "must be a whole number >= 0", shown(seed), "correct it")
         # The name too, so that variables of one seed differ.
         rng = np.random.default_rng((seed, zlib.crc32(where.rpartition(".")[2].encode())))
-        value = _INITIALIZERS[initializer](as_shape(table["shape"]), rng)
-        return value.astype(as_dtype(table.get("dtype", "float32")))
+        with _named(where):
+            value = _INITIALIZERS[initializer](as_shape(table["shape"]), rng)
+            return value.astype(as_dtype(table.get("dtype", "float32")))
     if not isinstance(table["initial"], str):
         got = shown(table["initial"])
         raise ArgumentTypeError(f"{where}.initial", "must be the path of a file", got, "pass a text")
@@ -165,7 +175,8 @@ def _unchecked_value(where: str, table: Mapping[str, Any], directory: Path) -> n
             value = np.lib.format.read_array(file, allow_pickle=False)
     except (ValueError, EOFError) as error:
         raise ArgumentValueError(f"{where}.initial", "must be a file of numpy.save", error, "save an array") from error
-    return value.astype(as_dtype(table["dtype"])) if "dtype" in table else value
+    with _named(where):
+        return value.astype(as_dtype(table["dtype"])) if "dtype" in table else value
 
 
 def _checkpoint(where: str, given: Any, directory: Path) -> dict[str, Any] | None:
@@ -177,6 +188,18 @@ def _checkpoint(where: str, given: Any, directory: Path) -> dict[str, Any] | Non
         got = shown(table.get("directory"))
         raise ArgumentTypeError(f"{where}.directory", "must be the path of a directory", got, "pass a text")
     return {**table, "directory": directory / table["directory"]}
+
+
+@contextlib.contextmanager
+def _named(where: str) -> Iterator[None]:
+    """A block whose errors say where in the file they come from."""
+    try:
+        yield
+    except GpuAdamError as error:
+        raise type(error)(f"{where}: {error.argument}", error.rule, error.got, error.remedy) from error
+    except (KeyError, MemoryError, OverflowError, TypeError, ValueError) as error:
+        got = f"{type(error).__name__}: {error}"
+        raise ArgumentValueError(where, "must be what this machine can make", got, "correct it") from error
 
 
 def _table(where: str, given: Any) -> Mapping[str, Any]:

@@ -40,7 +40,7 @@ def failure(error: GpuAdamError) -> dict[str, str]:
     """An exception as an answer: its class, its four parts, and the sentence that they make."""
     kind, argument, rule, got, remedy = refusal(error)["error"]
     parts = {"error": kind, "argument": argument, "rule": rule, "got": got, "remedy": remedy}
-    return {**parts, "message": str(error)}
+    return {**parts, "message": f"{argument} {rule} (got {got}); {remedy}."}
 
 
 def read_token(path: Path) -> bytes:

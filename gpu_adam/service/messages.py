@@ -31,6 +31,7 @@ LARGEST = 2**17
 """Bytes of a datagram at most; Linux sends up to about 200 KiB at once by default."""
 
 _log = logging.getLogger("gpu_adam")
+_LONGEST = 2000  # characters of a part of an error
 _INT = 4  # bytes of a descriptor
 _ANCILLARY = socket.CMSG_SPACE(4 * _INT)  # for four, which is more than any message has
 _encode = json.JSONEncoder(separators=(",", ":")).encode
@@ -124,12 +125,15 @@ class Receiver:
 
 def refusal(error: Exception) -> dict[str, Any]:
     """The answer that makes a client raise this error; for one that nobody has foreseen a ServiceError, and a log."""
-    if not isinstance(error, GpuAdamError):
+    if isinstance(error, OSError):
+        error = ServiceError("the service", "must be able to use its files", error, "see to its directories and limits")
+    elif not isinstance(error, GpuAdamError):
         _log.error("a call of a client failed", exc_info=error)
         got, remedy = f"{type(error).__name__}: {error}", "look into the service's log"
         error = ServiceError("the service", "must not fail", got, remedy)
     kind = next(kind.__name__ for kind in type(error).__mro__ if kind.__name__ in _ERROR_CLASSES)
-    return {"error": [kind, error.argument, error.rule, str(error.got), error.remedy]}
+    parts = [error.argument, error.rule, str(error.got), error.remedy]
+    return {"error": [kind, *(text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..." for text in parts)]}
 
 
 def raise_refusal(answer: dict[str, Any]) -> None:

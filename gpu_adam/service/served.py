@@ -5,9 +5,11 @@ Its methods are called in the server's thread, while its device is current.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import math
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -87,9 +89,11 @@ class ServedOptimizer:
         self._has_sums, self._is_paused = False, False
         self._held: list[Push | str] = []  # what came while it was paused, in order: pushes, and names of lost clients
         self._manager: CheckpointManager | None = None
+        self._owned = -1  # a descriptor of the directory, locked
         self._last_save: float | None = None
         if config.checkpoint is not None:
             self._manager = CheckpointManager(optimizer=self.adam, **config.checkpoint)
+            self._owned = _own(name, config.checkpoint["directory"])
             if resume and self._manager.restore_latest() is not None:
                 self._last_save = time.monotonic()
         self._first_step = self.iterations
@@ -387,9 +391,29 @@ class ServedOptimizer:
         return {name: value for name, value in found._asdict().items() if math.isfinite(value)}
 
     def close(self) -> None:
-        """Give the shared memory back."""
+        """Give the shared memory back, and the directory of checkpoints."""
+        if self._owned >= 0:
+            os.close(self._owned)
+            self._owned = -1
         for memory in (self.parameters, self.status, self.layout, self.done):
             memory.close()
+
+
+def _own(name: str, directory: Path) -> int:
+    """A descriptor that keeps other services from a directory, for as long as it is open.
+
+    Raises:
+        ArgumentValueError: another service has it.
+    """
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        rule, got = "must be no other service's", f"{directory}, which one writes to"
+        remedy = "end that one, or name another directory"
+        raise ArgumentValueError(f"optimizer {name!r}'s checkpoint.directory", rule, got, remedy) from None
+    return descriptor
 
 
 def _check_directory(name: str, checkpoint: Mapping[str, Any] | None, *, resume: bool) -> None:

@@ -89,7 +89,7 @@ class Server:
         self._numbers = itertools.count(1)
         self._calls: deque[Callable[[], None]] = deque()
         self._calling, self._takes_calls = threading.Lock(), True
-        self._receiver = Receiver()
+        self._receiver, self._is_full = Receiver(), False
         self.optimizers: dict[str, ServedOptimizer] = {}
         with contextlib.ExitStack() as opened, self.device.activate():
             self._listener = Listener(path, is_open=bool(allow_users))
@@ -234,10 +234,13 @@ class Server:
             end, _ = self._listener.socket.accept()
         except BlockingIOError:
             return
-        except OSError as error:  # no descriptors are left, say
-            _log.warning("a client could not be accepted: %s", error)
+        except OSError as error:  # no descriptors are left, say; it stays in the queue until there are
+            if not self._is_full:
+                _log.warning("clients cannot be accepted at present: %s", error)
+            self._is_full = True
             time.sleep(0.01)
             return
+        self._is_full = False
         end.setblocking(False)
         connection = Connection(end, self.device)
         if connection.user not in self._users:
@@ -284,7 +287,10 @@ class Server:
     def _send(self, connection: Connection, answer: dict[str, Any], descriptors: Sequence[int] = ()) -> None:
         """Send an answer, or drop a client that does not read its answers."""
         try:
-            send(connection.socket, answer, descriptors)
+            try:
+                send(connection.socket, answer, descriptors)
+            except ArgumentValueError as error:  # it is too large
+                send(connection.socket, refusal(error))
         except (ConnectionLostError, BlockingIOError):
             self._drop(connection)
 
@@ -344,7 +350,11 @@ class Server:
         before: list[tuple[Any, Variable]] = []
         if "binding" in fields:  # of more gradients than fit into a message
             number = fields.whole("binding", 2**53)
-            before = connection.binding(number).pairs
+            known = connection.binding(number)
+            if (known.optimizer.name, known.region) != (fields.text("optimizer"), fields.whole("region", 2**53)):
+                rule, remedy = "must be of one optimizer and in one region", "make a binding of its own for it"
+                raise ArgumentValueError("what continues a binding", rule, "another one", remedy)
+            before = known.pairs
         else:
             number = connection.new_binding()
         connection.bindings[number] = self._bound_gradients(connection, fields, before)

@@ -82,6 +82,23 @@ V = "[optimizer.main.variables]\nw = "
             '[optimizer.main]\nconfig = {sparse_update = "deferred"}\n' + V + "{shape = [1]}",
             'sparse_update must be "dense"',
         ),
+        (
+            "[optimizer.main.config.loss_scale]\ninitial = 1024.0\n" + V + "{shape = [1]}",
+            "config",
+        ),
+        (
+            '[optimizer.main.config.learning_rate]\nclass_name = "CosineDecay"\n' + V + "{shape = [1]}",
+            "optimizer.main.config",
+        ),
+        (V + "{shape = [100_000_000_000_000]}", "variables.w must be what this machine can make"),
+        (V + "{shape = [4_611_686_018_427_387_904, 4]}", "variables.w must be what this machine can make"),
+        (
+            "".join(
+                f'[optimizer.{n}]\ncheckpoint = {{directory = "x"}}\n[optimizer.{n}.variables]\nw = {{shape = [1]}}\n'
+                for n in "ab"
+            ),
+            "must have a checkpoint.directory for each optimizer",
+        ),
         ('[optimizer.main]\npolicy = "each"\n' + V + "{shape = [1]}", 'policy must be "on_push", "all_of=N" or'),
         ('[optimizer.main]\nlost_client = "x"\n' + V + "{shape = [1]}", "lost_client must be one of fail, continue"),
         ("client_memory = 0\n" + V + "{shape = [1]}", "client_memory must be a number of bytes >= 1"),

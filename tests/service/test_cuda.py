@@ -537,7 +537,7 @@ def test_a_client_that_connects_again(gpu: Device, serve: Any, processes: Any, e
     process, main = service.client("a")
     process.run(lambda: written(main, dense(gpu, 1)))
     process.run(lambda: values_of(main))
-    process.run(main._client._reconnect)
+    process.run(lambda: main._client._connect(10))
     assert list(processes.mapped.values()) == [1, 0, 0]
     process.run(lambda: written(main, dense(gpu, 2)))
     twin = process.run(lambda: connect(service.path, "twin", PATIENCE))

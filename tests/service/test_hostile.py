@@ -16,10 +16,11 @@ import pytest
 
 from gpu_adam import IndexedSlices
 from gpu_adam.errors import ArgumentValueError, ServiceError
+from gpu_adam.service import client as client_module
 from gpu_adam.service import connect
 from gpu_adam.service import connection as connection_module
 from gpu_adam.service.messages import LARGEST, VERSION
-from service.running import InThread, until
+from service.running import PLAIN, InThread, until
 
 Serve = Callable[..., InThread]
 
@@ -139,6 +140,37 @@ def test_places_outside_of_a_region(serve: Serve, values: Any) -> None:
     assert_goes_on(service)
 
 
+def test_a_binding_is_of_one_optimizer_and_in_one_region(serve: Serve) -> None:
+    service = serve(PLAIN + PLAIN.replace("main", "other"))
+    gradient = [{"variable": "b", "values": [0, [4], "float32"]}]
+    with Raw(service) as raw:
+        one, two = (raw.ask(op="region", bytes=4096)["region"] for _ in range(2))
+        bind = {"op": "bind", "optimizer": "main", "region": one, "gradients": gradient}
+        binding = raw.ask(**bind)["binding"]
+        for wrong in ({"region": two}, {"optimizer": "other"}):
+            assert "must be of one optimizer and in one region" in raw.refusal(**{**bind, "binding": binding, **wrong})
+        assert raw.ask(op="push", binding=binding)["step"] == 1
+    assert service.server.optimizers["other"].iterations == 0
+    assert_goes_on(service)
+
+
+def test_answers_that_are_too_large(serve: Serve) -> None:
+    service = serve()
+    with Raw(service) as raw:
+        name = "é" * 15_000
+        text = raw.refusal(op="set", optimizer="main", name="learning_rate", value={"class_name": name, "config": {}})
+        assert len(text) < 9000
+        boundaries = list(range(30_000))
+        schedule = {"boundaries": boundaries, "values": [0.1] * 30_001}
+        served = service.server.optimizers["main"]
+        served.set("learning_rate", {"class_name": "PiecewiseConstantDecay", "config": schedule})
+        assert "must fit into a message of 131072 bytes" in raw.refusal(
+            op="get", optimizer="main", name="learning_rate"
+        )
+        assert raw.ask(op="get", optimizer="main", name="beta_1") == {"value": 0.9}
+    assert_goes_on(service)
+
+
 def test_regions_of_others(serve: Serve) -> None:
     service = serve()
     gradient = [{"variable": "b", "values": [0, [4], "float32"]}]
@@ -230,7 +262,8 @@ def test_one_that_does_not_read_is_disconnected(serve: Serve) -> None:
     until(lambda: not service.server._connections)
 
 
-def test_too_many_clients(serve: Serve) -> None:
+def test_too_many_clients(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client_module, "_LEAST_SECONDS", 30)  # a refusal that gets lost would end in "must answer"
     service = serve(most_clients=20)
     taken = []
     for _ in range(1000):
@@ -241,9 +274,9 @@ def test_too_many_clients(serve: Serve) -> None:
     until(lambda: len([each for each in service.server._connections.values() if each.refusal is None]) == 20)
     for raw in taken[20:]:
         raw.socket.close()
-    for _ in range(50):
+    for patience in (30, *[0] * 50):  # the first one waits for its place in the queue
         with pytest.raises(ServiceError, match=r"the clients must be at most 20 at once .*raise --max-clients"):
-            service.connect(patience=0)
+            service.connect(patience=patience)
     for raw in taken:
         raw.socket.close()
     service.close_clients()
@@ -290,6 +323,7 @@ def test_parameters_cannot_be_written(serve: Serve) -> None:
 
 
 def test_only_this_user(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client_module, "_LEAST_SECONDS", 30)
     service = serve()
     assert stat.S_IMODE(os.stat(service.path).st_mode) == 0o600
     monkeypatch.setattr(service.server, "_users", {os.getuid() + 1})

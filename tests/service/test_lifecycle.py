@@ -233,6 +233,16 @@ def test_a_start_that_is_refused_leaves_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "socket").exists()
 
 
+def test_a_directory_has_one_service(serve_in_process: Serve, tmp_path: Path) -> None:
+    service = serve_in_process(saved())
+    service.connect()
+    with pytest.raises(ArgumentValueError, match="directory must be no other service's"):
+        Server(read_config(service.file), tmp_path / "another", resume=True)
+    service.kill()
+    other = Server(read_config(service.file), tmp_path / "another", resume=True)
+    other.close()
+
+
 def test_one_checkpoint_that_fails_does_not_take_the_others(serve_in_process: Serve) -> None:
     service = serve_in_process(saved() + saved().replace("main", "other").replace('"run"', '"others"'))
     for name in ("main", "other"):

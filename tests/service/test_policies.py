@@ -213,9 +213,8 @@ def test_a_pause_is_one_for_what_a_lost_client_brings_about(serve: Serve) -> Non
     a, b, watching = (service.optimizer(name) for name in ("a", "b", "watching"))
     g = np.ones((6, 4), np.float32)
     with ThreadPoolExecutor() as pool:
-        for main in (a, b):
-            first = pushed(pool, main, g)
-            until(lambda f=first: f.done() or waiting(watching) == 1)  # type: ignore[misc]
+        both = [pushed(pool, main, g) for main in (a, b)]
+        assert [each.result() for each in both] == [1, 1]
         begun = pushed(pool, a, g)
         until_waiting(watching, 1)
         watching.pause()

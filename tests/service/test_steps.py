@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import pickle
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -295,7 +297,7 @@ def test_nothing_else_is_pushed_while_gradients_are_written(serve: Serve) -> Non
         for push in (
             lambda: main.apply_gradients([(np.full(4, -5, np.float32), b)]),
             lambda: main.minimize(lambda: (b * b).sum() + 0, [b]),
-            lambda: main.gradients().__enter__(),
+            main.gradients().__enter__,
         ):
             with pytest.raises(ServiceError, match=r"the block of gradients\(\) must end before anything else"):
                 push()
@@ -332,3 +334,49 @@ def test_many_optimizers_of_one_client(serve: Serve) -> None:
         for number in range(20):
             optimizer.apply_gradients([(np.ones(1, np.float32), optimizer.variables[f"v{number}"])])
         assert optimizer.iterations == 20
+
+
+def test_threads_of_one_client_push_their_own_gradients(serve: Serve) -> None:
+    service = serve()
+    main = service.optimizer()
+
+    def push(name: str, value: float) -> None:
+        variable = main.variables[name]
+        for _ in range(150):
+            main.apply_gradients([(np.full(variable.shape, value, np.float32), variable)])
+
+    threads = [threading.Thread(target=push, args=arguments) for arguments in (("w", 1.0), ("b", -1.0))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert main.iterations == 300
+    w, b = main.variables["w"].numpy(), main.variables["b"].numpy()
+    assert (w < -0.1).all(), "each step of w was one of 1"
+    assert (b > 0.1).all()
+
+
+def test_copies_of_variables_are_local_ones(serve: Serve) -> None:
+    main = serve().optimizer()
+    w = main.variables["w"]
+    for made in (copy.copy(w), copy.deepcopy(w), pickle.loads(pickle.dumps(w))):
+        assert type(made) is Variable
+        assert made.name == "w"
+        made.assign_add(np.ones((6, 4)))
+    assert not w.numpy().any()
+    for act in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(ServiceError, match="optimizer 'main' must stay in the process that connected"):
+            act(main)
+
+
+def test_gradients_may_be_assigned(serve: Serve) -> None:
+    main, twin = serve().optimizer(), Twin()
+    with main.gradients() as given:
+        given["w"] = np.arange(4)
+        given["w"] += 1
+    twin.adam.apply_gradients([(np.tile(np.arange(1, 5, dtype=np.float32), (6, 1)), twin.w)])
+    twin.assert_equal(main)
+    main.amsgrad = np.True_
+    assert main.amsgrad is True
+    with pytest.raises(ArgumentTypeError, match="loss must be a real number"):
+        main.apply_gradients([(np.ones(4, np.float32), main.variables["b"])], loss="x")
