@@ -449,8 +449,12 @@ class RemoteOptimizer:
         places, nbytes = placed((array.shape, array.dtype.name) for array in arrays)
 
         def write() -> None:
-            memory = self._region(nbytes)
-            for array, place in zip(arrays, places, strict=True):
+            memory, device = self._region(nbytes), self._client.device
+            begin = device.address(memory)
+            inside = range(begin, begin + memory.size)
+            # What lies there itself, an array of an earlier block of gradients(), would be overwritten before its turn.
+            sources = [array.copy() if device.address(array) in inside else array for array in arrays]
+            for array, place in zip(sources, places, strict=True):
                 place.view(memory)[...] = array
 
         left = iter(places)

@@ -369,6 +369,17 @@ def test_copies_of_variables_are_local_ones(serve: Serve) -> None:
             act(main)
 
 
+def test_arrays_of_an_earlier_block_may_be_pushed(serve: Serve) -> None:
+    main, twin = serve().optimizer(), Twin()
+    with main.gradients() as given:
+        given["w"], given["b"] = gradient(1, (6, 4)), gradient(2, (4,))
+        kept = given["b"], given["w"]
+    twin.adam.apply_gradients([(gradient(1, (6, 4)), twin.w), (gradient(2, (4,)), twin.b)])
+    main.apply_gradients(zip(kept, (main.variables["b"], main.variables["w"]), strict=True))
+    twin.adam.apply_gradients([(gradient(2, (4,)), twin.b), (gradient(1, (6, 4)), twin.w)])
+    twin.assert_equal(main)
+
+
 def test_gradients_may_be_assigned(serve: Serve) -> None:
     main, twin = serve().optimizer(), Twin()
     with main.gradients() as given:
