@@ -423,6 +423,7 @@ def test_killed_services_leave_whole_checkpoints(serve_in_process: Serve, kills:
     assert sorted(os.listdir(service.directory)) == ["run", "service.toml"]
 
 
+@pytest.mark.thorough
 def test_memory_stays_flat(serve_in_process: Serve) -> None:
     """More steps, clients and regions do not take more memory (100,000 steps by hand: profiling/service.py)."""
     service = serve_in_process()

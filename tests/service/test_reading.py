@@ -41,7 +41,7 @@ def test_whole_while_steps_are_made(serve: Serve, by: str, monkeypatch: pytest.M
     thread = threading.Thread(target=step)
     thread.start()
     try:
-        seen, end = set(), time.monotonic() + 1.5
+        seen, end = set(), time.monotonic() + 0.8
         while time.monotonic() < end:
             with reading.snapshot() as done:
                 w, b = reading.variables["w"].numpy(), reading.variables["b"].numpy()
@@ -52,7 +52,7 @@ def test_whole_while_steps_are_made(serve: Serve, by: str, monkeypatch: pytest.M
     finally:
         is_over.set()
         thread.join()
-    assert len(seen) > 5
+    assert len(seen) > 3
 
 
 def test_values_are_copies_that_stay(serve: Serve) -> None:
