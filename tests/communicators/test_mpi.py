@@ -41,7 +41,7 @@ with Mpi(timeout={timeout}) as communicator:
 """
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("ranks", [1, 3, *(pytest.param(ranks, marks=pytest.mark.thorough) for ranks in (2, 4, 7))])
 def test_operations(ranks: int, tmp_path: Path) -> None:
     ended = jobs.run(tmp_path, ranks, OPERATIONS)
     assert ended.status == 0, ended

@@ -77,7 +77,7 @@ def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 # Any number of ranks, and a plain Adam.
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("ranks", [1, 3, *(pytest.param(ranks, marks=pytest.mark.thorough) for ranks in (2, 4, 7))])
 def test_any_number_of_ranks_loads_what_any_number_saved(
     saved: tuple[str, dict[int, Path]], tmp_path: Path, ranks: int
 ) -> None:
@@ -863,7 +863,7 @@ def losses(versions: Versions, log: list[Operation], count: int = 2) -> Iterator
         returned = operation.number if operation.what == "returned" else returned
 
 
-@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("asynchronous", [pytest.param(False, marks=pytest.mark.thorough), True])
 @pytest.mark.parametrize("forgotten", ["", "fsync", "fsync directory"])
 def test_a_power_failure_leaves_this_save_or_the_last_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forgotten: str, asynchronous: bool
@@ -948,7 +948,7 @@ print(json.dumps({"bad": bad, "left": left}))
 """
 
 
-@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("asynchronous", [pytest.param(False, marks=pytest.mark.thorough), True])
 def test_ranks_are_killed_at_any_moment(tmp_path: Path, asynchronous: bool) -> None:
     code = f"import sys; sys.argv = ['', {str(tmp_path / 'run')!r}, '15', '{asynchronous}']\n{KILLS}"
     report = json.loads(processes.run(code, (TESTS,)))

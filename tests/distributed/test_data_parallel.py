@@ -60,7 +60,7 @@ def test_alone(device: Device) -> None:
 
 
 # With four ranks, the engine's order and the ranks' order give other bits.
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [pytest.param(2, marks=pytest.mark.thorough), 4])
 def test_ranks_have_the_bits_of_one_process(ranks: int, tmp_path: Path) -> None:
     ended = jobs.run(tmp_path, ranks, TRAINING.format(large=ranks == 2))
     assert ended.status == 0, ended

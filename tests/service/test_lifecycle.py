@@ -88,7 +88,7 @@ def test_processes_have_the_bits_of_one(serve_in_process: Serve) -> None:
     assert_same_bits(main.variables["b"].numpy(), b)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.thorough)])
 def test_told_to_end(serve_in_process: Serve, number: signal.Signals) -> None:
     service = serve_in_process(saved())
     main = service.optimizer()
@@ -145,6 +145,7 @@ def test_a_push_that_waits_is_made_again(serve_in_process: Serve) -> None:
             other.save()
 
 
+@pytest.mark.thorough
 def test_names_after_a_new_start(serve_in_process: Serve) -> None:
     service = serve_in_process(saved())
     first, named = service.connect(), service.connect("named")
@@ -173,6 +174,7 @@ def test_one_that_only_reads_finds_the_next_service(serve_in_process: Serve) -> 
     assert (b.numpy() < seen).all()
 
 
+@pytest.mark.thorough
 def test_other_variables_after_a_new_start(serve_in_process: Serve) -> None:
     two = saved() + saved().replace("main", "other").replace('"run"', '"others"')
     service = serve_in_process(two)
@@ -256,6 +258,7 @@ def test_one_checkpoint_that_fails_does_not_take_the_others(serve_in_process: Se
     assert [each.name for each in (service.directory / "others").iterdir()] == ["step-000000001.npz"]
 
 
+@pytest.mark.thorough
 def test_a_service_that_did_nothing_saves_nothing(serve_in_process: Serve) -> None:
     service = serve_in_process(saved())
     service.connect()
@@ -377,7 +380,7 @@ while True:
 """
 
 
-@pytest.mark.parametrize("kills", [5, pytest.param(30, marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("kills", [2, pytest.param(30, marks=pytest.mark.thorough)])
 def test_killed_clients_leave_whole_steps(serve_in_process: Serve, kills: int) -> None:
     service, rng = serve_in_process(), random.Random(kills)
     main = service.optimizer()
@@ -396,7 +399,7 @@ def test_killed_clients_leave_whole_steps(serve_in_process: Serve, kills: int) -
     service.end()
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(30, marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("kills", [1, pytest.param(30, marks=pytest.mark.thorough)])
 def test_killed_services_leave_whole_checkpoints(serve_in_process: Serve, kills: int) -> None:
     service, rng = serve_in_process(saved(", every_steps = 5, keep = 2")), random.Random(kills)
     main = service.optimizer()
