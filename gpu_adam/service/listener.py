@@ -38,11 +38,14 @@ class Listener:
         self.path = path
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
         self.socket.setblocking(False)
-        before = os.umask(0o111 if is_open else 0o177)
         try:
+            # Linux gives the path the mode of the socket. A umask would be that of other threads' files, too.
+            os.fchmod(self.socket.fileno(), 0o600)
             with _alone_in(path.parent):
                 _make_way(path)
                 self.socket.bind(name)
+                if is_open:
+                    os.chmod(path, 0o666)
                 self.socket.listen(_BACKLOG)  # from now on another service finds this one; clients wait to be served
             self._file: int | None = os.lstat(path).st_ino
         except OSError as error:
@@ -52,8 +55,6 @@ class Listener:
         except BaseException:
             self.socket.close()
             raise
-        finally:
-            os.umask(before)
 
     def close(self) -> None:
         """Remove the socket, unless somebody has put another one there, and close it."""

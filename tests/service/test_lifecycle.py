@@ -8,6 +8,7 @@ import os
 import random
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -206,6 +207,7 @@ def test_the_socket_of_another_service_stays(tmp_path: Path) -> None:
 
 def test_two_services_that_start_together(tmp_path: Path) -> None:
     path = tmp_path / "socket"
+    os.umask(umask := os.umask(0))
     with ThreadPoolExecutor(8) as pool:
         for _ in range(20):
             Listener(path, is_open=False).socket.close()  # as one that was killed
@@ -219,7 +221,9 @@ def test_two_services_that_start_together(tmp_path: Path) -> None:
 
             started = [each for each in pool.map(lambda _: start(), range(8)) if each is not None]
             assert len(started) == 1
+            assert stat.S_IMODE(os.lstat(path).st_mode) == 0o600
             started[0].close()
+    assert os.umask(umask) == umask, "which is that of all threads"
 
 
 def test_a_start_that_is_refused_leaves_nothing(tmp_path: Path) -> None:
