@@ -22,11 +22,11 @@ from gpu_adam.bench import own_step
 from gpu_adam.bench.runner import Report, Row
 from gpu_adam.bench.tables import HEADER, cells, markdown, summary
 from gpu_adam.kernels import DTYPES
-from profiling import distributed, sparse_scaling
+from profiling import distributed, service, sparse_scaling
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
-OTHERS = ("static.json", "laziness.json", "sparse-scaling.json", "distributed.json")
+OTHERS = ("static.json", "laziness.json", "sparse-scaling.json", "distributed.json", "service.json")
 """Results that are no report of the bench."""
 README, PROFILING, KERNELS = HERE.parent / "README.md", HERE / "README.md", HERE.parent / "cuda" / "README.md"
 
@@ -128,6 +128,7 @@ def documents() -> dict[Path, dict[str, str]]:
             "static": static(),
             "scaling": scaling(),
             "ranks": ranks(),
+            "service": service_tables(),
             "machines": markdown(distributed.MODEL_HEADER, distributed.model()),
         },
         KERNELS: {"variants": variants()},
@@ -261,6 +262,12 @@ def ranks() -> str:
     """What a step on several ranks takes."""
     path = RESULTS / "distributed.json"
     return "\n\n".join(distributed.tables(json.loads(path.read_text()))) if path.exists() else "Not measured yet."
+
+
+def service_tables() -> str:
+    """What a push through a service takes, and what lasts."""
+    path = RESULTS / "service.json"
+    return service.tables(json.loads(path.read_text())) if path.exists() else "Not measured yet."
 
 
 SHOWN = "sm_90"

@@ -3,8 +3,8 @@
     python profiling/service.py                    payloads of 4 KiB to 64 MiB, in about two minutes
     python profiling/service.py --quick            two small payloads: whether it works
     python profiling/service.py --json profiling/results/service.json
-    python profiling/service.py --soak             8 processes for 60 s, and what one process makes of the same work;
-                                                   100,000 steps, and what they leave in memory
+    python profiling/service.py --soak             besides, 8 processes for 60 s, and what one process makes of the same
+                                                   work; 100,000 steps, and what they leave in memory
 
 Every candidate steps a variable of its own by the same gradient; all take turns. A time begins when the gradient is
 there and ends when the step is done and known to be: the gradient is written into shared memory before it begins, for
@@ -57,22 +57,38 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="two small payloads, few pushes")
     parser.add_argument("--seconds", type=float, default=3.0, help="for each payload and candidate")
-    parser.add_argument("--soak", action="store_true", help="8 processes, 100,000 steps")
+    parser.add_argument("--soak", action="store_true", help="besides, 8 processes, 100,000 steps")
     parser.add_argument("--json", type=Path, help="a file for the results")
     options = parser.parse_args(arguments)
     if options.quick:
         options.seconds = 0.05
     results: dict[str, Any] = {"facts": facts()}
+    results["payloads"] = [of_payload(n, options.seconds) for n in (PAYLOADS[:2] if options.quick else PAYLOADS)]
     if options.soak:
-        seconds, steps = (2.0, 2000) if options.quick else (60.0, 100_000)
+        seconds, steps = (1.0, 500) if options.quick else (60.0, 100_000)
         results["soak"] = {"processes": of_processes(seconds), "memory": of_memory(steps)}
-        print(json.dumps(results["soak"], indent=1))
-    else:
-        results["payloads"] = [of_payload(n, options.seconds) for n in (PAYLOADS[:2] if options.quick else PAYLOADS)]
-        print("\n".join(markdown(HEADER, rows(results["payloads"])).splitlines()))
     results["facts"]["load after"] = os.getloadavg()
+    print(tables(results))
     if options.json:
         options.json.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def tables(results: dict[str, Any]) -> str:
+    """What was found, for people."""
+    found = results["facts"]
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    loads = f"load {found['load before'][0]:.1f} to {found['load after'][0]:.1f}"
+    parts = [f"{found['processor']}, {found['cores']} cores, {found['date']}, {loads}; {versions}."]
+    parts.append(markdown(HEADER, rows(results["payloads"])))
+    if "soak" in results:
+        worked, memory = results["soak"]["processes"], results["soak"]["memory"]
+        parts.append(
+            f"{worked['processes']} processes, synchronous, {worked['seconds']:.0f} s, {worked['steps']} steps: "
+            f"{worked['elements that differ']} of 10,000 elements differ from what one process makes of the same work. "
+            f"After {memory['steps']} steps the service has {memory['KiB more']['service']} KiB more, "
+            f"a client {memory['KiB more']['client']}."
+        )
+    return "\n\n".join(parts)
 
 
 def facts() -> dict[str, Any]:
