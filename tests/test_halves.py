@@ -182,6 +182,7 @@ def test_stochastic_rounding_is_a_hash_of_seed_step_place_and_element(sparse: bo
             same(variables[place], oracle.variables[place], f"variable {place}, step {t}")
 
 
+@pytest.mark.thorough
 def test_stochastic_rounding_is_unbiased() -> None:
     """The mean over 4096 seeds lies within 5 standard errors of the number; each result is one of its neighbours."""
     start = np.array([1.0, -3.0, 1000.0, 1e-20], np.float32).astype(BFLOAT16)

@@ -123,6 +123,7 @@ def output_of(statements: list[str], rule: kernels.UpdateRule, dtype: str, folde
 # Slots.
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("ema", [False, True])
 @pytest.mark.parametrize("amsgrad", [False, True])
 def test_the_two_lists_of_slots_agree(amsgrad: bool, ema: bool, tmp_path: Path) -> None:
@@ -138,6 +139,7 @@ def test_the_two_lists_of_slots_agree(amsgrad: bool, ema: bool, tmp_path: Path) 
     ]
 
 
+@pytest.mark.thorough
 def test_moved_slots_and_absent_ones(tmp_path: Path) -> None:
     """A slot that a kernel has moves by elements; one that it has not stays null."""
     statements = [
@@ -501,6 +503,7 @@ def test_any_launch_gives_the_same_bits(dtype: str, mode: str, launch: str) -> N
     assert_same(stepped(LAUNCHES[launch], job_of(dtype, mode), MODES[mode]), fast_results(dtype, mode), launch)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("mode", [mode for mode in MODES if "global" not in mode])
 def test_one_launch_per_variable_gives_the_same_bits(dtype: str, mode: str) -> None:
     for device in (FAST, LAUNCHES["blocks of 96, 2 of them"]):
@@ -812,6 +815,7 @@ def gradients_at(rng: np.random.Generator, dtype: str, shift: int) -> list[Array
     return [Placed(numbers(rng, size, dtype), (number + shift) % 4).array for number, size in enumerate(NORM_SIZES)]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("bound", [np.inf, 0.5])
 def test_norms_have_the_same_bits_whatever_the_launch_and_the_address(dtype: str, bound: float) -> None:
     expected = norms(FAST, gradients_at(np.random.default_rng(11), dtype, 0), bound)

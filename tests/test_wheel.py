@@ -64,6 +64,7 @@ def relative(root: Path, *patterns: str) -> set[str]:
     return {str(path.relative_to(root)) for pattern in patterns for path in root.glob(pattern)}
 
 
+@pytest.mark.thorough
 def test_the_wheel_has_all_it_needs_in_one_package(dist: Path) -> None:
     with zipfile.ZipFile(only(dist, "*.whl")) as wheel:
         names = set(wheel.namelist())
@@ -76,6 +77,7 @@ def test_the_wheel_has_all_it_needs_in_one_package(dist: Path) -> None:
     assert not {name for name in names if "__pycache__" in name}
 
 
+@pytest.mark.thorough
 def test_the_sdist_is_the_project_and_nothing_else(dist: Path) -> None:
     with tarfile.open(only(dist, "*.tar.gz")) as sdist:
         members = [name.partition("/")[2] for name in sdist.getnames()]
@@ -91,6 +93,7 @@ def test_the_sdist_is_the_project_and_nothing_else(dist: Path) -> None:
     assert {name.partition("/")[0] for name in names - wanted} == {"PKG-INFO"}
 
 
+@pytest.mark.thorough
 def test_the_installed_wheel_steps(dist: Path, tmp_path: Path) -> None:
     run(sys.executable, "-m", "venv", "--without-pip", "fresh", cwd=tmp_path)
     scripts = tmp_path / "fresh" / "bin"
