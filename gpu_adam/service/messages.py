@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import socket
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,6 +32,9 @@ LARGEST = 2**17
 """Bytes of a datagram at most; Linux sends up to about 200 KiB at once by default."""
 
 _log = logging.getLogger("gpu_adam")
+AWAKE_SECONDS = 1e-4
+"""How long each end looks for a message before it sleeps: to wake a processor takes longer than all the rest."""
+
 _LONGEST = 2000  # characters of a part of an error
 _INT = 4  # bytes of a descriptor
 _ANCILLARY = socket.CMSG_SPACE(4 * _INT)  # for four, which is more than any message has
@@ -93,8 +97,17 @@ class Receiver:
 
     def receive_with_descriptors(self, connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
         """The next message, and the descriptors that came with it, which are the caller's to close."""
+        end = time.perf_counter() + AWAKE_SECONDS
         try:
-            size, ancillary, flags, _ = connection.recvmsg_into([self._memory], _ANCILLARY)
+            while True:
+                wait = 0 if time.perf_counter() > end else socket.MSG_DONTWAIT
+                try:
+                    size, ancillary, flags, _ = connection.recvmsg_into([self._memory], _ANCILLARY, wait)
+                    break
+                except BlockingIOError:
+                    if not wait:
+                        raise
+                    os.sched_yield()
         except OSError as error:
             raise ConnectionLostError from error
         descriptors: list[int] = []

@@ -32,6 +32,7 @@ from gpu_adam.service.connection import Binding, Connection, close_descriptor
 from gpu_adam.service.layout import place_in
 from gpu_adam.service.listener import Listener
 from gpu_adam.service.messages import (
+    AWAKE_SECONDS,
     VERSION,
     ConnectionLostError,
     Fields,
@@ -175,8 +176,17 @@ class Server:
             What an optimizer's last checkpoint raised, once the others have theirs.
         """
         with self.device.activate():
+            awake_until = 0.0
             while not is_over():
-                for descriptor, events in self._poll.poll(self._seconds()):
+                found = self._poll.poll(0)
+                if found:
+                    awake_until = time.perf_counter() + AWAKE_SECONDS
+                elif time.perf_counter() < awake_until:
+                    os.sched_yield()
+                else:
+                    found = self._poll.poll(self._seconds())
+                    awake_until = time.perf_counter() + AWAKE_SECONDS
+                for descriptor, events in found:
                     self._serve(descriptor, events)
                 for optimizer in self.optimizers.values():
                     if optimizer.deadline is not None and time.monotonic() >= optimizer.deadline:
