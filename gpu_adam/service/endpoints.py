@@ -137,6 +137,15 @@ class Access:
             raise RefusedError(404, ArgumentValueError("the optimizer", rule, shown(name), "name one of them"))
         return await self.call(lambda: function(optimizers[name]), seconds)
 
+    async def after(self, name: str, change: Callable[[ServedOptimizer], object]) -> Optimizer:
+        """An optimizer as it is after a change."""
+
+        def changed(served: ServedOptimizer) -> Optimizer:
+            change(served)
+            return self.described(served)
+
+        return await self.optimizer(name, changed)
+
     def described(self, optimizer: ServedOptimizer) -> Optimizer:
         """An optimizer at this moment. In the server's thread."""
         found = optimizer.description()
@@ -354,12 +363,7 @@ async def save_checkpoint(access: _Reach, optimizer: _Name) -> Checkpoint:
 )
 async def pause_optimizer(access: _Reach, optimizer: _Name) -> Optimizer:
     """Pushes are kept, and their clients wait."""
-
-    def paused(served: ServedOptimizer) -> Optimizer:
-        served.pause()
-        return access.described(served)
-
-    return await access.optimizer(optimizer, paused)
+    return await access.after(optimizer, ServedOptimizer.pause)
 
 
 @known.post(
@@ -371,12 +375,7 @@ async def pause_optimizer(access: _Reach, optimizer: _Name) -> Optimizer:
 )
 async def resume_optimizer(access: _Reach, optimizer: _Name) -> Optimizer:
     """Of the pushes that were kept first, in their order."""
-
-    def resumed(served: ServedOptimizer) -> Optimizer:
-        served.resume()
-        return access.described(served)
-
-    return await access.optimizer(optimizer, resumed)
+    return await access.after(optimizer, ServedOptimizer.resume)
 
 
 metrics = APIRouter(responses=_ANYWHERE)
