@@ -35,6 +35,7 @@ _DTYPES = {
 """The format's names of dtypes, and NumPy's."""
 _CODES = {name: code for code, name in _DTYPES.items()}
 _BEGIN = b'{"__metadata__":'
+_SMALL = 1 << 10  # bytes
 
 
 def check_dtype(name: str, dtype: np.dtype) -> None:
@@ -54,18 +55,25 @@ def write(file: BinaryIO, arrays: Mapping[str, np.ndarray], entries: Mapping[str
         entries: what the manifest says of them.
         text: the manifest.
     """
-    header: dict[str, Any] = {"__metadata__": {manifest.NAME: text}}
+    quoted = json.JSONEncoder().encode
+    header = [_BEGIN.decode(), quoted({manifest.NAME: text})]
+    kinds: dict[tuple[object, ...], str] = {}  # which an optimizer's thousands of slots have in common
     end = 0
     # The largest elements first, so that all are aligned for readers that map the file into memory.
     ordered = sorted(arrays.items(), key=lambda item: -item[1].itemsize)
     for name, array in ordered:
+        key = array.dtype, array.shape
+        kind = kinds.get(key)
+        if kind is None:
+            kind = kinds[key] = f'"dtype":"{_CODES[array.dtype.name]}","shape":{list(array.shape)}'.replace(" ", "")
         begin, end = end, end + array.nbytes
-        header[name] = {"dtype": _CODES[array.dtype.name], "shape": array.shape, "data_offsets": (begin, end)}
-    content = json.dumps(header, separators=(",", ":")).encode()
+        header.append(f',{quoted(name)}:{{{kind},"data_offsets":[{begin},{end}]}}')
+    content = f"{''.join(header)}}}".encode()
     content += b" " * (-len(content) % 8)
     file.write(len(content).to_bytes(8, "little") + content)
     for _, array in ordered:
-        file.write(memoryview(array.reshape(-1).view(np.uint8)))  # type: ignore[arg-type]
+        # A copy of few bytes costs less than a view of them.
+        file.write(array.tobytes() if array.nbytes <= _SMALL else memoryview(array.reshape(-1).view(np.uint8)))  # type: ignore[arg-type]
 
 
 def read(file: BinaryIO, title: str, names: Container[str] | None = None) -> tuple[Manifest, dict[str, np.ndarray]]:
@@ -91,17 +99,12 @@ def read(file: BinaryIO, title: str, names: Container[str] | None = None) -> tup
     text = metadata[manifest.NAME].encode()
     manifest.check_size(title, len(text), len(parts))
     said = manifest.parsed(title, text)
-    arrays = {name: _array(part) for name, part in parts}
+    dtypes = {code: np.dtype(getattr(ml_dtypes, name, None) or name) for code, name in _DTYPES.items()}
+    arrays = {name: np.frombuffer(part["data"], dtypes[part["dtype"]]).reshape(part["shape"]) for name, part in parts}
     for name in said.arrays.keys() ^ arrays.keys():
         got = f"{name!a} in its {'manifest' if name in said.arrays else 'file'} alone"
         raise CheckpointError(title, manifest.WHOLE, got, manifest.ANOTHER)
     return said, {name: arrays[name] for name in said.arrays if names is None or name in names}
-
-
-def _array(part: Mapping[str, Any]) -> np.ndarray:
-    name = _DTYPES[part["dtype"]]
-    dtype = np.dtype(getattr(ml_dtypes, name, None) or name)
-    return np.frombuffer(part["data"], dtype).reshape(part["shape"])
 
 
 def _library() -> Any:

@@ -111,7 +111,7 @@ def reading(named: Mapping[str, Variable], *, lasting: bool) -> Callable[[], dic
         found = {
             name: array for names, snapshot in snapshots for name, array in zip(names, snapshot.read(), strict=True)
         }
-        return {name: found[name] for name in named}
+        return found if len(snapshots) == 1 else {name: found[name] for name in named}
 
     return read
 

@@ -37,6 +37,7 @@ _LOCAL = Struct("<4sBBHHHHLLLHH")
 _NAME = _LOCAL.size  # where the name begins
 _MAX_HEADER = _NAME + 2 * 0xFFFF
 _LOCAL_SIZES = Struct("<HHQQ")  # a zip64 extra field with both sizes
+_MEMBER = _LOCAL.size + _LOCAL_SIZES.size  # what a member takes besides its name and its content
 # Signature, version, system, version, reserved, flags, method, time, date, CRC, sizes, lengths of name, extra and
 # comment, disk, two kinds of attributes, offset.
 _ENTRY = Struct("<4sBBBBHHHHLLLHHHHHLL")
@@ -76,13 +77,27 @@ class Writer:
             rest_crc: the CRC of `rest`.
         """
         raw, crc, size = name.encode(), crc32(head), len(head)
-        if rest is None:
-            self._file.write(_local_header(raw, crc, size) + head)
-        else:
+        if rest is not None:
             crc, size = joined(crc, rest_crc, len(rest)), size + len(rest)
-            self._file.write(_local_header(raw, crc, size) + head)
+        flags, length, offset = 0 if name.isascii() else _UTF8, len(raw), self._offset
+        local = _LOCAL.pack(
+            b"PK\3\4", _VERSION64, 0, flags, 0, _MIDNIGHT, _NEW_YEAR_1980,
+            crc, _BITS32, _BITS32, length, _LOCAL_SIZES.size,
+        )  # fmt: skip
+        if offset <= LIMIT and size <= LIMIT:
+            size32, offset32, extra = size, offset, b""
+        else:
+            size32, offset32, extra = _in_32_bits(size, offset)
+        entry = _ENTRY.pack(
+            b"PK\1\2", _VERSION64, _UNIX, _VERSION64, 0, flags, 0, _MIDNIGHT, _NEW_YEAR_1980,
+            crc, size32, size32, length, len(extra), 0, 0, 0, _MODE, offset32,
+        )  # fmt: skip
+        self._file.write(b"%b%b%b%b" % (local, raw, _LOCAL_SIZES.pack(1, 16, size, size), head))
+        if rest is not None:
             self._file.write(rest)
-        self._enter(raw, crc, size)
+        self._directory += b"%b%b%b" % (entry, raw, extra)
+        self._count += 1
+        self._offset = offset + _MEMBER + length + size
 
     def close(self) -> None:
         """Write the directory. The file stays open."""
@@ -96,21 +111,6 @@ class Writer:
             )
         fits = min(count, _BITS16)
         self._file.write(_END.pack(b"PK\5\6", 0, 0, fits, fits, min(size, _BITS32), min(offset, _BITS32), 0))
-
-    def _enter(self, name: bytes, crc: int, size: int) -> None:
-        """Note a member, whose header begins at `_offset`, in the directory."""
-        offset = self._offset
-        wide = [size, size] if size > LIMIT else []
-        wide += [offset] if offset > LIMIT else []
-        extra = Struct(f"<HH{len(wide)}Q").pack(1, 8 * len(wide), *wide) if wide else b""
-        size32, offset32 = _BITS32 if size > LIMIT else size, _BITS32 if offset > LIMIT else offset
-        self._directory += _ENTRY.pack(
-            b"PK\1\2", _VERSION64, _UNIX, _VERSION64, 0, _flags(name), 0, _MIDNIGHT, _NEW_YEAR_1980,
-            crc, size32, size32, len(name), len(extra), 0, 0, 0, _MODE, offset32,
-        )  # fmt: skip
-        self._directory += name + extra
-        self._count += 1
-        self._offset += _LOCAL.size + len(name) + _LOCAL_SIZES.size + size
 
 
 class Reader:
@@ -263,19 +263,12 @@ def _product(a: int, b: int) -> int:
     return product
 
 
-def _flags(name: bytes) -> int:
-    return 0 if name.isascii() else _UTF8
-
-
-def _local_header(name: bytes, crc: int, size: int) -> bytes:
-    return b"%b%b%b" % (
-        _LOCAL.pack(
-            b"PK\3\4", _VERSION64, 0, _flags(name), 0, _MIDNIGHT, _NEW_YEAR_1980,
-            crc, _BITS32, _BITS32, len(name), _LOCAL_SIZES.size,
-        ),
-        name,
-        _LOCAL_SIZES.pack(1, 16, size, size),
-    )  # fmt: skip
+def _in_32_bits(size: int, offset: int) -> tuple[int, int, bytes]:
+    """What a directory's entry says of a size and an offset in its 32 bits each, and the extra field for the others."""
+    wide = [size, size] if size > LIMIT else []
+    wide += [offset] if offset > LIMIT else []
+    extra = Struct(f"<HH{len(wide)}Q").pack(1, 8 * len(wide), *wide)
+    return size if size <= LIMIT else _BITS32, offset if offset <= LIMIT else _BITS32, extra
 
 
 def _directory(file: BinaryIO) -> tuple[dict[str, int], list[int], list[int], list[int]]:
