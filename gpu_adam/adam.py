@@ -866,7 +866,7 @@ class Adam:
         """Write iterations, slots and configuration to one file, replaced atomically; its format: state/README.md.
 
         Args:
-            path: a file: `.safetensors` for that container (extra ``safetensors``), any other suffix for NumPy's
+            path: a file: `.safetensors` for that container, any other suffix for NumPy's
                 `.npz`. Or a binary file object.
             variables: whether to write the variables too, those that were stepped or built.
             asynchronous: whether to return at once. The state is copied in the order of the current stream, where it

@@ -5,7 +5,6 @@ import importlib
 import io
 import json
 import random
-import sys
 import tracemalloc
 import zipfile
 import zlib
@@ -156,14 +155,61 @@ def test_what_safetensors_cannot_hold(tmp_path: Path, dtype: Any) -> None:
     assert same(checkpoint.read(tmp_path / "state.npz")[0], arrays)
 
 
-def test_a_missing_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_safetensors_wrote_again(tmp_path: Path) -> None:
+    """With the arrays in an order of its own, and names of any letters."""
+    path = tmp_path / "state.safetensors"
+    arrays: dict[str, npt.NDArray[Any]] = {
+        f'{letter}"\\/\n{{}}[0]': np.arange(size, dtype=np.int8) for size, letter in enumerate("zäbé")
+    }
+    arrays |= {"nothing": np.zeros((3, 0)), "number": np.array(7.0)}
+    checkpoint.write(path, arrays, {"step": 3})
+    library = importlib.import_module("safetensors.numpy")
+    with importlib.import_module("safetensors").safe_open(path, "np") as file:
+        metadata = file.metadata()
+    library.save_file(dict(reversed(library.load_file(path).items())), path, metadata)
+    found, meta = checkpoint.read(path)
+    assert same(found, arrays)
+    assert meta == {"step": 3}
+
+
+ENTRY = '{"dtype":"U8","shape":[%s],"data_offsets":[%d,%d]}'
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {"a": ("2", 0, 2), "b": ("2", 1, 3)},
+        {"a": ("1", 0, 1), "b": ("2", 2, 4)},
+        {"a": ("2", 0, 2)},
+        {"a": ("4", 0, 4), "b": ("1", 4, 5)},
+        {"a": ("4,-1", 0, 4)},
+        {"a": ("1," * 70 + "4", 0, 4)},
+        {"a": ("4294967296,4294967296,4", 0, 4)},
+        {"a": ("9" * 5000, 0, 4)},
+        {"a": ("2", 0, 2), "a\\u0061": ("2", 2, 4)},
+        {"a": ("4", 0, 4), "": ("0", 9, 9)},
+    ],
+    ids=["overlap", "hole", "left", "beyond", "negative", "axes", "large", "digits", "unknown", "far"],
+)
+def test_places_of_arrays_that_cannot_be(tmp_path: Path, entries: dict[str, tuple[str, int, int]]) -> None:
+    text = manifest.text_of({"a": f"uint8 [4] {zlib.crc32(bytes(4)):08x}"}, {})
+    header = f'{{"__metadata__":{json.dumps({"meta.json": text})}'
+    header += "".join(f',"{name}":{ENTRY % entry}' for name, entry in entries.items()) + "}"
+    path = tmp_path / "state.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header.encode() + bytes(4))
+    with pytest.raises(CheckpointError, match=r"state\.safetensors"):
+        checkpoint.read(path)
+
+
+def test_an_array_with_two_places(tmp_path: Path) -> None:
     path = tmp_path / "state.safetensors"
     content = written(path)
-    monkeypatch.setitem(sys.modules, "safetensors.numpy", None)
-    for call in (lambda: checkpoint.write(path, SMALL, {}), lambda: checkpoint.read(path)):
-        with pytest.raises(ArgumentValueError, match=r"pip install gpu-adam\[safetensors\]"):
-            call()
-    assert path.read_bytes() == content
+    entry = content[content.index(b',"w/m":') : content.index(b"}", content.index(b',"w/m":')) + 1]
+    length = int.from_bytes(content[:8], "little")
+    end = content.rindex(b"}", 0, 8 + length)
+    path.write_bytes((length + len(entry)).to_bytes(8, "little") + content[8:end] + entry + content[end:])
+    with pytest.raises(CheckpointError, match=r"behind byte|entries"):
+        checkpoint.read(path)
 
 
 @pytest.mark.parametrize(("suffix", "name"), [("npz", "meta.json"), ("safetensors", "__metadata__")])

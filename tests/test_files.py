@@ -222,7 +222,6 @@ def test_what_is_no_checkpoint(capsys: pytest.CaptureFixture[str], tmp_path: Pat
 
 def test_convert_there_and_back(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """The digest is that of the contents, whatever the container."""
-    pytest.importorskip("safetensors")
     one = save(tmp_path / "a.npz", amsgrad=True)
     tensors, back = tmp_path / "a.safetensors", tmp_path / "back.npz"
     status, lines = run(capsys, "convert", one, tensors)
@@ -233,7 +232,6 @@ def test_convert_there_and_back(capsys: pytest.CaptureFixture[str], tmp_path: Pa
 
 
 def test_what_safetensors_cannot_hold(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    pytest.importorskip("safetensors")
     checkpoint.write(tmp_path / "a.npz", {"w": np.zeros(1, np.complex128)}, {})
     with pytest.raises(SystemExit) as caught:
         main(["convert", str(tmp_path / "a.npz"), str(tmp_path / "a.safetensors")])

@@ -35,7 +35,7 @@ def write(path: PathOrFile, arrays: Mapping[str, np.ndarray], meta: Mapping[str,
     Raises:
         ArgumentTypeError: an array of something else than numbers, or of a dtype that the container does not know; a
             name that is no string; a `meta` that JSON cannot hold.
-        ArgumentValueError: a name that the container cannot hold, too large a `meta`, a missing library.
+        ArgumentValueError: a name that the container cannot hold, too large a `meta`.
         OSError: the file system refuses; the old file is unchanged.
     """
     check(path, arrays)
@@ -76,7 +76,6 @@ def read(path: PathOrFile) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ArgumentValueError: the library of the container is missing.
         CheckpointError: the file is not a checkpoint, is damaged or cut short, or comes from a newer version.
     """
     said, arrays = read_all(path)
@@ -114,7 +113,7 @@ def _container(path: Any) -> ModuleType:
     """The module that writes and reads the file."""
     name = path if isinstance(path, (str, bytes, os.PathLike)) else getattr(path, "name", "")
     if isinstance(name, (str, bytes, os.PathLike)) and PurePath(os.fsdecode(name)).suffix == ".safetensors":
-        from gpu_adam.state import safetensors_container  # noqa: PLC0415  (a library of its own)
+        from gpu_adam.state import safetensors_container  # noqa: PLC0415  (ml_dtypes: not for `import gpu_adam`)
 
         return safetensors_container
     return npz_container

@@ -2,22 +2,26 @@
 
     the header's size in 8 bytes; the header, JSON with spaces up to a multiple of 8 bytes; the arrays
 
-The library of that name reads them. It is not asked to write: it makes a file of its own, or one block of memory that
-holds all arrays once more, and takes memory as it lies, C-contiguous or not.
+The library of that name is not needed. It writes a file of its own, or one block of memory that holds all arrays once
+more, and takes memory as it lies, C-contiguous or not; it reads a block of memory, of which it makes another. A header
+is read as that library and this module write it: without spaces, with the keys of an array in this order.
 
 Reference: https://github.com/huggingface/safetensors#format
 """
 
 from __future__ import annotations
 
+import io
 import json
+import math
+import re
 from collections.abc import Container, Mapping
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import ml_dtypes
 import numpy as np
 
-from gpu_adam.errors import ArgumentTypeError, ArgumentValueError, CheckpointError
+from gpu_adam.errors import ArgumentTypeError, CheckpointError
 from gpu_adam.state import manifest
 from gpu_adam.state.manifest import Manifest
 
@@ -34,13 +38,22 @@ _DTYPES = {
 }
 """The format's names of dtypes, and NumPy's."""
 _CODES = {name: code for code, name in _DTYPES.items()}
-_BEGIN = b'{"__metadata__":'
+_BEGIN = '{"__metadata__":'
+_ENTRY = re.compile(
+    r',NAME:{"dtype":"(\w+)","shape":\[([\d,]*)\],"data_offsets":\[(\d+),(\d+)\]}'.replace(
+        "NAME", r'("[^"\\]*(?:\\.[^"\\]*)*")'
+    )
+)
+_END = re.compile(r"} *")
 _SMALL = 1 << 10  # bytes
+_MAX_AXES = 64  # of NumPy
+
+_Kind = tuple[np.dtype, tuple[int, ...], int]
+"""The dtype and the shape of an array, and how many elements it has."""
 
 
 def check_dtype(name: str, dtype: np.dtype) -> None:
-    """Raise ArgumentTypeError for a dtype that the format has no name for, ArgumentValueError without the library."""
-    _library()
+    """Raise ArgumentTypeError for a dtype that the format has no name for."""
     if dtype.name not in _DTYPES.values():
         rule, remedy = "must have a dtype that safetensors knows", "save to a .npz file, which holds every dtype"
         raise ArgumentTypeError(f'arrays["{name}"]', rule, dtype, remedy)
@@ -56,7 +69,7 @@ def write(file: BinaryIO, arrays: Mapping[str, np.ndarray], entries: Mapping[str
         text: the manifest.
     """
     quoted = json.JSONEncoder().encode
-    header = [_BEGIN.decode(), quoted({manifest.NAME: text})]
+    header = [_BEGIN, quoted({manifest.NAME: text})]
     kinds: dict[tuple[object, ...], str] = {}  # which an optimizer's thousands of slots have in common
     end = 0
     # The largest elements first, so that all are aligned for readers that map the file into memory.
@@ -88,29 +101,74 @@ def read(file: BinaryIO, title: str, names: Container[str] | None = None) -> tup
         CheckpointError: the file is no checkpoint.
         Exception: a damaged one.
     """
-    library, content = _library(), file.read()
-    parts = library.deserialize(content)  # which compares all sizes with the content's
-    size = int.from_bytes(content[:8], "little")
-    header = content[8 : 8 + size]
-    del content
+    size = file.seek(0, io.SEEK_END) - 8
+    file.seek(0)
+    length = int.from_bytes(file.read(8), "little")
+    if length > size:
+        raise CheckpointError(title, manifest.WHOLE, f"{size + 8} bytes with a header of {length}", manifest.ANOTHER)
+    header = file.read(length).decode()
     if not header.startswith(_BEGIN):
         raise CheckpointError(title, "must be a gpu_adam checkpoint", "no metadata in it", manifest.ANOTHER)
-    metadata, _ = json.JSONDecoder().raw_decode(header[len(_BEGIN) :].decode())
+    metadata, position = json.JSONDecoder().raw_decode(header, len(_BEGIN))
     text = metadata[manifest.NAME].encode()
-    manifest.check_size(title, len(text), len(parts))
+    places = _places(header, position, size - length)
+    del header, metadata
+    manifest.check_size(title, len(text), len(places))
     said = manifest.parsed(title, text)
-    dtypes = {code: np.dtype(getattr(ml_dtypes, name, None) or name) for code, name in _DTYPES.items()}
-    arrays = {name: np.frombuffer(part["data"], dtypes[part["dtype"]]).reshape(part["shape"]) for name, part in parts}
-    for name in said.arrays.keys() ^ arrays.keys():
-        got = f"{name!a} in its {'manifest' if name in said.arrays else 'file'} alone"
-        raise CheckpointError(title, manifest.WHOLE, got, manifest.ANOTHER)
-    return said, {name: arrays[name] for name in said.arrays if names is None or name in names}
+    for name in said.arrays.keys() ^ places.keys():
+        where = f"{name!a} in its {'manifest' if name in said.arrays else 'file'} alone"
+        raise CheckpointError(title, manifest.WHOLE, where, manifest.ANOTHER)
+    content = np.empty(size - length, np.uint8)
+    rest = memoryview(content)  # type: ignore[arg-type]
+    while rest:
+        got = file.readinto(rest)  # type: ignore[attr-defined]  # every binary file has it
+        if not got:
+            raise ValueError("the file became shorter")
+        rest = rest[got:]
+    arrays = {}
+    for name in said.arrays:
+        if names is None or name in names:
+            begin, (dtype, shape, count) = places[name]
+            arrays[name] = np.frombuffer(content, dtype, count, begin).reshape(shape)
+    return said, arrays
 
 
-def _library() -> Any:
-    try:
-        import safetensors.numpy  # noqa: PLC0415
-    except ImportError as error:
-        rule, remedy = "must end in something else without the library safetensors", "pip install gpu-adam[safetensors]"
-        raise ArgumentValueError("path", rule, ".safetensors", remedy) from error
-    return safetensors
+def _places(header: str, position: int, size: int) -> dict[str, tuple[int, _Kind]]:
+    """Where each array begins, and what it is; of arrays that fill so many bytes without a hole.
+
+    No JSON parser reads these entries: it may make of each byte an object of twenty.
+
+    Raises:
+        ValueError, KeyError: damage.
+    """
+    kinds: dict[tuple[str, str], _Kind] = {}
+    found: list[tuple[int, int, str]] = []
+    places: dict[str, tuple[int, _Kind]] = {}
+    while match := _ENTRY.match(header, position):
+        position = match.end()
+        quoted, code, sizes, *ends = match.groups()
+        kind = kinds.get((code, sizes))
+        if kind is None:
+            kind = kinds[code, sizes] = _kind(code, sizes)
+        name = json.loads(quoted) if "\\" in quoted else quoted[1:-1]
+        begin, end = map(int, ends)
+        places[name] = begin, kind
+        found.append((begin, end, name))
+    if not _END.fullmatch(header, position):
+        raise ValueError(f"no entry of an array at {header[position : position + 40]!r}")
+    last = 0
+    for begin, end, name in sorted(found):
+        dtype, _, count = places[name][1]
+        if begin != last or end - begin != count * dtype.itemsize:
+            raise ValueError(f"{name!a} at [{begin}, {end}], behind byte {last}")
+        last = end
+    if last != size or len(found) != len(places):
+        raise ValueError(f"{len(places)} arrays of {last} bytes in {size}, {len(found)} entries")
+    return places
+
+
+def _kind(code: str, sizes: str) -> _Kind:
+    if sizes.count(",") >= _MAX_AXES:
+        raise ValueError(f"an array of more than {_MAX_AXES} axes")
+    name, shape = _DTYPES[code], tuple(map(int, sizes.split(","))) if sizes else ()
+    return np.dtype(getattr(ml_dtypes, name, None) or name), shape, math.prod(shape)

@@ -156,7 +156,6 @@ def test_every_device_saves_and_loads(device: Device, tmp_path: Path, name: str)
 
 @pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
 def test_ranks_load_what_a_plain_adam_saved(tmp_path: Path, suffix: str) -> None:
-    pytest.importorskip("safetensors")
     plain, path = alone(MIXED, amsgrad=True), tmp_path / f"plain{suffix}"
     plain.step(range(2))
     plain.optimizer.save(path, variables=True)
