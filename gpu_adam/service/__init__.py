@@ -1,7 +1,8 @@
 """Optimizers as a service: one process owns parameters and slots, others on the machine push gradients and read.
 
     README.md      what is promised, the protocol, who may do what
-    client.py      connect, Client, RemoteOptimizer, RemoteVariable
+    client.py      connect, Client: a connection
+    remote_optimizer.py   RemoteOptimizer, RemoteVariable, Gradients: what a client has of an optimizer
     server.py      the process that owns the device: sockets, messages
     served.py      an optimizer with its variables and checkpoints
     policies.py    when pushes become steps
@@ -18,6 +19,7 @@ Memory and events that processes share are the devices' (gpu_adam/devices/sharin
 """
 
 from gpu_adam.errors import ServiceError
-from gpu_adam.service.client import Client, Gradients, RemoteOptimizer, RemoteVariable, connect
+from gpu_adam.service.client import Client, connect
+from gpu_adam.service.remote_optimizer import Gradients, RemoteOptimizer, RemoteVariable
 
 __all__ = ["Client", "Gradients", "RemoteOptimizer", "RemoteVariable", "ServiceError", "connect"]

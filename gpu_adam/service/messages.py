@@ -12,7 +12,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from gpu_adam import errors
@@ -119,8 +119,7 @@ class Receiver:
                 raise ServiceError("a message", rule, "fewer", "raise the limit of open files (ulimit -n)")
             return self._message(size), descriptors
         except BaseException:
-            for descriptor in descriptors:
-                os.close(descriptor)
+            close_all(descriptors)
             raise
 
     def _message(self, size: int) -> dict[str, Any]:
@@ -134,6 +133,12 @@ class Receiver:
             rule, got = f"must be a JSON object of at most {LARGEST} bytes", shown(bytes(self._memory[: min(size, 60)]))
             raise ServiceError("a message", rule, got, "speak the protocol of gpu_adam/service/README.md")
         return message
+
+
+def close_all(descriptors: Iterable[int]) -> None:
+    """Close descriptors, which came with a message."""
+    for descriptor in descriptors:
+        os.close(descriptor)
 
 
 def refusal(error: Exception) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from gpu_adam.devices.sharing import HostSharedMemory
-from gpu_adam.service import client as client_module
+from gpu_adam.service import remote_optimizer as remote_module
 from gpu_adam.service.sequence import NBYTES, StepSequence
 from service.running import InThread
 
@@ -115,7 +115,7 @@ def test_a_reader_that_finds_no_time_has_the_service_copy(serve: Serve, monkeypa
     service = serve()
     main = service.optimizer()
     main.apply_gradients([(np.ones(4, np.float32), main.variables["b"])])
-    monkeypatch.setattr(client_module, "_READ_SECONDS", 0.001)
+    monkeypatch.setattr(remote_module, "_READ_SECONDS", 0.001)
     words = service.server.optimizers["main"]._sequence._words
     words[0] += np.uint64(1)  # as if a step never ended
     np.testing.assert_allclose(main.variables["b"].numpy(), -0.01, rtol=1e-4)
