@@ -13,6 +13,7 @@ there it would be computed. `memory` is what one copy of the gradient takes.
     local        Adam.apply_gradients in this process
     service      the end of `with main.gradients()`
     service, +copy   main.apply_gradients, which copies the gradient into shared memory
+    messages     a push's message and its answer, through a process that does nothing else: the least that two take
     HTTP         the gradient as the body of a POST to a server of http.server on loopback, which steps
     queue        the gradient through multiprocessing.Queue to a process that steps
 """
@@ -28,6 +29,7 @@ import json
 import multiprocessing
 import os
 import platform
+import socket
 import statistics
 import subprocess
 import sys
@@ -44,6 +46,7 @@ from gpu_adam import Adam, Variable
 from gpu_adam.bench.tables import duration, markdown
 from gpu_adam.devices import find_device
 from gpu_adam.service import RemoteOptimizer, connect
+from gpu_adam.service.messages import ConnectionLostError, Receiver, send
 
 KIB, MIB = 2**10, 2**20
 PAYLOADS = [4 * KIB, 64 * KIB, MIB, 16 * MIB, 64 * MIB]
@@ -111,6 +114,7 @@ def of_payload(nbytes: int, seconds: float) -> dict[str, Any]:
             "memory": functools.partial(np.copyto, copy, gradient),
             "local": local(gradient),
             **opened.enter_context(served(gradient)),
+            "messages": opened.enter_context(by_messages()),
             "HTTP": opened.enter_context(by_http(gradient)),
             "queue": opened.enter_context(by_queue(gradient)),
         }
@@ -199,6 +203,33 @@ def push_what_is_there(optimizer: RemoteOptimizer) -> None:
     """Push the gradient that lies in shared memory."""
     with optimizer.gradients() as given:
         given["w"]
+
+
+def answer_messages(end: socket.socket) -> None:
+    """The process at the other end of `by_messages`."""
+    receiver, answer = Receiver(), {"step": 123456, "staleness": 0}
+    with contextlib.suppress(ConnectionLostError):
+        while True:
+            receiver.receive_with_descriptors(end)
+            send(end, answer)
+
+
+@contextlib.contextmanager
+def by_messages() -> Iterator[Push]:
+    """A message and its answer, read and written as the service and its clients do."""
+    mine, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    process = multiprocessing.get_context("spawn").Process(target=answer_messages, args=(other,), daemon=True)
+    process.start()
+    other.close()
+    receiver, message = Receiver(), {"op": "push", "binding": 3, "read": 123456}
+
+    def push() -> None:
+        send(mine, message)
+        receiver.receive_with_descriptors(mine)
+
+    yield push
+    mine.close()
+    process.join()
 
 
 class Stepping(http.server.BaseHTTPRequestHandler):

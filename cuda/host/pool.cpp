@@ -5,8 +5,9 @@
 // towards the end, so that no thread waits long for another's last run. A launch that finds the pool busy (another Python
 // thread's) runs on its own thread alone. After fork() the child starts a pool of its own.
 //
-// Threads without work sleep, but look for some during PATIENCE first: waking takes 20 to 50 us, half as long as a step of
-// 100,000 elements does, and the launches of one step, or small steps in a row, follow each other in less.
+// Threads without work sleep, but look for some during `patience` first: waking takes 20 to 50 us, half as long as a step of
+// 100,000 elements does, and the launches of one step, or small steps in a row, follow each other in less. Where another
+// process waits for a launch and then computes, that keeps a processor from it, so that a process can set less.
 //
 // A thread that is woken must not share the caller's processor. Linux may let it, while another one is idle: on virtual
 // machines it was seen to do so at more than half of the launches, which then took up to half as long again. So a sleeping
@@ -23,7 +24,7 @@ using Entry = void (*)(void** arguments, long long first, long long last, long l
 
 namespace {
 
-const long long PATIENCE = 100'000;  // nanoseconds
+long long patience = 100'000;  // nanoseconds
 
 long long nanoseconds() {
     timespec now;
@@ -39,10 +40,10 @@ void pause() {
 #endif
 }
 
-// Return as soon as `found` says so, or when PATIENCE is over.
+// Return as soon as `found` says so, or when patience is over.
 template <typename Found>
 void look(const Found& found) {
-    for (const long long end = nanoseconds() + PATIENCE; nanoseconds() < end;) {
+    for (const long long end = nanoseconds() + patience; nanoseconds() < end;) {
         for (int i = 0; i < 32; ++i) {
             if (found()) return;
             pause();
@@ -148,6 +149,8 @@ Pool pool;
 extern "C" {
 __attribute__((weak, visibility("hidden"))) void* __dso_handle = &__dso_handle;
 }
+
+extern "C" void set_patience(long long duration) { patience = duration; }
 
 extern "C" void launch_blocks(Entry entry, void** arguments, long long blocks, int threads) {
     Pool& p = pool;

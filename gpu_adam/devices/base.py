@@ -250,6 +250,9 @@ class Device(ABC):
         address as uint64. What the addresses point to must outlive the launches.
         """
 
+    def share_processors(self) -> None:  # noqa: B027  # most compute elsewhere
+        """Let other processes have the processors between launches: they wait for one, and then compute."""
+
     @abstractmethod
     def is_capturing(self) -> bool:
         """Whether what is enqueued now becomes part of a graph, to run at every replay."""

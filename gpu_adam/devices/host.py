@@ -176,6 +176,12 @@ class HostDevice(Device):
         text = (kernels.directory() / "host" / file).read_text()
         return _HostLaunch(self, _entry(libraries.load(text, file), name), arguments)
 
+    def share_processors(self) -> None:
+        """Have the threads of launches, of all host devices, sleep 20 us after their work in place of 100."""
+        set_patience = _pool_library()["set_patience"]
+        set_patience.argtypes, set_patience.restype = (ctypes.c_longlong,), None
+        set_patience(20_000)
+
     def is_capturing(self) -> bool:
         """Never."""
         return False
@@ -329,9 +335,13 @@ def _library(source: Source, faithful: bool) -> Any:
 
 
 @functools.cache
+def _pool_library() -> Any:
+    return libraries.load((kernels.directory() / "host" / "pool.cpp").read_text(), "the thread pool")
+
+
+@functools.cache
 def _pool() -> Any:
-    text = (kernels.directory() / "host" / "pool.cpp").read_text()
-    launch = libraries.load(text, "the thread pool")["launch_blocks"]
+    launch = _pool_library()["launch_blocks"]
     launch.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_longlong, ctypes.c_int)
     launch.restype = None
     return launch

@@ -138,6 +138,10 @@ class RecordingDevice(Device):
         """As the device; a launch each time it is called."""
         return _RecordedLaunch(self, kernel.name, self._device.prepare(kernel, arguments))
 
+    def share_processors(self) -> None:
+        """As the device."""
+        self._device.share_processors()
+
     def is_capturing(self) -> bool:
         """As the device."""
         return self._device.is_capturing()

@@ -50,6 +50,7 @@ class Connection:
         bindings: by number.
         attached: the names of the optimizers that it uses.
         is_waiting: whether it waits for the answer to a push; until then only its end is of interest.
+        is_muted: whether the server's loop has been told so.
     """
 
     ready: SharedEvent
@@ -62,7 +63,7 @@ class Connection:
         self.bindings: dict[int, Binding] = {}
         self.attached: set[str] = set()
         self._numbers = itertools.count(1)
-        self.is_waiting = False
+        self.is_waiting = self.is_muted = False
 
     def begin(self, name: str) -> None:
         """Be known by a name."""

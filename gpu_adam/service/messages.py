@@ -32,13 +32,14 @@ LARGEST = 2**17
 """Bytes of a datagram at most; Linux sends up to about 200 KiB at once by default."""
 
 _log = logging.getLogger("gpu_adam")
-AWAKE_SECONDS = 1e-4
-"""How long each end looks for a message before it sleeps: to wake a processor takes longer than all the rest."""
+AWAKE_SECONDS = 1e-3
+"""How long each end looks for a message before it sleeps: to wake a processor takes as long as all the rest."""
 
 _LONGEST = 2000  # characters of a part of an error
 _INT = 4  # bytes of a descriptor
 _ANCILLARY = socket.CMSG_SPACE(4 * _INT)  # for four, which is more than any message has
 _encode = json.JSONEncoder(separators=(",", ":")).encode
+_decode = json.JSONDecoder().raw_decode  # which looks for no spaces around a text: a third of the time
 
 _ERROR_CLASSES: dict[str, type[GpuAdamError]] = {
     name: kind
@@ -125,11 +126,13 @@ class Receiver:
     def _message(self, size: int) -> dict[str, Any]:
         if not size:
             raise ConnectionLostError
-        message = None
+        message, end = None, -1
         if size <= LARGEST:
             with contextlib.suppress(ValueError, RecursionError):
-                message = json.loads(bytes(self._memory[:size]))
-        if not isinstance(message, dict):
+                text = str(self._memory[:size], "utf-8")
+                message, end = _decode(text)
+                end -= len(text)
+        if end or not isinstance(message, dict):
             rule, got = f"must be a JSON object of at most {LARGEST} bytes", shown(bytes(self._memory[: min(size, 60)]))
             raise ServiceError("a message", rule, got, "speak the protocol of gpu_adam/service/README.md")
         return message

@@ -291,11 +291,11 @@ class ServedOptimizer:
         finally:
             sequence.end(now)
         end = time.perf_counter()
+        self._answer(pushes, done)  # before all that they need not wait for
         self.durations.append(end - start)
         self._ends.append(end)
         self.observe_step(end - start)
         self._look_at_gradients()
-        self._answer(pushes, done)
         self._save_if_due()
 
     def _count(self, before: int) -> int:

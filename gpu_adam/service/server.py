@@ -92,6 +92,7 @@ class Server:
         self._calling, self._takes_calls = threading.Lock(), True
         self._receiver, self._is_full = Receiver(), False
         self.optimizers: dict[str, ServedOptimizer] = {}
+        self.device.share_processors()
         with contextlib.ExitStack() as opened, self.device.activate():
             self._listener = Listener(path, is_open=bool(allow_users))
             opened.callback(self._listener.close)
@@ -397,12 +398,15 @@ class Server:
         if connection.is_waiting:
             with contextlib.suppress(OSError, ValueError):  # it is gone already
                 self._poll.modify(connection.socket.fileno(), 0)
+                connection.is_muted = True
 
     def _answer_push(self, connection: Connection, answer: dict[str, Any]) -> None:
         """Answer a push, once."""
         if connection.is_waiting and self._connections.get(connection.socket.fileno()) is connection:
             connection.is_waiting = False
-            self._poll.modify(connection.socket.fileno(), select.EPOLLIN)
+            if connection.is_muted:
+                connection.is_muted = False
+                self._poll.modify(connection.socket.fileno(), select.EPOLLIN)
             self._send(connection, answer)
 
     def _read(self, connection: Connection, fields: Fields) -> _Reply:
