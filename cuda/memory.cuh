@@ -247,11 +247,11 @@ __device__ inline void update_pack(const RangeOf<Pointers>& range, const Source&
         const Value own = gradient.computed(g.x[k], step);
         if constexpr (ROUNDS) {
             e = adam(e, own, step, noise_at(range.noise, range.first, i + k));
-            if constexpr (MEASURES) measures.add_theta(e, lane);
         } else {
             e = unrounded(e, own, step);
         }
         if constexpr (MEASURES) measures.add_update(e, lane);
+        if constexpr (MEASURES && ROUNDS) measures.add_theta(e, lane);
 #define WRITE(slot, Memory, Register, present) \
     if constexpr (present) store(packs.slot.x[k], e.slot);
         GPU_ADAM_SLOTS(WRITE)
