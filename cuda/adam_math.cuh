@@ -71,9 +71,10 @@ __device__ inline Real second_moment(Real v, Value g, const StepScalars& step) {
     return v + (squared(g) - v) * real(step.one_minus_beta_2);
 }
 
+// All but what comes behind the rounding of theta.
 // MOVES: false where g is 0 and it is known that the quotient is too small to move theta, and what v will be (replay.cuh).
 template <bool MOVES = true>
-__device__ inline Element adam(Element e, Value g, const StepScalars& step, unsigned noise) {
+__device__ inline Element unrounded(Element e, Value g, const StepScalars& step) {
     if constexpr (ACCUMULATES) {
         e.theta = step.decay == 0 ? g : e.theta + g;  // 0 begins a new sum: the old one may be infinite
         return e;
@@ -94,11 +95,25 @@ __device__ inline Element adam(Element e, Value g, const StepScalars& step, unsi
     }
     if constexpr (MEASURES) e.moved = e.theta - before;
     if constexpr (MASTER) e.master = e.theta;
-    if constexpr (ROUNDS_AT_ONCE) {
-        e.rounded = as_stored(e.theta, noise);
-        e.theta = value(e.rounded);
-    }
-    if constexpr (EMA) e.average = e.average * real(step.momentum) + e.theta * real(step.one_minus_momentum);
+    return e;
+}
+
+__device__ inline Element rounded(Element e, unsigned noise) {
+    e.rounded = as_stored(e.theta, noise);
+    e.theta = value(e.rounded);
+    return e;
+}
+
+__device__ inline Element averaged(Element e, const StepScalars& step) {
+    e.average = e.average * real(step.momentum) + e.theta * real(step.one_minus_momentum);
+    return e;
+}
+
+template <bool MOVES = true>
+__device__ inline Element adam(Element e, Value g, const StepScalars& step, unsigned noise) {
+    e = unrounded<MOVES>(e, g, step);
+    if constexpr (ROUNDS_AT_ONCE) e = rounded(e, noise);
+    if constexpr (EMA) e = averaged(e, step);
     return e;
 }
 

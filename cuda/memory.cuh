@@ -108,7 +108,9 @@ struct SlotPacks {
 template <typename T> constexpr bool IS_FLOAT16 = false;
 template <> constexpr bool IS_FLOAT16<Float16> = true;
 template <> constexpr bool IS_FLOAT16<const Float16> = true;
-constexpr bool HALVES = GPU_ADAM_HALVES && !ROUNDS_AT_ONCE && (IS_FLOAT16<Stored> || IS_FLOAT16<Gradient>);
+constexpr bool HALVES = GPU_ADAM_HALVES && (IS_FLOAT16<Stored> || IS_FLOAT16<Gradient>);
+// Whether theta is rounded there, a strip at once, and what comes behind that follows in a second loop.
+constexpr bool ROUNDS_BY_STRIPS = HALVES && ROUNDS_AT_ONCE && IS_FLOAT16<Stored>;
 
 template <typename T, bool = HALVES && IS_FLOAT16<T>> struct InStrip { using Type = T; };
 template <typename T> struct InStrip<T, true> { using Type = float; };
@@ -175,10 +177,8 @@ struct Measures {
     static constexpr int LANES = MEASURES && GPU_ADAM_ONE_THREAD ? GPU_ADAM_STRIP : 1;
     double update[LANES], theta[LANES];
 
-    __device__ void add(const Element& e, int lane) {
-        update[lane] += norm_term(e.moved);
-        theta[lane] += norm_term(e.theta);
-    }
+    __device__ void add_update(const Element& e, int lane) { update[lane] += norm_term(e.moved); }
+    __device__ void add_theta(const Element& e, int lane) { theta[lane] += norm_term(e.theta); }
 };
 
 // The sums of each thread of a block, in shared memory.
@@ -222,7 +222,8 @@ __device__ __forceinline__ void prefetch(const Range& range, const Source& gradi
 }
 
 // Load, compute and store what one thread updates in one go: a pack, or one element of head or tail; and measure it.
-template <int N, typename Pointers, typename Source>
+// ROUNDS: false where theta is left as it is before its rounding.
+template <int N, bool ROUNDS = true, typename Pointers, typename Source>
 __device__ inline void update_pack(const RangeOf<Pointers>& range, const Source& gradient, const StepScalars& step, int i,
                                    Measures& measures, int lane) {
     const Pointers& slots = range.slots;
@@ -243,14 +244,20 @@ __device__ inline void update_pack(const RangeOf<Pointers>& range, const Source&
     if constexpr (present) e.slot = Converted<Register>::from(packs.slot.x[k]);
         GPU_ADAM_SLOTS(READ)
 #undef READ
-        e = adam(e, gradient.computed(g.x[k], step), step, noise_at(range.noise, range.first, i + k));
-        if constexpr (MEASURES) measures.add(e, lane);
+        const Value own = gradient.computed(g.x[k], step);
+        if constexpr (ROUNDS) {
+            e = adam(e, own, step, noise_at(range.noise, range.first, i + k));
+        } else {
+            e = unrounded(e, own, step);
+        }
+        if constexpr (MEASURES) measures.add_update(e, lane);
+        if constexpr (MEASURES && ROUNDS) measures.add_theta(e, lane);
 #define WRITE(slot, Memory, Register, present) \
     if constexpr (present) store(packs.slot.x[k], e.slot);
         GPU_ADAM_SLOTS(WRITE)
 #undef WRITE
         // In place of a second rounding, which changes nothing, and which no compiler knows to change nothing.
-        if constexpr (ROUNDS_AT_ONCE) packs.theta.x[k] = e.rounded;
+        if constexpr (ROUNDS && ROUNDS_AT_ONCE) packs.theta.x[k] = e.rounded;
     }
 #define STORE(slot, Memory, Register, present) \
     if constexpr (present) store_pack(slots.slot + i, packs.slot);
@@ -268,8 +275,21 @@ __device__ inline void update_halves(const Range& range, const Source& gradient,
     slots.theta = in_strip(range.slots.theta + begin, MASTER ? 0 : n, theta);  // a master is read in its place
     const RangeOf<StripSlots> strip = {slots, n, range.first + begin, range.noise};
     GPU_ADAM_INDEPENDENT
-    for (int k = 0; k < n; ++k) update_pack<1>(strip, source, step, k, measures, k);
+    for (int k = 0; k < n; ++k) update_pack<1, !ROUNDS_BY_STRIPS>(strip, source, step, k, measures, k);
     out_of_strip(range.slots.theta + begin, n, theta);
+    if constexpr (ROUNDS_BY_STRIPS) {
+        in_strip(range.slots.theta + begin, n, theta);
+        GPU_ADAM_INDEPENDENT
+        for (int k = 0; k < n; ++k) {
+            Element e = {};
+            e.theta = theta[k];
+            if constexpr (MEASURES) measures.add_theta(e, k);
+            if constexpr (EMA) {
+                e.average = slots.average[k];
+                slots.average[k] = averaged(e, step).average;
+            }
+        }
+    }
 }
 
 // Update every element of the range once. Threads of the block stride through it; any blockDim.x is right. An element is

@@ -27,12 +27,15 @@ constexpr int LANES = 1024;
 template <bool FIRST, typename Terms>
 __device__ inline void add_row(long long row, int count, const Terms& terms, double* lanes) {
     const bool prefetches = GPU_ADAM_PREFETCHES;
-    for (int strip = 0; strip < count; strip += GPU_ADAM_STRIP) {
-        const int end = count - strip < GPU_ADAM_STRIP ? count : strip + GPU_ADAM_STRIP;
-        if (prefetches) terms.prefetch(row + strip);
+    alignas(64) float floats[GPU_ADAM_STRIP];
+    for (int begin = 0; begin < count; begin += GPU_ADAM_STRIP) {
+        const int n = count - begin < GPU_ADAM_STRIP ? count - begin : GPU_ADAM_STRIP;
+        if (prefetches) terms.prefetch(row + begin);
+        const auto strip = terms.strip(row + begin, n, floats);
+        double* const own = lanes + begin;
         GPU_ADAM_INDEPENDENT
-        for (int k = strip; k < end; ++k) {
-            lanes[k] = (FIRST ? 0.0 : lanes[k]) + terms.at(row + k);  // 0.0 +: a denormal term may be no zero, its sum is
+        for (int k = 0; k < n; ++k) {
+            own[k] = (FIRST ? 0.0 : own[k]) + strip.at(k);  // 0.0 +: a denormal term may be no zero, its sum is
         }
     }
 }
@@ -78,17 +81,21 @@ __device__ inline double ordered_sum(long long n, const Terms terms, double* lan
     return lanes[0];
 }
 
+template <typename Number>
 struct Squares {
-    const Gradient* g;
+    Number* g;
     const StepScalars& step;
     bool packed;
 
-    __device__ double term(Gradient x) const { return norm_term(bounded(value(x), step)); }
+    __device__ double term(Number x) const { return norm_term(bounded(value(x), step)); }
     __device__ double at(long long i) const { return term(g[i]); }
     __device__ void prefetch(long long i) const { GPU_ADAM_PREFETCH(g + i); }
+    __device__ auto strip(long long begin, int n, float* floats) const {
+        return Squares<typename InStrip<Number>::Type>{in_strip(g + begin, n, floats), step, packed};
+    }
     __device__ void add(double* sum, long long i) const {
         if (packed) {
-            const Pack<Gradient> pack = load_pack<PACK>(g + i);
+            const auto pack = load_pack<PACK>(g + i);
 #pragma unroll
             for (int k = 0; k < PACK; ++k) sum[k] += term(pack.x[k]);
         } else {
@@ -107,7 +114,7 @@ __device__ inline bool is_finite(Complex<Real> x) { return is_finite(x.re) && is
 // finite numbers may become infinite too, so that the elements decide; they are in a cache by then.
 __device__ inline double sum_of_squares(const Gradient* g, int n, const StepScalars& step, unsigned long long* found,
                                         double* lanes) {
-    const double sum = ordered_sum(n, Squares{g, step, aligned(g)}, lanes);
+    const double sum = ordered_sum(n, Squares<const Gradient>{g, step, aligned(g)}, lanes);
     if constexpr (STAGED) {
         if (found && (BOUNDED || !(sum - sum == 0))) {
             unsigned long long here = 0;
@@ -123,6 +130,7 @@ struct Partials {
 
     __device__ double at(long long i) const { return sums[i]; }
     __device__ void prefetch(long long i) const { GPU_ADAM_PREFETCH(sums + i); }
+    __device__ Partials strip(long long begin, int, float*) const { return {sums + begin}; }
     __device__ void add(double* sum, long long i) const {
         for (int k = 0; k < PACK; ++k) sum[k] += sums[i + k];
     }

@@ -77,6 +77,7 @@ FLAVOURS = {
     "global_clipnorm": Flavour({"global_clipnorm": 1.0}, reads=2),
     "skip_nonfinite": Flavour({"skip_nonfinite": True}, reads=2),
     "loss_scale": Flavour({"loss_scale": {}}, reads=2),
+    "telemetry": Flavour({"telemetry": True}, reads=2),
     "slot_dtype": Flavour({"slot_dtype": "bfloat16"}),
     "gradient of bfloat16": Flavour(gradient="bfloat16"),
     "accumulate": Flavour(accumulates=True),
@@ -85,8 +86,12 @@ FLAVOURS = {
     "bfloat16, slot_dtype": Flavour({"slot_dtype": "bfloat16"}, "bfloat16"),
     "bfloat16, stochastic_rounding": Flavour({"stochastic_rounding": True}, "bfloat16"),
     "bfloat16, master_weights": Flavour({"master_weights": True}, "bfloat16"),
+    "bfloat16, use_ema": Flavour({"use_ema": True}, "bfloat16"),
     "float16": Flavour(dtype="float16"),
     "float16, master_weights": Flavour({"master_weights": True}, "float16"),
+    "float16, use_ema": Flavour({"use_ema": True}, "float16"),
+    "float16, global_clipnorm": Flavour({"global_clipnorm": 1.0}, "float16", reads=2),
+    "float16, telemetry": Flavour({"telemetry": True}, "float16", reads=2),
 }
 
 _EVERYTHING = {"amsgrad": True, "clipvalue": 1.0, "use_ema": True, "weight_decay": 0.01}

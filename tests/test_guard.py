@@ -750,13 +750,19 @@ def test_norms_in_every_launch_shape(launch: HostDevice) -> None:
     assert_norms_of_steps(Job(launch, {"telemetry": True, "skip_nonfinite": True}), (2, 1))
 
 
-@pytest.mark.parametrize("config", [{}, {"stochastic_rounding": True}, {"use_ema": True}], ids=str)
-def test_norms_of_variables_that_are_rounded(device: Device, config: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "config"),
+    [
+        *(("bfloat16", config) for config in ({}, {"stochastic_rounding": True}, {"use_ema": True})),
+        *(("float16", config) for config in ({}, {"use_ema": True})),
+    ],
+)
+def test_norms_of_variables_that_are_rounded(device: Device, dtype: str, config: dict[str, Any]) -> None:
     """The variable as it lies in memory, the update before that: by the rate, though few elements land elsewhere.
 
     Adam's first step moves what has a gradient g by the rate / (1 + 1e-7 / sqrt(0.001) |g|).
     """
-    job = Job(device, {**config, "telemetry": True}, ("bfloat16",))
+    job = Job(device, {**config, "telemetry": True}, (dtype,))
     for step in (0, 2):
         job.optimizer.apply_gradients(job.pairs(job.gradients(step)))
         job.optimizer.synchronize()

@@ -64,7 +64,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # of Adam, and of
 # Each is a compilation: every configuration for one dtype, and each dtype and gradient in a few.
 CASES = [
     *(("bfloat16", "bfloat16", config) for config in CONFIGS),
-    *(("float16", "float16", config) for config in ("plain", "master", "everything")),
+    *(("float16", "float16", config) for config in ("plain", "master", "everything", "average")),
     ("float32", "float32", "slots of bfloat16"),
     *(("bfloat16", "float32", config) for config in ("plain", "everything")),
     ("bfloat16", "float16", "plain"),
@@ -244,6 +244,9 @@ _TOGETHER: list[tuple[str, str, dict[str, Any]]] = [
     ("float16", "float16", {"master_weights": True, "slot_dtype": "bfloat16"}),
     ("float16", "float32", {"clipvalue": 2.0}),
     ("float32", "float16", {"amsgrad": True}),
+    ("float16", "float16", {"use_ema": True, "clipnorm": 3.0}),
+    ("bfloat16", "float16", {"use_ema": True, "telemetry": True}),
+    ("float16", "bfloat16", {"telemetry": True}),
 ]
 
 
