@@ -147,7 +147,8 @@ def rows(payloads: list[dict[str, Any]]) -> Iterator[list[str]]:
         base = each["times"]["local"]["p50"]
         for name, found in each["times"].items():
             quantiles = [duration(found[q]) if q in found else "too few" for q in ("p50", "p99", "p99.9")]
-            rate, speed = f"{1 / found['mean']:.0f}", f"{each['bytes'] / found['mean'] / 1e9:.2f}"
+            rate = f"{1 / found['mean']:.0f}"
+            speed = "" if name == "messages" else f"{each['bytes'] / found['mean'] / 1e9:.2f}"
             yield [size(each["bytes"]), name, *quantiles, rate, speed, f"{found['p50'] / base:.2f}"]
 
 

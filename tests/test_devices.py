@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from reference import assert_same_bits
 from snapshots import unchanged
 
 import gpu_adam
-from gpu_adam import IndexedSlices, Variable, devices
+from gpu_adam import Adam, IndexedSlices, Variable, devices
 from gpu_adam.devices import Device, HostDevice, find_device
 from gpu_adam.errors import ArgumentTypeError, ArgumentValueError, DeviceError
 
@@ -332,6 +333,19 @@ def test_threads_of_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
             HostDevice()
     monkeypatch.delenv("GPU_ADAM_THREADS")
     assert HostDevice().threads >= 1
+
+
+def test_sharing_processors_changes_no_bit() -> None:
+    """Threads that sleep sooner are waked by the next launch; other devices have no such threads."""
+    first, second = (Variable(np.zeros(300_000, np.float32), device=HostDevice(threads=4)) for _ in range(2))
+    optimizers, gradient = (Adam(0.1), Adam(0.1)), np.linspace(-1, 1, 300_000, dtype=np.float32)
+    for _ in range(3):
+        optimizers[0].apply_gradients([(gradient, first)])
+    second.device.share_processors()
+    for step in range(3):
+        optimizers[1].apply_gradients([(gradient, second)])
+        time.sleep(0.001 * step)
+    assert_same_bits(second.numpy(), first.numpy())
 
 
 def test_processes_of_one_launcher_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
