@@ -222,8 +222,8 @@ __device__ __forceinline__ void prefetch(const Range& range, const Source& gradi
 }
 
 // Load, compute and store what one thread updates in one go: a pack, or one element of head or tail; and measure it.
-// ROUNDS: false where theta is left as it is before its rounding.
-template <int N, bool ROUNDS = true, typename Pointers, typename Source>
+// COMPLETE: false where theta is left as it is before its rounding.
+template <int N, bool COMPLETE = true, typename Pointers, typename Source>
 __device__ inline void update_pack(const RangeOf<Pointers>& range, const Source& gradient, const StepScalars& step, int i,
                                    Measures& measures, int lane) {
     const Pointers& slots = range.slots;
@@ -245,19 +245,19 @@ __device__ inline void update_pack(const RangeOf<Pointers>& range, const Source&
         GPU_ADAM_SLOTS(READ)
 #undef READ
         const Value own = gradient.computed(g.x[k], step);
-        if constexpr (ROUNDS) {
+        if constexpr (COMPLETE) {
             e = adam(e, own, step, noise_at(range.noise, range.first, i + k));
         } else {
             e = unrounded(e, own, step);
         }
         if constexpr (MEASURES) measures.add_update(e, lane);
-        if constexpr (MEASURES && ROUNDS) measures.add_theta(e, lane);
+        if constexpr (MEASURES && COMPLETE) measures.add_theta(e, lane);
 #define WRITE(slot, Memory, Register, present) \
     if constexpr (present) store(packs.slot.x[k], e.slot);
         GPU_ADAM_SLOTS(WRITE)
 #undef WRITE
         // In place of a second rounding, which changes nothing, and which no compiler knows to change nothing.
-        if constexpr (ROUNDS && ROUNDS_AT_ONCE) packs.theta.x[k] = e.rounded;
+        if constexpr (COMPLETE && ROUNDS_AT_ONCE) packs.theta.x[k] = e.rounded;
     }
 #define STORE(slot, Memory, Register, present) \
     if constexpr (present) store_pack(slots.slot + i, packs.slot);

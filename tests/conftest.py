@@ -8,10 +8,10 @@ A test with the mark `long` does not run where a GPU's kernels are interpreted. 
 marks are asked for on the command line: `pytest -m ""` runs every test.
 """
 
-import contextlib
 import gc
 import importlib
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from typing import Any
@@ -78,23 +78,6 @@ def pytest_runtest_call() -> Any:
         raise
 
 
-@contextlib.contextmanager
-def _collecting_between_tests(device: devices.Device) -> Iterator[None]:
-    """No collection of garbage in the middle of a kernel that is interpreted.
-
-    It may free a pool of device memory. A GPU then waits for its kernels. An emulated one is in the middle of one, in
-    the same thread, and runs those behind it first, which read what that one has not written.
-    """
-    if not getattr(device.xp, "__emulated__", False) or not gc.isenabled():
-        yield
-        return
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
-
-
 @pytest.fixture
 def device(request: pytest.FixtureRequest) -> Iterator[devices.Device]:
     """The device under test, made the default."""
@@ -103,8 +86,7 @@ def device(request: pytest.FixtureRequest) -> Iterator[devices.Device]:
     if request.node.get_closest_marker("long") and getattr(device.xp, "__emulated__", False):
         gpu_adam.set_device(before)
         pytest.skip("needs a real GPU: so many steps take minutes where kernels are interpreted")
-    with _collecting_between_tests(device):
-        yield device
+    yield device
     gpu_adam.set_device(before)
 
 
@@ -121,8 +103,7 @@ def gpu(request: pytest.FixtureRequest) -> Iterator[devices.Device]:
     if wanted == "host":
         pytest.skip("needs a real GPU, or an emulated one")
     before = devices.get_device()
-    with _collecting_between_tests(device):
-        yield devices.set_device(device)
+    yield devices.set_device(device)
     devices.set_device(before)
 
 
@@ -151,6 +132,21 @@ def keras() -> Any:
         patch.setenv("KERAS_BACKEND", "numpy")
         patch.setenv("KERAS_HOME", home)
         return pytest.importorskip("keras", minversion="3", reason="Keras 3 is not installed (extra: peers)")
+
+
+@pytest.fixture(autouse=True)
+def _collecting_between_tests() -> Iterator[None]:
+    """No collection of garbage in the middle of a kernel that is interpreted.
+
+    It may free a pool of device memory. A GPU then waits for its kernels. An emulated one is in the middle of one, in
+    the same thread, and runs those behind it first, which read what that one has not written.
+    """
+    if "emulated_driver" not in sys.modules or not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    yield
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)

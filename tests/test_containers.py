@@ -301,7 +301,7 @@ def with_manifest(path: Path, text: bytes) -> None:
             archive.add("meta.json", text)
             archive.close()
     else:
-        header = json.dumps({"__metadata__": {"meta.json": text.decode()}}).replace(" ", "", 1).encode()
+        header = json.dumps({"__metadata__": {"meta.json": text.decode()}}, separators=(",", ":")).encode()
         path.write_bytes(len(header).to_bytes(8, "little") + header)
 
 
@@ -320,6 +320,31 @@ def test_a_manifest_is_bounded(tmp_path: Path, suffix: str, text: bytes) -> None
         with pytest.raises(CheckpointError) as error:
             checkpoint.read(path)
         assert tracemalloc.get_traced_memory()[1] < 4 * size + (4 << 20)
+    finally:
+        tracemalloc.stop()
+    assert len(str(error.value)) < 600
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b'{"__metadata__":' + b"[" + b"[]," * (1 << 20) + b"0]}",
+        b'{"__metadata__":{"meta.json":' + b"[" * (1 << 20),
+        b'{"__metadata__":{' + b"".join(b'"%d":"",' % n for n in range(1 << 16)) + b'"a":1}}',
+        b'{"__metadata__":{"meta.json":"{}"},"' + b"\\n" * (1 << 20) + b'":{',
+        b'{"__metadata__":{"meta.json":"{}"}' + b',"a":[]' * (1 << 18) + b"}",
+        b'{"__metadata__":{"meta.json":"{}"},"a":{"dtype":"U8","shape":[' + b"1," * (1 << 20),
+    ],
+    ids=["list", "depth", "pairs", "escapes", "others", "shape"],
+)
+def test_a_header_is_bounded(tmp_path: Path, header: bytes) -> None:
+    path = tmp_path / "state.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    tracemalloc.start()
+    try:
+        with pytest.raises(CheckpointError) as error:
+            checkpoint.read(path)
+        assert tracemalloc.get_traced_memory()[1] < 4 * len(header) + (4 << 20)
     finally:
         tracemalloc.stop()
     assert len(str(error.value)) < 600

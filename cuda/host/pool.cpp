@@ -43,7 +43,7 @@ void pause() {
 // Return as soon as `found` says so, or when patience is over.
 template <typename Found>
 void look(const Found& found) {
-    for (const long long end = nanoseconds() + patience; nanoseconds() < end;) {
+    for (const long long end = nanoseconds() + __atomic_load_n(&patience, __ATOMIC_RELAXED); nanoseconds() < end;) {
         for (int i = 0; i < 32; ++i) {
             if (found()) return;
             pause();
@@ -150,7 +150,7 @@ extern "C" {
 __attribute__((weak, visibility("hidden"))) void* __dso_handle = &__dso_handle;
 }
 
-extern "C" void set_patience(long long duration) { patience = duration; }
+extern "C" void set_patience(long long duration) { __atomic_store_n(&patience, duration, __ATOMIC_RELAXED); }
 
 extern "C" void launch_blocks(Entry entry, void** arguments, long long blocks, int threads) {
     Pool& p = pool;

@@ -251,7 +251,7 @@ class Device(ABC):
         """
 
     def share_processors(self) -> None:  # noqa: B027  # most compute elsewhere
-        """Let other processes have the processors between launches: they wait for one, and then compute."""
+        """Leave the processors to other processes between launches, from now on, in the whole of this process."""
 
     @abstractmethod
     def is_capturing(self) -> bool:

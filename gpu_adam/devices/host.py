@@ -177,7 +177,7 @@ class HostDevice(Device):
         return _HostLaunch(self, _entry(libraries.load(text, file), name), arguments)
 
     def share_processors(self) -> None:
-        """Have the threads of launches, of all host devices, sleep 20 us after their work in place of 100."""
+        """Have the threads of launches, those of all host devices, sleep 20 us after their work in place of 100."""
         set_patience = _pool_library()["set_patience"]
         set_patience.argtypes, set_patience.restype = (ctypes.c_longlong,), None
         set_patience(20_000)

@@ -342,7 +342,7 @@ class RemoteOptimizer:
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name[0] == "_" or name in ("staleness", "policy"):
+        if name[:1] == "_" or name in ("staleness", "policy"):
             super().__setattr__(name, value)
         elif name in SETTABLE:
             self._request({"op": "set", "name": name, "value": _as_json(name, value)})

@@ -294,8 +294,11 @@ class ServedOptimizer:
         self._answer(pushes, done)  # before all that they need not wait for
         self.durations.append(end - start)
         self._ends.append(end)
-        self.observe_step(end - start)
-        self._look_at_gradients()
+        try:
+            self.observe_step(end - start)
+            self._look_at_gradients()
+        except Exception:  # the step is done, and has been answered; a device that failed says so again
+            _log.exception("step %s of optimizer %r could not be looked at", done, self.name)
         self._save_if_due()
 
     def _count(self, before: int) -> int:

@@ -55,7 +55,7 @@ _Reply = tuple[dict[str, Any], Sequence[int]]  # with descriptors
 
 
 class Server:
-    """A service of optimizers.
+    """A service of optimizers. The process has a device's processors no longer to itself: `Device.share_processors`.
 
     Args:
         config: what it owns.

@@ -105,7 +105,7 @@ def naming(title: str) -> Iterator[None]:
         yield
     except (CheckpointError, ArgumentTypeError, ArgumentValueError):
         raise
-    except Exception as error:  # struct, json, ast, numpy and safetensors raise a dozen kinds on damaged bytes
+    except Exception as error:  # struct, json, ast and numpy raise a dozen kinds on damaged bytes
         raise CheckpointError(title, manifest.WHOLE, manifest.short(error), manifest.ANOTHER) from error
 
 

@@ -16,6 +16,7 @@ import json
 import math
 import re
 from collections.abc import Container, Mapping
+from json.decoder import scanstring  # type: ignore[attr-defined]  # the string that ends at a quote
 from typing import BinaryIO
 
 import ml_dtypes
@@ -39,11 +40,7 @@ _DTYPES = {
 """The format's names of dtypes, and NumPy's."""
 _CODES = {name: code for code, name in _DTYPES.items()}
 _BEGIN = '{"__metadata__":'
-_ENTRY = re.compile(
-    r',NAME:{"dtype":"(\w+)","shape":\[([\d,]*)\],"data_offsets":\[(\d+),(\d+)\]}'.replace(
-        "NAME", r'("[^"\\]*(?:\\.[^"\\]*)*")'
-    )
-)
+_ENTRY = re.compile(r':{"dtype":"(\w+)","shape":\[([\d,]*)\],"data_offsets":\[(\d+),(\d+)\]}')
 _END = re.compile(r"} *")
 _SMALL = 1 << 10  # bytes
 _MAX_AXES = 64  # of NumPy
@@ -68,7 +65,7 @@ def write(file: BinaryIO, arrays: Mapping[str, np.ndarray], entries: Mapping[str
         entries: what the manifest says of them.
         text: the manifest.
     """
-    quoted = json.JSONEncoder().encode
+    quoted = json.JSONEncoder(separators=(",", ":")).encode
     header = [_BEGIN, quoted({manifest.NAME: text})]
     kinds: dict[tuple[object, ...], str] = {}  # which an optimizer's thousands of slots have in common
     end = 0
@@ -95,7 +92,7 @@ def read(file: BinaryIO, title: str, names: Container[str] | None = None) -> tup
     Args:
         file: a seekable one.
         title: its name, for messages.
-        names: of the arrays that are returned; None for all. The file is read as a whole.
+        names: of the arrays that are returned; None for all, as views of one block. The file is read as a whole.
 
     Raises:
         CheckpointError: the file is no checkpoint.
@@ -109,10 +106,10 @@ def read(file: BinaryIO, title: str, names: Container[str] | None = None) -> tup
     header = file.read(length).decode()
     if not header.startswith(_BEGIN):
         raise CheckpointError(title, "must be a gpu_adam checkpoint", "no metadata in it", manifest.ANOTHER)
-    metadata, position = json.JSONDecoder().raw_decode(header, len(_BEGIN))
-    text = metadata[manifest.NAME].encode()
+    decoded, position = _text(header, len(_BEGIN))
+    text = decoded.encode()
     places = _places(header, position, size - length)
-    del header, metadata
+    del header, decoded
     manifest.check_size(title, len(text), len(places))
     said = manifest.parsed(title, text)
     for name in said.arrays.keys() ^ places.keys():
@@ -129,14 +126,35 @@ def read(file: BinaryIO, title: str, names: Container[str] | None = None) -> tup
     for name in said.arrays:
         if names is None or name in names:
             begin, (dtype, shape, count) = places[name]
-            arrays[name] = np.frombuffer(content, dtype, count, begin).reshape(shape)
+            array = np.frombuffer(content, dtype, count, begin).reshape(shape)
+            arrays[name] = array if names is None else array.copy()  # a part does not keep the whole in memory
     return said, arrays
+
+
+# No parser of JSON reads a header: what is in it may become an object of sixty bytes for each three, `[],`.
+
+
+def _text(header: str, position: int) -> tuple[str, int]:
+    """The manifest in the metadata, pairs of strings in braces at a position; and the position behind them.
+
+    Raises:
+        ValueError: something else is there, or no manifest in it.
+    """
+    text, separator = "", "{"
+    while header.startswith(f'{separator}"', position):
+        name, position = scanstring(header, position + 2)
+        if not header.startswith(':"', position):
+            break
+        value, position = scanstring(header, position + 2)
+        text = value if name == manifest.NAME else text
+        separator = ","
+    if not text or not header.startswith("}", position):
+        raise ValueError(f"no {manifest.NAME} in pairs of strings before {header[position : position + 40]!r}")
+    return text, position + 1
 
 
 def _places(header: str, position: int, size: int) -> dict[str, tuple[int, _Kind]]:
     """Where each array begins, and what it is; of arrays that fill so many bytes without a hole.
-
-    No JSON parser reads these entries: it may make of each byte an object of twenty.
 
     Raises:
         ValueError, KeyError: damage.
@@ -144,13 +162,16 @@ def _places(header: str, position: int, size: int) -> dict[str, tuple[int, _Kind
     kinds: dict[tuple[str, str], _Kind] = {}
     found: list[tuple[int, int, str]] = []
     places: dict[str, tuple[int, _Kind]] = {}
-    while match := _ENTRY.match(header, position):
+    while header.startswith(',"', position):
+        name, end_of_name = scanstring(header, position + 2)
+        match = _ENTRY.match(header, end_of_name)
+        if match is None:
+            break
         position = match.end()
-        quoted, code, sizes, *ends = match.groups()
+        code, sizes, *ends = match.groups()
         kind = kinds.get((code, sizes))
         if kind is None:
             kind = kinds[code, sizes] = _kind(code, sizes)
-        name = json.loads(quoted) if "\\" in quoted else quoted[1:-1]
         begin, end = map(int, ends)
         places[name] = begin, kind
         found.append((begin, end, name))
