@@ -5,6 +5,7 @@ Its methods are called in the server's thread, while its device is current.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import logging
@@ -91,15 +92,18 @@ class ServedOptimizer:
         self._manager: CheckpointManager | None = None
         self._owned = -1  # a descriptor of the directory, locked
         self._last_save: float | None = None
-        if config.checkpoint is not None:
-            self._manager = CheckpointManager(optimizer=self.adam, **config.checkpoint)
-            self._owned = _own(name, config.checkpoint["directory"])
-            if resume and self._manager.restore_latest() is not None:
-                self._last_save = time.monotonic()
-        self._first_step = self.iterations
-        self.done.record()
-        self._sequence.begin()
-        self._sequence.end(self.iterations)
+        with contextlib.ExitStack() as failed:
+            failed.callback(self.close)
+            if config.checkpoint is not None:
+                self._manager = CheckpointManager(optimizer=self.adam, **config.checkpoint)
+                self._owned = _own(name, config.checkpoint["directory"])
+                if resume and self._manager.restore_latest() is not None:
+                    self._last_save = time.monotonic()
+            self._first_step = self.iterations
+            self.done.record()
+            self._sequence.begin()
+            self._sequence.end(self.iterations)
+            failed.pop_all()
 
     @property
     def iterations(self) -> int:

@@ -24,7 +24,7 @@ from reference import assert_same_bits
 
 import gpu_adam
 from gpu_adam import Adam, Variable
-from gpu_adam.errors import ArgumentValueError, GpuAdamError, ServiceError
+from gpu_adam.errors import ArgumentValueError, CheckpointError, GpuAdamError, ServiceError
 from gpu_adam.service import connect
 from gpu_adam.service.config import read_config
 from gpu_adam.service.listener import Listener
@@ -237,6 +237,23 @@ def test_a_start_that_is_refused_leaves_nothing(tmp_path: Path) -> None:
             Server(read_config(config), tmp_path / "socket")
     assert len(os.listdir("/proc/self/fd")) == before
     assert not (tmp_path / "socket").exists()
+
+
+def test_a_restore_that_is_refused_leaves_nothing(tmp_path: Path) -> None:
+    """Not the directory either: the next service, whose variables fit, has it."""
+    config = tmp_path / "service.toml"
+    config.write_text(saved())
+    first = Server(read_config(config), tmp_path / "socket")
+    first.optimizers["main"].save()
+    first.close()
+    before = len(os.listdir("/proc/self/fd"))
+    config.write_text(saved().replace("[6, 4]", "[6, 5]"))
+    for _ in range(3):
+        with pytest.raises(CheckpointError):
+            Server(read_config(config), tmp_path / "socket", resume=True)
+    assert len(os.listdir("/proc/self/fd")) == before
+    config.write_text(saved())
+    Server(read_config(config), tmp_path / "socket", resume=True).close()
 
 
 def test_a_directory_has_one_service(serve_in_process: Serve, tmp_path: Path) -> None:
