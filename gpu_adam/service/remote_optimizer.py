@@ -428,11 +428,7 @@ class RemoteOptimizer:
                 mapped.region = self._new_region(max(nbytes, self._nbytes))
             return mapped.region[1].array
 
-        mapped = self._mapped
-        found = None if mapped.region is None else mapped.region[1].array
-        # Mostly it is there: at each push a few microseconds less.
-        if found is None or found.size < nbytes or mapped.connection != self._client._connections:
-            found = self._client._insist(memory)
+        found = self._client._insist(memory)
         self._wait_for_steps()
         return found
 
