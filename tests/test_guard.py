@@ -754,7 +754,8 @@ def test_norms_in_every_launch_shape(launch: HostDevice) -> None:
     ("dtype", "config"),
     [
         *(("bfloat16", config) for config in ({}, {"stochastic_rounding": True}, {"use_ema": True})),
-        *(("float16", config) for config in ({}, {"use_ema": True})),
+        pytest.param("float16", {}, marks=pytest.mark.thorough),
+        ("float16", {"use_ema": True}),
     ],
 )
 def test_norms_of_variables_that_are_rounded(device: Device, dtype: str, config: dict[str, Any]) -> None:

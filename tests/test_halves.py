@@ -237,7 +237,7 @@ def test_stochastic_rounding_does_not_depend_on_the_launch() -> None:
             same(one, other)
 
 
-_TOGETHER: list[tuple[str, str, dict[str, Any]]] = [
+_TOGETHER: list[Any] = [
     ("bfloat16", "bfloat16", {"slot_dtype": "bfloat16"}),
     ("bfloat16", "bfloat16", {"slot_dtype": "bfloat16", "stochastic_rounding": True}),
     ("float16", "float16", {}),
@@ -245,8 +245,8 @@ _TOGETHER: list[tuple[str, str, dict[str, Any]]] = [
     ("float16", "float32", {"clipvalue": 2.0}),
     ("float32", "float16", {"amsgrad": True}),
     ("float16", "float16", {"use_ema": True, "clipnorm": 3.0}),
-    ("bfloat16", "float16", {"use_ema": True, "telemetry": True}),
-    ("float16", "bfloat16", {"telemetry": True}),
+    pytest.param("bfloat16", "float16", {"use_ema": True, "telemetry": True}, marks=pytest.mark.thorough),
+    pytest.param("float16", "bfloat16", {"telemetry": True}, marks=pytest.mark.thorough),
 ]
 
 
