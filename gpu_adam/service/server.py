@@ -55,7 +55,9 @@ _Reply = tuple[dict[str, Any], Sequence[int]]  # with descriptors
 
 
 class Server:
-    """A service of optimizers. The process has a device's processors no longer to itself: `Device.share_processors`.
+    """A service of optimizers.
+
+    From the first one on, its process leaves the processors to its clients between launches: `Device.share_processors`.
 
     Args:
         config: what it owns.
