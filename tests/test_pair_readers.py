@@ -374,6 +374,54 @@ def test_gradients_of_torch(torch: Any, kind: str, monkeypatch: pytest.MonkeyPat
             assert_same_bits(one.numpy(), other.numpy(), f"step {step}")
 
 
+def test_pairs_of_parameters_that_have_a_gradient(torch: Any) -> None:
+    """Enough of them for what is fetched ahead, a class of the user's among them."""
+
+    class Own(torch.nn.Parameter):  # type: ignore[misc]
+        pass
+
+    params = [(Own if n == 20 else torch.nn.Parameter)(torch.ones(2)) for n in range(40)]
+    with_gradient = [param for n, param in enumerate(params) if n % 3]
+    for param in with_gradient:
+        param.grad = torch.ones(2)
+    found = native_tensors.pairs_with_gradients(torch, params)
+    assert [type(pair) for pair in found] == [tuple] * len(with_gradient)
+    assert all(gradient is param.grad for gradient, param in found)
+    assert all(one is other for (_, one), other in zip(found, with_gradient, strict=True))
+    assert native_tensors.pairs_with_gradients(torch, []) == []
+
+
+def test_what_a_parameter_raises_comes_through(torch: Any) -> None:
+    class Broken(torch.nn.Parameter):  # type: ignore[misc]
+        @property
+        def grad(self) -> Any:
+            raise LookupError("no gradient here")
+
+    with pytest.raises(LookupError, match="no gradient here"):
+        native_tensors.pairs_with_gradients(torch, [torch.nn.Parameter(torch.ones(2)), Broken(torch.ones(2))])
+
+
+def test_what_is_no_tensor_is_read_with_care(torch: Any) -> None:
+    """Also further on in a list, where memory is fetched ahead."""
+    odd: list[Any] = [object(), None, 1, 0.5, "x", [], torch.nn.Parameter(torch.ones(3))]
+    gradients = [torch.ones(3)] * 20 + odd * 6 + [torch.ones(3)]
+    addresses = np.zeros(len(gradients), np.uint64)
+    reader = torch_reader(torch, [(3,)] * len(gradients), "float32")
+    assert not reader.read([(gradient, None) for gradient in gradients], addresses)
+    assert [bool(address) for address in addresses] == [type(each) is torch.Tensor for each in gradients]
+
+
+def test_objects_that_are_the_same(torch: Any) -> None:
+    """Equal ones are others."""
+    objects = [float(1000), [], torch.ones(2)]
+    assert native_tensors.are_same(torch, objects, list(objects))
+    assert native_tensors.are_same(torch, tuple(objects), objects)
+    assert native_tensors.are_same(torch, [], [])
+    for others in (objects[:2], [*objects, None], [1.0 * 1000, *objects[1:]], [*objects[:2], torch.ones(2)]):
+        assert not native_tensors.are_same(torch, objects, others)
+        assert not native_tensors.are_same(torch, tuple(objects), others)
+
+
 @pytest.mark.parametrize("at_once", [True, False])
 @pytest.mark.parametrize(
     "change",
@@ -384,13 +432,16 @@ def test_gradients_of_torch(torch: Any, kind: str, monkeypatch: pytest.MonkeyPat
         lambda dicts: dicts.pop("b"),
         lambda dicts: dicts.update(c={"x": 1}),
         lambda dicts: dicts.update(a=dict(reversed(dicts["a"].items()))),
+        lambda dicts: dicts["30"].update(x=None),
+        lambda dicts: dicts.update(b=None),
     ],
 )
 def test_dicts_that_hold_other_objects(at_once: bool, change: Callable[[Any], Any]) -> None:
     """Equal ones are others, too."""
     objects = [float(1000), [], {}]
-    dicts = {"a": dict(zip("xy", objects[:2], strict=True)), "empty": {}, "b": {"x": objects[2]}}
+    dicts: dict[str, Any] = {"a": dict(zip("xy", objects[:2], strict=True)), "empty": {}, "b": {"x": objects[2]}}
+    dicts |= {"no dict": 1, **{str(n): {"x": objects[0]} for n in range(40)}}
     contents = native_tensors.Contents(dicts, at_once=at_once)
-    assert contents.are_in({key: dict(each) for key, each in dicts.items()})
+    assert contents.are_in({key: dict(each) if isinstance(each, dict) else each for key, each in dicts.items()})
     change(dicts)
     assert not contents.are_in(dicts)

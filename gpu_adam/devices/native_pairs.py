@@ -91,7 +91,7 @@ class NativePairReader:
             return None
         if answer == _INCOMPLETE:
             if self._tensors.read(pairs, self._next):
-                if np.array_equal(self._next, self._last):
+                if self._next.tobytes() == self._last.tobytes():  # a tenth of the time of numpy.array_equal
                     return self._given
             elif self._expected.have_no_array(pairs, self._next):
                 return None

@@ -1,10 +1,12 @@
-"""Reading where torch's tensors lie, and whether dicts hold the same ones: in one call of cuda/host/tensors.cpp."""
+"""Reading many of torch's tensors, and whether dicts hold the same ones, in one call each of cuda/host/tensors.cpp."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import math
 import operator
+import sys
 import sysconfig
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,8 +16,22 @@ import numpy as np
 from gpu_adam import kernels
 from gpu_adam.errors import DeviceError, KernelCompileError
 
-TENSOR = np.dtype([("type", np.uint64), ("shape", np.uint64), *((name, np.int64) for name in ("ndim", "code", "bits"))])
+_POINTER, _INTEGER = np.uint64, np.int64
+
+TENSOR = np.dtype(
+    [(name, _POINTER) for name in ("type", "shape")]
+    + [(name, _INTEGER) for name in ("ndim", "elements", "code", "bits")]
+)
 """``ExpectedTensor`` of cuda/host/tensors.cpp."""
+
+QUESTIONS = ("requires_grad", "is_neg", "is_conj", "untyped_storage", "nbytes", "storage_offset", "no")
+"""The members of ``Questions`` of cuda/host/tensors.cpp, each the address of an object."""
+
+READING = np.dtype(
+    [("expected", _POINTER), ("count", _INTEGER), ("api", _POINTER), ("questions", _POINTER)]
+    + [(name, _INTEGER) for name in ("device_type", "device_id")]
+)
+"""``Reading`` of cuda/host/tensors.cpp."""
 
 _CODES = {"i": 0, "u": 1, "f": 2, "V": 4, "c": 5}  # DLPack's, for NumPy's kinds; "V" is bfloat16 of ml_dtypes
 _DEVICES = {"cpu": 1, "cuda": 2}  # DLPack's, for torch's
@@ -24,42 +40,90 @@ _DEVICES = {"cpu": 1, "cuda": 2}  # DLPack's, for torch's
 class NativeTensorReader:
     """Reads the addresses of one tensor for each of some shapes and dtypes.
 
-    It looks at class, shape, dtype, device, order and alignment; not at what DLPack leaves out: whether a tensor
-    requires its gradient, is to be negated or conjugated when it is read, and has lost a part of its storage.
+    It looks at class, shape, dtype, device, order and alignment and, where tensors are to be plain, at what DLPack
+    leaves out: whether a tensor requires its gradient, is to be negated or conjugated when it is read, or has lost a
+    part of its storage.
 
     Args:
         torch: the module; `is_available` for it.
-        types: the class of each tensor, `torch.Tensor` or one below it that has its memory.
+        types: the class of each tensor, `torch.Tensor` or one below it that has its memory; None for no tensor.
         shapes: of the tensors.
         dtypes: of the tensors.
+        are_plain: whether the tensors are to be plain.
     """
 
     def __init__(
-        self, torch: Any, types: Sequence[type], shapes: Sequence[tuple[int, ...]], dtypes: Sequence[np.dtype]
+        self,
+        torch: Any,
+        types: Sequence[type | None],
+        shapes: Sequence[tuple[int, ...]],
+        dtypes: Sequence[np.dtype],
+        *,
+        are_plain: bool,
     ) -> None:
-        self._types = list(types)  # kept alive, for they are compared by address
-        self._sizes = np.array([size for shape in shapes for size in shape] or [0], np.int64)
-        ndims = np.array([len(shape) for shape in shapes], np.int64)
+        tensor, storage = torch.Tensor, torch.UntypedStorage
+        asked = tensor.is_neg, tensor.is_conj, tensor.untyped_storage, storage.nbytes, tensor.storage_offset
+        self._kept = list(types), (sys.intern("requires_grad"), *asked, False)  # they are compared by address
+        self._sizes = np.array([size for shape in shapes for size in shape] or [0], _INTEGER)
+        ndims = np.array([len(shape) for shape in shapes], _INTEGER)
         self._table = table = np.zeros(len(shapes), TENSOR)
-        table["type"], table["ndim"] = list(map(id, self._types)), ndims
+        table["type"], table["ndim"] = [0 if kind is None else id(kind) for kind in types], ndims
         table["shape"] = self._sizes.ctypes.data + (np.cumsum(ndims) - ndims) * self._sizes.itemsize
+        table["elements"] = list(map(math.prod, shapes))
         table["code"] = [_CODES.get(dtype.kind, -1) for dtype in dtypes]
         table["bits"] = [8 * dtype.itemsize for dtype in dtypes]
-        self._read, self._api = _library().tensor_addresses, _api(torch)
-        self._arguments = int(table.ctypes.data), self._api
+        self._questions = np.array(list(map(id, self._kept[1])), _POINTER)
+        questions = self._questions.ctypes.data if are_plain else 0
+        self._reading = np.zeros(1, READING)
+        self._reading[0] = table.ctypes.data, len(table), _api(torch), questions, 0, 0
+        self._arguments = int(self._reading.ctypes.data)
+        self._device: Any = None
+        self._read, self._compare = _library().read_gradients, _library().lie_at
 
-    def __call__(self, tensors: list[Any], device: Any) -> np.ndarray:
-        """One uint64 for each tensor: 0 where the object does not fit or lies elsewhere, 1 for one without elements.
+    def read_gradients(self, pairs: Sequence[Any], device: Any, addresses: np.ndarray) -> bool:
+        """Write the addresses of the gradients in a list of tuples to where `addresses` is 0; 1 for an empty tensor.
+
+        Args:
+            pairs: as many as there are shapes.
+            device: of torch, where the gradients are to lie.
+            addresses: one uint64 for each pair.
+
+        Returns:
+            Whether none is missing of a tensor that is expected.
+        """
+        self._look_on(device)
+        return not self._read(pairs, self._arguments, addresses.ctypes.data)
+
+    def lie_at(self, tensors: list[Any], device: Any, addresses: np.ndarray) -> bool:
+        """Whether each tensor fits and lies at its address, which is 1 for an empty one.
 
         Args:
             tensors: as many as there are shapes.
-            device: of torch, where they are to lie.
+            device: of torch.
+            addresses: one uint64 for each tensor.
         """
-        addresses = np.empty(len(self._types), np.uint64)
-        assert len(tensors) == len(self._types)
-        place = _DEVICES.get(device.type, -1), device.index or 0
-        self._read(tensors, *self._arguments, *place, int(addresses.ctypes.data))
-        return addresses
+        self._look_on(device)
+        return bool(self._compare(tensors, self._arguments, addresses.ctypes.data))
+
+    def _look_on(self, device: Any) -> None:
+        if device != self._device:
+            self._reading["device_type"] = _DEVICES.get(device.type, -1)
+            self._reading["device_id"] = device.index or 0
+            self._device = device
+
+
+def pairs_with_gradients(torch: Any, parameters: list[Any]) -> list[Any]:
+    """(gradient, parameter) for each of torch's parameters that has a gradient, in order."""
+    if is_available(torch):
+        return list(_library().pairs(parameters, "grad", None))
+    return [(gradient, each) for each in parameters if (gradient := each.grad) is not None]
+
+
+def are_same(torch: Any, one: Sequence[Any], other: Sequence[Any]) -> bool:
+    """Whether two sequences hold the same objects, in order."""
+    if isinstance(one, list) and isinstance(other, list) and is_available(torch):
+        return bool(_library().are_same(one, other))
+    return len(one) == len(other) and all(map(operator.is_, one, other))
 
 
 class Contents:
@@ -71,19 +135,17 @@ class Contents:
     """
 
     def __init__(self, dicts: Mapping[Any, Any], *, at_once: bool) -> None:
-        self._objects = _values(dicts)  # kept alive, so that no other object comes to have the address of one
+        # Kept alive, so that no other object comes to have the address of one.
+        self._dicts = [each for each in dicts.values() if isinstance(each, dict)]
+        self._objects = [value for each in self._dicts for value in each.values()]
         self._addresses = np.array(list(map(id, self._objects)), np.uint64) if at_once else None
 
     def are_in(self, dicts: Mapping[Any, Any]) -> bool:
         """Whether the same objects are in these dicts, in the same order, and no others."""
         if self._addresses is not None:
-            return bool(_library().hold(dicts, int(self._addresses.ctypes.data), len(self._addresses)))
-        found = _values(dicts)
+            return bool(_library().hold(dicts, self._dicts, int(self._addresses.ctypes.data), len(self._addresses)))
+        found = [value for each in dicts.values() if isinstance(each, dict) for value in each.values()]
         return len(found) == len(self._objects) and all(map(operator.is_, found, self._objects))
-
-
-def _values(dicts: Mapping[Any, Any]) -> list[Any]:
-    return [value for each in dicts.values() if isinstance(each, dict) for value in each.values()]
 
 
 @functools.cache
@@ -115,8 +177,10 @@ def _library() -> Any:
     # PyDLL: the functions work on Python objects, under the interpreter's lock.
     library = libraries.load(text, "the tensor look-up", ctypes.PyDLL)
     obj, pointer = ctypes.py_object, ctypes.c_void_p
-    library.tensor_addresses.argtypes = (obj, pointer, pointer, ctypes.c_int, ctypes.c_int, pointer)
-    library.tensor_addresses.restype = None
-    library.hold.argtypes, library.hold.restype = (obj, pointer, ctypes.c_ssize_t), ctypes.c_int
+    library.read_gradients.argtypes, library.read_gradients.restype = (obj, pointer, pointer), ctypes.c_ssize_t
+    library.lie_at.argtypes, library.lie_at.restype = (obj, pointer, pointer), ctypes.c_int
+    library.pairs.argtypes, library.pairs.restype = (obj, obj, obj), obj
+    library.are_same.argtypes, library.are_same.restype = (obj, obj), ctypes.c_int
+    library.hold.argtypes, library.hold.restype = (obj, obj, pointer, ctypes.c_ssize_t), ctypes.c_int
     library.can_read.argtypes, library.can_read.restype = (pointer,), ctypes.c_int
     return library

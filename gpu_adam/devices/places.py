@@ -30,15 +30,17 @@ class Places:
         self._others = [(obj, placements[n]) for n, obj in enumerate(objects) if n not in known]
         self._tensors = [objects[n] for n in tensors]
         if self._tensors:
-            shapes = [placements[n].shape for n in tensors]
+            shapes, own_dtypes = [placements[n].shape for n in tensors], [dtypes[n] for n in tensors]
             types = list(map(type, self._tensors))
-            self._read = NativeTensorReader(torch, types, shapes, [dtypes[n] for n in tensors])
+            # Not plain ones: a parameter requires its gradient.
+            self._reader = NativeTensorReader(torch, types, shapes, own_dtypes, are_plain=False)
             self._device = self._tensors[0].device
             # Without elements there may be no memory, for which the reader says 1.
-            self._addresses = np.array([1 if 0 in placements[n].shape else placements[n].address for n in tensors])
+            addresses = [1 if 0 in placements[n].shape else placements[n].address for n in tensors]
+            self._addresses = np.array(addresses, np.uint64)
 
     def are_kept(self) -> bool:
         """Whether every object lies where it lay, with its shape and dtype."""
-        if self._tensors and not np.array_equal(self._read(self._tensors, self._device), self._addresses):
+        if self._tensors and not self._reader.lie_at(self._tensors, self._device, self._addresses):
             return False
         return all(placement_of(obj) == placement for obj, placement in self._others)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -117,8 +116,6 @@ class TorchReader:
         self._widths = [dtype.itemsize for dtype in expected.dtypes]
         self._expected_dtypes, self._dtypes = expected.dtypes, list[Any]()
         self._is_array = np.array([kind is None for kind in expected.other_types])
-        self._nbytes = list(map(operator.mul, self._sizes, self._widths))
-        self._are_complex = any(dtype.kind == "c" for dtype in expected.dtypes)
         self._native: NativeTensorReader | None = None
 
     def read(self, pairs: Sequence[Any], addresses: np.ndarray) -> bool:
@@ -128,48 +125,27 @@ class TorchReader:
             Whether every gradient that should be an array has an address then.
         """
         torch = sys.modules.get("torch")
-        if torch is None:  # then there are no tensors
+        device = None if torch is None else self._torch_device(torch)
+        if device is None:  # then there are no tensors, or none may be read
             return False
+        if native_tensors.is_available(torch):
+            return self._native_reader(torch).read_gradients(pairs, device, addresses)
         missing = np.flatnonzero((addresses == 0) & self._is_array)
-        tensor_type = torch.Tensor
-        if not any(type(pairs[number][0]) is tensor_type for number in missing.tolist()):
-            return False
-        device = self._torch_device(torch)
-        if device is None:
-            return False
         try:
-            found = self._addresses(torch, device, pairs, missing)
+            found = np.array(self._each(torch, device, pairs, missing.tolist()), np.uint64)
         except (RuntimeError, NotImplementedError):  # a tensor without memory, such as those that vmap makes
             return False
         addresses[missing] = found
         return bool(found.all())
 
-    def _addresses(self, torch: Any, device: Any, pairs: Sequence[Any], numbers: np.ndarray) -> np.ndarray:
-        if len(numbers) == len(pairs) and native_tensors.is_available(torch):
-            if self._native is None:
-                types = [torch.Tensor] * len(pairs)
-                self._native = NativeTensorReader(torch, types, self._shapes, self._expected_dtypes)
-            gradients = [gradient for gradient, _ in pairs]
-            found = self._native(gradients, device)
-            if found.all() and self._are_plain(torch, gradients):
-                return found
-        return np.array(self._each(torch, device, pairs, numbers.tolist()), np.uint64)
-
-    def _are_plain(self, torch: Any, tensors: list[Any]) -> bool:
-        """Whether tensors with memory hold their elements as they are, and require no gradient."""
-        tensor = torch.Tensor
-        if any(map(_requires_grad, tensors)) or any(map(tensor.is_neg, tensors)):
-            return False
-        if self._are_complex and any(map(tensor.is_conj, tensors)):
-            return False
-        storages = map(torch.UntypedStorage.nbytes, map(tensor.untyped_storage, tensors))
-        if any(offsets := list(map(tensor.storage_offset, tensors))):
-            sizes = zip(offsets, self._sizes, self._widths, strict=True)
-            return all(map(operator.ge, storages, [(offset + size) * width for offset, size, width in sizes]))
-        return all(map(operator.ge, storages, self._nbytes))
+    def _native_reader(self, torch: Any) -> NativeTensorReader:
+        if self._native is None:  # torch may be imported after the first step
+            types = [torch.Tensor if is_array else None for is_array in self._is_array]
+            self._native = NativeTensorReader(torch, types, self._shapes, self._expected_dtypes, are_plain=True)
+        return self._native
 
     def _each(self, torch: Any, device: Any, pairs: Sequence[Any], numbers: Sequence[int]) -> list[int]:
-        if not self._dtypes:  # torch may be imported after the first step
+        if not self._dtypes:
             known = {  # for each dtype once: NumPy makes its name anew each time
                 dtype: getattr(torch, dtype.name, "a dtype that torch has not") for dtype in set(self._expected_dtypes)
             }
@@ -192,6 +168,3 @@ class TorchReader:
             else 0
             for n in numbers
         ]
-
-
-_requires_grad = operator.attrgetter("requires_grad")

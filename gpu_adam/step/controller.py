@@ -145,8 +145,9 @@ class Controller:
                     count = functools.partial(state.counter._storage.fill, done + 1)
                     report = [] if guard is None else guard.done_calls(plan.cohorts, aim)
                     calls = [*launches.calls(clip), *self._overwriting(plan, done + 1, graph), *report, count]
+                    # torch's tensors first: the processor's caches have them still, until the host's launches.
                     _enqueue(
-                        [*calls, *memo.written_calls, *plan.counts, *launches.counts, *incoming.taken, *change.commit]
+                        [*memo.written_calls, *calls, *plan.counts, *launches.counts, *incoming.taken, *change.commit]
                     )
                 if graph is None:
                     launches.release()

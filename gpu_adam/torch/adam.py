@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from gpu_adam.devices import Device, find_device
+from gpu_adam.devices.native_tensors import pairs_with_gradients
 from gpu_adam.errors import ArgumentTypeError, ArgumentValueError
 from gpu_adam.hyperparameters import NO_CLIPPING, PLAIN
 from gpu_adam.interop.torch import SLOTS, numbers_of
@@ -246,10 +247,10 @@ class Adam(torch.optim.Optimizer):  # type: ignore[misc]
         new: list[Any] = []
         stepped: list[Group] = []
         for group in groups:
-            before = len(pairs)
-            pairs += [(g, p) for p in group.params if (g := p.grad) is not None]
-            if len(pairs) > before:
-                new += group.prepare(len(pairs) - before)
+            own = pairs_with_gradients(torch, group.params)
+            if own:
+                pairs += own
+                new += group.prepare(len(own))
                 stepped.append(group)
         if not stepped:
             return

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 
+from gpu_adam.devices.native_tensors import are_same
 from gpu_adam.hyperparameters import Cohort
 from gpu_adam.torch.numbers import Numbers
 
@@ -43,8 +43,7 @@ class Group:
 
     def is_of(self, group: Mapping[str, Any]) -> bool:
         """Whether this is the group, with the parameters that it had."""
-        params = group["params"]
-        return group is self.group and len(params) == len(self.params) and all(map(operator.is_, params, self.params))
+        return group is self.group and are_same(torch, group["params"], self.params)
 
     @property
     def numbers(self) -> Numbers:
@@ -78,14 +77,16 @@ class Group:
         alike = counts == counts[firsts][cohort_of] if not is_one else counts == counts[0]
         if not is_whole:
             alike &= present == present[firsts][cohort_of]
-        if not alike.all():
+        if np.count_nonzero(alike) < len(alike):
             self._divide(np.stack([cohort_of, counts, present]))
         numbers = self.numbers
         for first, cohort in zip(self._firsts.tolist(), self._cohorts, strict=True):
             if present[first]:
                 cohort.hyper, cohort.flavour = numbers.hyper, numbers.flavour
         self._present = present
-        new = () if self._is_told.all() else np.flatnonzero(present & ~self._is_told).tolist()
+        if np.count_nonzero(self._is_told) == len(self._is_told):
+            return []
+        new = np.flatnonzero(present & ~self._is_told).tolist()
         return [(self.params[n], self._cohorts[self._cohort_of[n]]) for n in new]
 
     def note_told(self) -> None:
