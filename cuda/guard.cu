@@ -37,12 +37,13 @@ struct GuardPlace {
 // In memory, where each replay of a graph finds another one. Mirrored by gpu_adam.kernels.CANDIDATES.
 struct Candidates {
     long long first;   // the number of steps done for the first row
-    long long number;  // of the rows; where there is one, the host knows the number, else guard->count has it
+    long long number;  // of the rows; where there is one, the host knows the number, else guard->count has it; 0 for none
 };
 
 // Mirrored by gpu_adam.kernels.GUARD_ROWS.
 struct GuardRows {
     const Candidates* candidates;
+    const Candidates* frozen;     // read as long as there are no rows of candidates; else it may be null
     long long* row;               // that of the step at work, from which the updates read
     const GuardPlace* places;
     long long words;              // of a row
@@ -69,10 +70,11 @@ __device__ inline void put(long long* row, long long place, long long size, doub
 // `number` alone where it is null.
 extern "C" __global__ void __launch_bounds__(256)
 guard_begin(Guard* guard, const GuardRows rows, const void* scale, const long long wide, const double number) {
-    const Candidates known = *rows.candidates;
-    const long long count = known.number == 1 ? known.first : guard->count;
-    const long long* const candidate =
-        reinterpret_cast<const long long*>(rows.candidates + 1) + (count - known.first) * rows.words;
+    const Candidates* const candidates = rows.candidates->number ? rows.candidates : rows.frozen;
+    const long long first = candidates->first, last = first + candidates->number - 1;
+    // A graph may be launched again before the host sends other rows: the step is then repeated.
+    const long long count = first == last || guard->count > last ? last : guard->count;
+    const long long* const candidate = reinterpret_cast<const long long*>(candidates + 1) + (count - first) * rows.words;
     double divisor = number;
     if (scale) divisor *= wide ? *static_cast<const double*>(scale) : *static_cast<const float*>(scale);
     for (long long i = threadIdx.x; i < rows.words; i += blockDim.x) rows.row[i] = candidate[i];

@@ -466,7 +466,7 @@ class Adam:
         refuse_in_loss("capture")
         return captured(function, self._controller.stepper())
 
-    def stage(self) -> int:
+    def stage(self) -> int | None:
         """Let the steps in graphs that were captured by other means than `capture` be the next step.
 
         Such a graph (``torch.cuda.graph``, ``stream.begin_capture``) repeats the step with the count and the
@@ -482,11 +482,16 @@ class Adam:
         The hyperparameters are those of now, schedules and callables evaluated once, as in a step of `apply_gradients`.
         They are written to where all graphs of this optimizer read them; a graph should have one step of it. The host
         waits for nothing. A capture counts its step, though nothing of it runs: the first `stage` after it begins with
-        that step. Steps that the device decides about (``skip_nonfinite``, ``loss_scale``, ``telemetry``, a
-        ``grad_scale`` on the device) are refused in such a graph; `capture` takes them.
+        that step.
+
+        Of steps that the device may leave out (``skip_nonfinite``, ``loss_scale``) `stage` sends the scalars of each
+        that may be the next one. How a launch went is asked for by the next call of this optimizer, on the stream that
+        is current then: this method again, a step, `iterations`, `read_telemetry`. Such a step is captured when it is
+        known how many are done: read `iterations` before, which waits.
 
         Returns:
-            The steps done, the one included that the launch does.
+            The steps done, the one included that the launch does; None where the host does not know, as by
+            `apply_gradients`.
 
         Raises:
             ArgumentTypeError, ArgumentValueError: no step has been captured; as `apply_gradients` for hyperparameters;
@@ -511,6 +516,7 @@ class Adam:
 
     def synchronize(self) -> None:
         """Wait until all steps are done."""
+        self._controller.guards.ask()
         for device in {weight.device for weight in self._state.weights}:
             device.synchronize()
 

@@ -135,6 +135,17 @@ class Case:
         scale = self.optimizer.loss_scale
         return self.optimizer.apply_gradients(self.work.pairs(None if scale is None else scale.array))
 
+    def given(self, **options: Any) -> int | None:
+        """One step whose gradients are the batch itself: nothing is allocated.
+
+        Args:
+            options: of apply_gradients.
+        """
+        pairs: list[tuple[Any, Variable]] = list(zip(self.work.batch, self.work.variables, strict=True))
+        if self.work.table is not None:
+            pairs.append((IndexedSlices(self.work.values, self.work.rows), self.work.table))
+        return self.optimizer.apply_gradients(pairs, **options)
+
 
 @contextlib.contextmanager
 def captured(device: Device, graphs: list[Any], mode: int = 0) -> Iterator[None]:

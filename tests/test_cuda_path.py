@@ -364,23 +364,6 @@ def test_a_scale_on_the_device_that_is_none(gpu: Device) -> None:
         optimizer.apply_gradients([(np.ones(3, np.float32), on_host)], grad_scale=gpu.array(np.float32(8)))
 
 
-@pytest.mark.parametrize("mode", GUARDED)
-def test_a_guarded_step_in_a_graph_of_the_users_is_refused(gpu: Device, mode: str) -> None:
-    stream, graphs = gpu.xp.cuda.Stream(non_blocking=True), list[Any]()
-    gpu.xp.cuda.Device().synchronize()
-    with stream:
-        work, optimizer = Pairs(gpu, "dense"), gpu_adam.Adam(**GUARDED[mode])
-        given = {} if GUARDED[mode] else {"grad_scale": gpu.array(np.float32(8))}
-        pairs = work.pairs(1)
-        optimizer.apply_gradients(pairs, **given)
-        words = r"a step captured in a graph must do without skip_nonfinite, .*; use Adam.capture, or"
-        with unchanged(optimizer, *work.variables), pytest.raises(ArgumentValueError, match=words):  # noqa: SIM117
-            with captured(stream, graphs):
-                optimizer.apply_gradients(pairs, **given)
-        optimizer.apply_gradients(pairs, **given)
-        assert int(optimizer.iterations) == 2
-
-
 def test_a_constraint_does_not_wait(gpu: Device, emulation: Any) -> None:
     variable = Variable(np.array([1, -1], np.float32), constraint=lambda v: np.maximum(v, 0))
     optimizer, pairs = gpu_adam.Adam(), [(gpu.array(np.ones(2, np.float32)), variable)]

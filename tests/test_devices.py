@@ -11,6 +11,7 @@ import numpy as np
 import processes
 import pytest
 import reference
+from captures import captured
 from reference import assert_same_bits
 from snapshots import unchanged
 
@@ -143,6 +144,30 @@ def test_variables_of_several_devices_in_one_step(device: Device) -> None:
     optimizer.set_weights(optimizer.get_weights())
     copied, copies = copy.deepcopy((optimizer, variables))
     assert copied.get_slot(copies[1], "v").device is places[1]
+
+
+def test_graphs_of_several_devices_that_decide_are_not_staged_together(gpu: Device) -> None:
+    """Each device has a count of its own; one of an optimizer's is staged."""
+    other, optimizer, graphs = neighbour(gpu), gpu_adam.Adam(0.1, skip_nonfinite=True), list[Any]()
+    if other is gpu:
+        pytest.skip("needs a real GPU, or an emulated one, and another beside it")
+
+    def capture_on(place: Device) -> int:
+        variable, gradient = Variable(np.ones(3), device=place), place.array(np.ones(3))
+        with place.activate(), gpu.xp.cuda.Stream(non_blocking=True):
+            place.synchronize()
+            optimizer.apply_gradients([(gradient, variable)])
+            count = int(optimizer.iterations)
+            with captured(place, graphs):
+                optimizer.apply_gradients([(gradient, variable)])
+        return count
+
+    assert capture_on(gpu) == 1
+    assert optimizer.stage() is None
+    assert capture_on(other) == 2
+    words = rf"stage must find steps with skip_nonfinite, .* on one device \(got \['{gpu.name}', '{other.name}'\]\)"
+    with pytest.raises(ArgumentValueError, match=words):
+        optimizer.stage()
 
 
 def test_a_variable_of_another_device_than_the_current_one(device: Device) -> None:

@@ -13,7 +13,7 @@ from captures import HOST, Case, assert_same_state, captured, context_of, state
 from reference import Array, assert_same_bits
 
 import gpu_adam
-from gpu_adam import IndexedSlices, Variable
+from gpu_adam import Variable
 from gpu_adam.devices import Device
 from gpu_adam.errors import ArgumentTypeError, ArgumentValueError
 from gpu_adam.step.replays import CapturedFunction
@@ -294,14 +294,6 @@ def test_nodes_of_a_captured_function(
 # Graphs that the user captured by other means: each launch takes what was staged last.
 
 
-def given(case: Case) -> int | None:
-    """A step whose gradients are the batch itself: nothing is allocated."""
-    pairs: list[tuple[Any, Variable]] = list(zip(case.work.batch, case.work.variables, strict=True))
-    if case.work.table is not None:
-        pairs.append((IndexedSlices(case.work.values, case.work.rows), case.work.table))
-    return case.optimizer.apply_gradients(pairs)
-
-
 STAGED = [case for case in CASES if "overwrite" not in case]
 
 
@@ -312,20 +304,20 @@ def test_staged_launches_have_the_bits_of_calls(gpu: Device, case: str, seed: in
     eager, graphs = Case(HOST, **CASES[case]), list[Any]()
     with context_of(gpu, seed):
         own = Case(gpu, **CASES[case])
-        given(own)
-        given(eager)
+        own.given()
+        eager.given()
         with captured(gpu, graphs):
-            assert given(own) == 2
+            assert own.given() == 2
         for number in range(100):
             for each in (own, eager):
                 each.work.next_batch(number)
                 change(each.optimizer, number)
             if number % 25 == 3:
-                done = given(own)
+                done = own.given()
             else:
                 done = own.optimizer.stage()
                 graphs[0].launch()
-            assert done == given(eager)
+            assert done == eager.given()
         assert_same_state(state(own.optimizer, own.work), state(eager.optimizer, eager.work))
 
 
@@ -342,12 +334,12 @@ def test_new_memory_is_not_taken_for_staged_scalars(gpu: Device, monkeypatch: py
     eager = plain(HOST)
     with context_of(gpu):
         case = plain(gpu)
-        given(case)
+        case.given()
         with captured(gpu, graphs):
-            given(case)
+            case.given()
         graphs[0].launch()
         for _ in range(2):
-            given(eager)
+            eager.given()
         assert_same_state(state(case.optimizer, case.work), state(eager.optimizer, eager.work))
 
 
@@ -363,21 +355,21 @@ def test_a_graph_is_frozen_until_something_is_staged(gpu: Device, emulation: Any
         own = Case(gpu, **config)
         emulation.reset()
         for _ in range(2):
-            given(own)
-            given(eager)
+            own.given()
+            eager.given()
             with captured(gpu, graphs):
-                given(own)
+                own.given()
             eager.optimizer.iterations += 1
         for nodes in emulation.counters.graph_nodes:
             assert nodes == (["memcpy H2D", "dense"] if groups else ["dense"])
         for turn in (0, 1, 1, 0):
             graphs[turn].launch()
             eager.optimizer.iterations = 1 + 2 * turn
-            given(eager)
+            eager.given()
         # Staged: the second capture has counted step 4, which nobody has begun with yet.
         eager.optimizer.iterations = 3
         for turn in (1, 0, 0):
-            assert own.optimizer.stage() == given(eager)
+            assert own.optimizer.stage() == eager.given()
             graphs[turn].launch()
         assert_same_state(state(own.optimizer, own.work), state(eager.optimizer, eager.work))
 
@@ -386,15 +378,15 @@ def test_the_first_staged_step_is_the_first_that_was_captured(gpu: Device) -> No
     """However many graphs were captured in a row; an eager step in between goes on from what was counted."""
     with context_of(gpu):
         case, graphs = plain(gpu), list[Any]()
-        given(case)
+        case.given()
         for _ in range(3):
             with captured(gpu, graphs, mode=2):
-                given(case)
+                case.given()
         assert case.optimizer.iterations == 4
         assert [case.optimizer.stage(), case.optimizer.stage()] == [2, 3]
         with captured(gpu, graphs, mode=2):
-            given(case)
-        given(case)
+            case.given()
+        case.given()
         assert [case.optimizer.stage(), case.optimizer.stage()] == [6, 7]
 
 
@@ -405,9 +397,9 @@ def test_staging_is_refused(gpu: Device) -> None:
         case.step()
         with unchanged(case), pytest.raises(ArgumentValueError, match=r"stage must follow the capture .* \(got none\)"):
             case.optimizer.stage()
-        given(case)
+        case.given()
         with captured(gpu, graphs):
-            given(case)
+            case.given()
             with pytest.raises(ArgumentValueError, match="stage must not be called while a graph is captured"):
                 case.optimizer.stage()
         case.optimizer.learning_rate = lambda: np.nan
@@ -419,9 +411,9 @@ def test_staging_is_refused(gpu: Device) -> None:
         with pytest.raises(ArgumentValueError, match=r"\(got other amsgrad\); capture it again"):
             case.optimizer.stage()
         assert case.optimizer.iterations == before
-        given(case)
+        case.given()
         with captured(gpu, graphs):
-            given(case)
+            case.given()
         case.optimizer.stage()  # which leaves out the graph that does not fit
         case.optimizer.forget(case.work.variables[0])
         with unchanged(case), pytest.raises(ArgumentValueError, match="got other variables, slots or groups"):
@@ -431,9 +423,9 @@ def test_staging_is_refused(gpu: Device) -> None:
 def test_a_step_with_overwriting_averages_is_not_staged(gpu: Device) -> None:
     with context_of(gpu):
         case, graphs = Case(gpu, config={"use_ema": True, "ema_overwrite_frequency": 3}), list[Any]()
-        given(case)
+        case.given()
         with captured(gpu, graphs):
-            given(case)
+            case.given()
         assert case.optimizer.stage() == 2
         with unchanged(case), pytest.raises(ArgumentValueError, match="must not overwrite variables by their averages"):
             case.optimizer.stage()
@@ -443,18 +435,18 @@ def test_both_kinds_of_graphs_of_one_optimizer(gpu: Device) -> None:
     eager, graphs = plain(HOST), list[Any]()
     with context_of(gpu):
         case = plain(gpu)
-        given(case)
-        given(eager)
+        case.given()
+        eager.given()
         graph = case.optimizer.capture(case.step)
         with captured(gpu, graphs):
-            given(case)
+            case.given()
         for number in range(6):
             for each in (case, eager):
                 each.work.next_batch(number)
             if number % 3 == 0:
                 case.optimizer.stage()
                 graphs[0].launch()
-                given(eager)
+                eager.given()
             else:
                 assert graph.replay() == eager.step()
         assert_same_state(state(case.optimizer, case.work), state(eager.optimizer, eager.work))

@@ -6,14 +6,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from captures import HOST, Case, assert_same_state, context_of, state
+from captures import HOST, Case, assert_same_state, captured, context_of, state
 from reference import assert_same_bits
 
 import gpu_adam
 from gpu_adam import LossScale, Variable
 from gpu_adam.devices import Device
 from gpu_adam.errors import ArgumentValueError
-from gpu_adam.step import launches, replays
+from gpu_adam.step import candidates, replays
 from gpu_adam.step.candidates import ROOM
 
 SCALE = LossScale(2.0**10, growth_interval=20)
@@ -191,7 +191,7 @@ def test_a_replay_waits_where_its_room_ends(
     gpu: Device, emulation: Any, monkeypatch: pytest.MonkeyPatch, room: int, waits: bool
 ) -> None:
     """And nowhere else. The device is about as many steps behind as it has done here."""
-    for module in (replays, launches):
+    for module in (replays, candidates):
         monkeypatch.setattr(module, "ROOM", room)
     eager = Case(HOST, config={"learning_rate": "schedule", "loss_scale": SCALE})
     with context_of(gpu):
@@ -258,6 +258,234 @@ def test_a_graph_keeps_what_decides(gpu: Device) -> None:
         for variable, expected in zip(variables, eager.work.variables, strict=True):
             assert_same_bits(variable.numpy(), expected.numpy())
         del scratch, batch
+
+
+# Graphs that the user captured by other means, and stages before each launch.
+
+STAGED = [case for case in CASES if "overwrite" not in case]
+
+
+@pytest.mark.parametrize("case", STAGED)
+@pytest.mark.parametrize("seed", [1, 2])
+def test_staged_launches_have_the_bits_of_calls(gpu: Device, case: str, seed: int) -> None:
+    """Of 100 steps, two of them left out, some of them eager ones in between; counts, scale and telemetry too."""
+    eager, graphs = Case(HOST, **CASES[case]), list[Any]()
+    with context_of(gpu, seed):
+        own = Case(gpu, **CASES[case])
+        for each in (own, eager):
+            each.given()
+        assert own.optimizer.iterations == 1  # which waits
+        with captured(gpu, graphs):
+            assert own.given() == 2
+        skips = own.optimizer.flavour.skips
+        for number in range(100):
+            for each in (own, eager):
+                each.work.next_batch(number, is_bad=skips and number in BAD)
+                change(each.optimizer, number)
+            if number % 25 == 3:
+                done = own.given()
+            else:
+                done = own.optimizer.stage()
+                graphs[0].launch()
+            assert done == eager.given()
+            if own.optimizer.flavour.telemetry and number % 20 in (0, 17):
+                own.optimizer.synchronize()
+                assert_same_telemetry(own, eager)
+            if number == 58:
+                assert own.optimizer.iterations == eager.optimizer.iterations
+        assert own.optimizer.skipped_steps == eager.optimizer.skipped_steps == (len(BAD) if skips else 0)
+        assert_same_state(state(own.optimizer, own.work), state(eager.optimizer, eager.work))
+
+
+def test_a_guarded_graph_is_frozen_until_something_is_staged(gpu: Device, emulation: Any) -> None:
+    """It repeats the step of its capture as often as it is launched; the loss scale goes on. It copies its scalars."""
+    config = {"learning_rate": "schedule", "loss_scale": SCALE, "weight_decay": 0.1}
+    eager, graphs = Case(HOST, config=config), list[Any]()
+    with context_of(gpu):
+        own = Case(gpu, config=config)
+        for each in (own, eager):
+            each.given()
+        assert own.optimizer.iterations == 1
+        emulation.reset()
+        with captured(gpu, graphs):
+            own.given()
+        nodes = ["memcpy H2D", "guard_begin", "square_sums", "guard_end", "dense"]
+        assert sorted(emulation.counters.graph_nodes[0]) == sorted(nodes)
+        for number in range(3):
+            for each in (own, eager):
+                each.work.next_batch(number, is_bad=number == 1)
+            graphs[0].launch()
+            eager.optimizer.iterations = 1
+            eager.given()
+        assert own.optimizer.iterations == 2  # of which nobody has staged one
+        for each in (own, eager):
+            each.optimizer.iterations = 2
+            each.given()
+        assert_same_state(state(own.optimizer, own.work), state(eager.optimizer, eager.work))
+
+
+def test_a_graph_that_is_launched_again_repeats_what_was_staged(gpu: Device) -> None:
+    """Also where the device has done more steps than the host sent candidates for."""
+    eager, graphs = Case(HOST, config={"skip_nonfinite": True}), list[Any]()
+    with context_of(gpu):  # the device does nothing until it is waited for: the host knows nothing of the steps
+        own = Case(gpu, config={"skip_nonfinite": True})
+        for each in (own, eager):
+            each.given()
+        assert own.optimizer.iterations == 1
+        with captured(gpu, graphs):
+            own.given()
+        for number, launches in enumerate((1, 3, 1, 2)):
+            for each in (own, eager):
+                each.work.next_batch(number)
+            own.optimizer.stage()
+            for _ in range(launches):
+                graphs[0].launch()
+                eager.optimizer.iterations = 1 + number
+                eager.given()
+            gpu.synchronize()
+        assert_same_state(state(own.optimizer, own.work), state(eager.optimizer, eager.work))
+
+
+@pytest.mark.parametrize("config", [{"skip_nonfinite": True}, {"telemetry": True}])
+def test_a_staged_step_that_is_not_launched(gpu: Device, config: dict[str, Any]) -> None:
+    """The device has left it out, where it may leave steps out; else it counts, as without a guard."""
+    graphs, may_be_left_out = list[Any](), "skip_nonfinite" in config
+    with context_of(gpu):
+        case = Case(gpu, config=config)
+        case.given()
+        assert case.optimizer.iterations == 1
+        with captured(gpu, graphs):
+            case.given()
+        assert case.optimizer.stage() == (None if may_be_left_out else 2)
+        assert case.optimizer.stage() == (None if may_be_left_out else 3)
+        graphs[0].launch()
+        assert case.optimizer.iterations == (2 if may_be_left_out else 3)
+        case.given()
+        assert case.optimizer.iterations == (3 if may_be_left_out else 4)
+        assert case.optimizer.skipped_steps == 0
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_a_scale_on_the_device_in_a_graph_of_the_users(gpu: Device, dtype: str) -> None:
+    """Is read by each launch as it is then, and lives as long as the graph."""
+    eager, graphs = Case(HOST, config={"learning_rate": "schedule"}), list[Any]()
+    with context_of(gpu):
+        own = Case(gpu, config={"learning_rate": "schedule"})
+        scales = [gpu.array(np.asarray(2.0, dtype)), HOST.array(np.asarray(2.0, dtype))]
+        for each, scale in zip((own, eager), scales, strict=True):
+            each.given(grad_scale=scale)
+        with captured(gpu, graphs, mode=2 if dtype == "float16" else 0):  # which takes memory for a cast
+            assert own.given(grad_scale=scales[0]) == 2
+        for number in range(8):
+            for each, scale in zip((own, eager), scales, strict=True):
+                each.work.next_batch(number)
+                scale[...] = number % 5 + 1
+            assert own.optimizer.stage() == number + 2
+            graphs[0].launch()
+            eager.given(grad_scale=scales[1])
+        assert_same_state(state(own.optimizer, own.work), state(eager.optimizer, eager.work))
+
+
+def test_a_graph_of_the_users_keeps_what_decides(gpu: Device) -> None:
+    """The guard, the loss scale and what was passed as a scale live on when the optimizer is gone."""
+    eager, graphs = Case(HOST, config={"loss_scale": SCALE}), list[Any]()
+    with context_of(gpu):
+        own = Case(gpu, config={"loss_scale": SCALE})
+        scale = gpu.array(np.float64(4))
+        for each in (own, eager):
+            each.given(grad_scale=4.0)
+        own.given(grad_scale=scale)
+        eager.given(grad_scale=4.0)
+        assert own.optimizer.iterations == 2
+        with captured(gpu, graphs):
+            own.given(grad_scale=scale)
+        eager.optimizer.iterations = 3
+        for each in (own, eager):
+            each.given(grad_scale=4.0)
+        variables, batch = own.work.variables, own.work.batch
+        for each in (own, eager):
+            each.work.next_batch(1)
+        del own, scale, each
+        gc.collect()
+        gpu.xp.get_default_memory_pool().free_all_blocks()
+        scratch = [gpu.array(np.full(n, np.nan)) for n in (1, 2, 9, 30) for _ in range(20)]
+        for _ in range(3):
+            graphs[0].launch()
+            eager.optimizer.iterations = 2
+            eager.given(grad_scale=4.0)
+        for variable, expected in zip(variables, eager.work.variables, strict=True):
+            assert_same_bits(variable.numpy(), expected.numpy())
+        del scratch, batch
+
+
+def test_staging_that_fails_forgets_no_report(gpu: Device) -> None:
+    """What the host learns of steps that were left out stays, where a callable raises behind that."""
+    eager, graphs = Case(HOST, config={"skip_nonfinite": True}), list[Any]()
+    with context_of(gpu):
+        case = Case(gpu, config={"skip_nonfinite": True})
+        for each in (case, eager):
+            each.given()
+        assert case.optimizer.iterations == 1
+        with captured(gpu, graphs):
+            case.given()
+
+        def fails() -> float:
+            raise KeyError("x")
+
+        for number in range(4):
+            for each in (case, eager):
+                each.work.next_batch(number, is_bad=number == 1)
+            if number in (0, 2):  # before the first one and behind one that was left out
+                case.optimizer.beta_1 = fails
+                for _ in range(2):
+                    gpu.synchronize()
+                    with pytest.raises(KeyError):
+                        case.optimizer.stage()
+                case.optimizer.beta_1 = 0.9
+            case.optimizer.stage()
+            graphs[0].launch()
+            eager.given()
+        assert case.optimizer.iterations == eager.optimizer.iterations == 4
+        assert_same_state(state(case.optimizer, case.work), state(eager.optimizer, eager.work))
+
+
+def test_a_capture_that_knows_no_count_is_refused(gpu: Device) -> None:
+    """Of a step that may be left out; nothing has changed then, and reading the count is what helps."""
+    graphs = list[Any]()
+    with context_of(gpu):
+        case = Case(gpu, config={"skip_nonfinite": True})
+        case.given()
+        words = r"must begin with a count that is known \(got steps before it .*\); read iterations before the capture"
+        with captured(gpu, graphs), pytest.raises(ArgumentValueError, match=words):
+            case.given()
+        assert case.optimizer.iterations == 1
+        with captured(gpu, graphs):
+            case.given()
+        case.optimizer.stage()
+        graphs[1].launch()
+        assert case.optimizer.iterations == 2
+
+
+def test_a_guarded_step_with_overwriting_averages_is_not_staged(gpu: Device) -> None:
+    """Nor captured; as long as the host does not know which steps are done, it refuses where one of them would."""
+    graphs = list[Any]()
+    config = {"skip_nonfinite": True, "use_ema": True, "ema_overwrite_frequency": 3}
+    with context_of(gpu):
+        case = Case(gpu, config=config)
+        case.given()
+        assert case.optimizer.iterations == 1
+        with captured(gpu, graphs):
+            case.given()
+        assert case.optimizer.stage() is None
+        graphs[0].launch()
+        for _ in range(2):
+            with pytest.raises(ArgumentValueError, match="must not overwrite variables by their averages"):
+                case.optimizer.stage()
+            assert case.optimizer.iterations == 2
+        with captured(gpu, graphs, mode=2), pytest.raises(ArgumentValueError, match="must not overwrite variables"):
+            case.given()
+        case.given()
+        assert case.optimizer.iterations == 3
 
 
 # What is refused; nothing has changed then.

@@ -102,7 +102,8 @@ CANDIDATES = np.dtype([(name, _INTEGER) for name in ("first", "number")], align=
 """``Candidates`` of guard.cu."""
 
 GUARD_ROWS = np.dtype(
-    [(name, _POINTER) for name in ("candidates", "row", "places")] + [(name, _INTEGER) for name in ("words", "count")],
+    [(name, _POINTER) for name in ("candidates", "frozen", "row", "places")]
+    + [(name, _INTEGER) for name in ("words", "count")],
     align=True,
 )
 """``GuardRows`` of guard.cu."""

@@ -91,7 +91,7 @@ class UpdateArguments:
         real_dtype = kernels.DTYPES[layout.dtype].real_dtype
         if not device.captures:  # another device's group of the same step may be in a graph
             use = EAGER
-        self.kind = use.staged or int(settings > 1 or guarded)
+        self.kind = 1 if guarded else use.staged or int(settings > 1)
         self.settings, self.scalars_dtype = settings, kernels.step_scalars(real_dtype)
         self._all = np.zeros(settings, self.scalars_dtype)
         self._bytes = self._all.view(np.uint8)  # NumPy copies structs field by field

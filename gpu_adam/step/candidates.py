@@ -9,7 +9,7 @@ import numpy as np
 
 from gpu_adam import kernels
 from gpu_adam.devices.base import StagedArray
-from gpu_adam.step.arguments import UpdateArguments
+from gpu_adam.step.arguments import CAPTURED, EAGER, UpdateArguments, Use
 from gpu_adam.step.guard import Guard
 from gpu_adam.step.norms import NormPass
 from gpu_adam.uninterrupted import Call
@@ -40,7 +40,8 @@ class GuardedScalars:
         updates: the updates' arguments, which are told where their scalars lie.
         overwriting: those of the launches that put averages in the variables' places, likewise.
         searched: whether elements that are not finite are counted.
-        room: for how many candidates there is memory. More get other memory, which a graph would not read.
+        use: what the launches are made for.
+        origin: of launches in a graph, the scalars of the launches that they were made from.
     """
 
     def __init__(
@@ -50,9 +51,11 @@ class GuardedScalars:
         overwriting: Sequence[UpdateArguments],
         *,
         searched: bool,
-        room: int,
+        use: Use,
+        origin: GuardedScalars | None,
     ) -> None:
         self._guard, device, self._updates = guard, guard.device, len(updates)
+        self._use = use if device.captures else EAGER
         launches = [*updates, *overwriting]
         parts = np.dtype(
             [(str(n), (each.scalars_dtype, (each.settings,))) for n, each in enumerate(launches)], align=True
@@ -63,15 +66,30 @@ class GuardedScalars:
         words = -(-parts.itemsize // 8)
         formats = [fields[name][0] for name in fields]
         self._dtype = np.dtype({"names": list(fields), "formats": formats, "offsets": offsets, "itemsize": 8 * words})
-        self._row = device.array(np.zeros(words, np.int64))
-        places = np.concatenate([_places(update, offset) for update, offset in zip(launches, offsets, strict=True)])
-        self._places = device.array(places.view(np.uint8))
-        row, table = device.address(self._row), device.address(self._places)
-        self._rows = kernels.struct(kernels.GUARD_ROWS, 0, row, table, words, len(places))
+        self._row = device.empty(words, np.dtype(np.int64))
+        row = device.address(self._row)
         for update, offset in zip(launches, offsets, strict=True):
             update.staged[0] = row + offset
             update.found[0] = guard.address("found") if searched else 0
-        self._have_room_for(room)
+        count = sum(each.settings for each in launches)
+        if origin is None:
+            places = [_places(update, offset) for update, offset in zip(launches, offsets, strict=True)]
+            self._places = device.array(np.concatenate(places).view(np.uint8))
+        else:  # which has at least the same ones; written anew they would be a part of the graph
+            self._places = origin._places
+        self._rows = kernels.struct(kernels.GUARD_ROWS, 0, 0, row, device.address(self._places), words, count)
+        self._live: StagedArray | None = None
+        if self._use is CAPTURED:
+            assert origin is not None
+            assert origin._live is not None
+            self._table = self._table_for(1)
+            self._rows["candidates"], self._rows["frozen"] = origin._live.address, self._table.address
+            self._live = origin._live
+        else:
+            self._have_room_for(ROOM if self._use.staged else 1)
+        if self._use is EAGER and device.captures:
+            self._live = self._table_for(ROOM)
+            self._live.write(np.zeros(self._nbytes(ROOM), np.uint8))
         self._begin = device.prepare(
             kernels.guard("guard_begin"), [guard.state, self._rows, guard.scale, guard.wide, guard.number]
         )
@@ -79,25 +97,44 @@ class GuardedScalars:
             kernels.guard("guard_end"), [guard.state, self._rows, guard.skips, guard.found_inf, guard.loss]
         )
 
+    def _nbytes(self, rows: int) -> int:
+        return int(kernels.CANDIDATES.itemsize + rows * self._dtype.itemsize)
+
+    def _table_for(self, rows: int) -> StagedArray:
+        return self._guard.device.staged(self._nbytes(rows), np.dtype(np.uint8))
+
     def _have_room_for(self, rows: int) -> None:
-        begin = kernels.CANDIDATES.itemsize
-        self._values = np.zeros(begin + rows * self._dtype.itemsize, np.uint8)
-        self._known, self._candidates = self._values[:begin].view(np.int64), self._values[begin:].view(self._dtype)
-        self._table: StagedArray = self._guard.device.staged(self._values.size, np.dtype(np.uint8))
+        self._room, self._table = rows, self._table_for(rows)
         self._rows["candidates"] = self._table.address
 
     def write(self, candidates: Candidates) -> None:
-        """Let the next step's scalars be chosen among these."""
+        """Let the next step's scalars be chosen among these; in a graph of the user's as long as none are staged."""
         number = len(candidates.rows)
-        if number > len(self._candidates):
+        if self._use is CAPTURED:
+            self._use.write_scalars(self._table, self._bytes_of(candidates, 1))
+            return
+        if number > self._room:
             self._have_room_for(2 * number)
-        self._known[:] = candidates.first, number
-        names = self._dtype.names or ()
+        self._table.write(self._bytes_of(candidates, self._room))
+
+    def stage(self, candidates: Candidates) -> None:
+        """Let the graphs of these launches choose among these from now on."""
+        if self._live is None:
+            self.write(candidates)
+        else:
+            self._live.write(self._bytes_of(candidates, ROOM))
+
+    def _bytes_of(self, candidates: Candidates, room: int) -> np.ndarray:
+        """What a table with room for so many rows is to hold."""
+        number, begin = len(candidates.rows), kernels.CANDIDATES.itemsize
+        values = np.zeros(self._nbytes(room), np.uint8)
+        values[:begin].view(np.int64)[:] = candidates.first, number
+        rows, names = values[begin:].view(self._dtype), self._dtype.names or ()
         for update, name in enumerate(names[: self._updates]):
-            self._candidates[name][:number] = [scalars[update] for scalars in candidates.rows]
+            rows[name][:number] = [scalars[update] for scalars in candidates.rows]
         for name in names[self._updates :]:  # all other scalars are zeros: theta = g
-            self._candidates[name]["apply"][:number, 0] = candidates.overwrites
-        self._table.write(self._values)
+            rows[name]["apply"][:number, 0] = candidates.overwrites
+        return values
 
     def begin(self) -> list[Call]:
         """The calls that enqueue the choice of a step's scalars."""

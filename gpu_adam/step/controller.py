@@ -31,21 +31,20 @@ from gpu_adam.state.transaction import Transaction
 from gpu_adam.step import request as requests
 from gpu_adam.step.capture import Graph, Graphs, check_capturable
 from gpu_adam.step.gradients import AS_THEY_ARE, Incoming, OtherDtypeError
-from gpu_adam.step.guard import GUARDING, Guard, Guards
+from gpu_adam.step.guard import Aim, Guard, Guards
 from gpu_adam.step.launches import LaunchScalars, make_ready
 from gpu_adam.step.memos import Found, Memo, Memos
 from gpu_adam.step.plan import Plan, check_updatable
 from gpu_adam.step.replays import (
     CapturedStep,
     Configuration,
-    Counting,
     Recording,
     Stepper,
     current_recording,
-    refuse_in_capture,
 )
 from gpu_adam.step.request import Request
 from gpu_adam.step.scalars import Scalars
+from gpu_adam.step.staging import StagedSteps, overwriting_in_graph
 from gpu_adam.uninterrupted import Call, make_all
 from gpu_adam.variables import Variable
 
@@ -74,8 +73,7 @@ class Controller:
         self._state, self._flavour, self._configuration = state, flavour, configuration
         self._graphs = Graphs()
         self._memos = Memos(state)
-        self._captured: dict[Plan, CapturedStep] = {}
-        self._promised: tuple[int, int] | None = None
+        self._staged = StagedSteps(state)
         self.guards = Guards(state)
 
     @stage("step")
@@ -126,12 +124,8 @@ class Controller:
                 now = Scalars(hyper, done, self._flavour) if guard is None else self._evaluated(hyper, done)
                 if now.are_called:
                     done = self._checked_after_calls(pairs, memo, addresses)
-                if guard is None:
-                    now.iterations = done
-                    scalars: LaunchScalars = plan.scalars(now, clip, incoming.divisor)
-                else:
-                    aim, counts = guard.aim(incoming, self._flavour), guard.counts(state.counter)
-                    done, scalars = counts[-1], plan.candidates(now, hyper["learning_rate"], clip, aim.number, counts)
+                rate = hyper["learning_rate"]
+                done, scalars, aim = self._scalars(plan, now, rate, clip, incoming, done, guard, graph)
                 if request is not None and request.without:
                     _warn(request.without)
                 with Transaction(state) as change:
@@ -143,7 +137,7 @@ class Controller:
                     launches.bind(pairs, gradients)
                     launches.set_scalars(scalars)
                     count = functools.partial(state.counter._storage.fill, done + 1)
-                    report = [] if guard is None else guard.done_calls(plan.cohorts, aim)
+                    report = [] if guard is None or aim is None or graph else guard.done_calls(plan.cohorts, aim)
                     calls = [*launches.calls(clip), *self._overwriting(plan, done + 1, graph), *report, count]
                     # torch's tensors first: the processor's caches have them still, until the host's launches.
                     _enqueue(
@@ -152,7 +146,10 @@ class Controller:
                 if graph is None:
                     launches.release()
                 else:
-                    self._note_captured(memo, clip, incoming, done)
+                    graph.kept.append(aim)
+                    assert plan.own_launches is not None
+                    fixed = memo.written_calls, clip, incoming.divisor, state.layout, aim
+                    self._staged.note(CapturedStep(plan, plan.own_launches, *fixed), done)
                 plan.constrain()
             if memo is not recalled:
                 self._memos.remember(memo, request)
@@ -163,11 +160,11 @@ class Controller:
 
         Launches of guarded steps do so themselves.
         """
-        if not self._flavour.overwrites_at(step) or plan.rule.guarded:
+        if not self._flavour.overwrites_at(step):
             return ()
         if graph is not None:
-            raise _overwriting_in_graph()
-        return self._state.overwriting_calls(plan.variables)
+            raise overwriting_in_graph()
+        return () if plan.rule.guarded else self._state.overwriting_calls(plan.variables)
 
     def _ensure_own(self, change: Transaction, device: Device | None) -> None:
         """Create what belongs to no variable: the counter, and a loss scale on the device if there is one."""
@@ -186,17 +183,39 @@ class Controller:
 
     def _guard_of(self, plan: Plan, graph: Graph | None) -> Guard | None:
         """The guard of a step that begins, if it has one."""
-        if plan.rule.guarded and graph is not None:
-            rule, remedy = f"must do without {GUARDING}", "use Adam.capture, or do it outside of the graph"
-            raise ArgumentValueError("a step captured in a graph", rule, "one of them", remedy)
         guard = self.guards.of(plan.devices[0]) if plan.rule.guarded else None
-        self.guards.begin(guard, plan.cohorts)
+        if graph is None:
+            self.guards.begin(guard, plan.cohorts)
+        elif self.guards.is_unsure:
+            rule, got = "must begin with a count that is known", "steps before it that may have been left out"
+            remedy = "read iterations before the capture, which waits for them"
+            raise ArgumentValueError("a step captured in a graph", rule, got, remedy)
         return guard
 
     def _evaluated(self, hyper: dict[str, Any], done: int) -> Scalars:
         """The scalars of a guarded step."""
         with self.guards.evaluating():
             return Scalars(hyper, done, self._flavour)
+
+    def _scalars(
+        self,
+        plan: Plan,
+        now: Scalars,
+        rate: Any,
+        clip: Clip,
+        incoming: Incoming,
+        done: int,
+        guard: Guard | None,
+        graph: Graph | None,
+    ) -> tuple[int, LaunchScalars, Aim | None]:
+        """How many steps are done, at most, what launches take for the next one, and how it is decided if guarded."""
+        if guard is None:
+            now.iterations = done
+            return done, plan.scalars(now, clip, incoming.divisor), None
+        aim = guard.aim(incoming, self._flavour)
+        # In a capture nobody may ask what has come from the device, and nothing is missing either.
+        counts = guard.counts(self._state.counter) if graph is None else range(done, done + 1)
+        return counts[-1], plan.candidates(now, rate, clip, aim.number, counts), aim
 
     def loss_scale(self) -> Variable:
         """The scale of an optimizer with a loss scale; on its variables' device or, before it has any, the default one.
@@ -212,41 +231,15 @@ class Controller:
             self._ensure_own(change, variables[0].device if variables else get_device())
         return self._state.own[SCALE]
 
-    def _note_captured(self, memo: Memo, clip: Clip, incoming: Incoming, done: int) -> None:
-        """Note a step in a graph of the user's, which was counted as step done + 1 and is still to be run."""
-        plan, state = memo.plan, self._state
-        assert plan.own_launches is not None
-        step = CapturedStep(plan, plan.own_launches, memo.written_calls, clip, incoming.divisor, state.layout)
-        self._captured[plan] = step
-        follows = self._promised is not None and self._promised[1] == done
-        self._promised = (self._promised[0] if follows and self._promised else done, done + 1)
+    def stage(self) -> int | None:
+        """Write the scalars of the next step to where the user's graphs read them, and count it.
 
-    def stage(self) -> int:
-        """Write the scalars of the next step to where the user's graphs read them, and count it; the steps done."""
-        state, stepper = self._state, self.stepper()
-        state.raise_error_of_save()
-        with state.alone():
-            steps = list(self._captured.values())
-            if not steps:
-                rule = "must follow the capture of a step in a graph, as by torch.cuda.graph or stream.begin_capture"
-                raise ArgumentValueError("stage", rule, "none", "capture a step, or call the replay() of a capture")
-            for device in {device for step in steps for device in step.plan.devices}:
-                refuse_in_capture(device, "stage")
-            with Counting([state]) as counting:
-                if self._promised is not None and self._promised[1] == state.steps_done:
-                    state.counter._storage.fill(self._promised[0])
-                asked = stepper.next_step()
-                asked.be_counted()
-                if stepper.flavour.overwrites_at(state.steps_done):
-                    raise _overwriting_in_graph()
-                # Where some graphs fit no more, the user has captured others.
-                fitting = [step for step in steps if step.misfit(asked) is None] or steps[-1:]
-                scalars = [step.scalars(asked) for step in fitting]
-                for step, own in zip(fitting, scalars, strict=True):
-                    step.launches.stage(own)
-                make_all([*(call for step in fitting for call in step.written_calls), counting.done])
-            self._promised = None
-            return state.steps_done
+        Returns:
+            The steps done; None where the host does not know.
+        """
+        self._state.raise_error_of_save()
+        with self._state.alone():
+            return self._staged.stage(self.stepper())
 
     def stepper(self) -> Stepper:
         """The optimizer, for what is captured of it."""
@@ -491,12 +484,6 @@ def _checked_anew(pairs: Sequence[Any], memo: Memo, addresses: np.ndarray, graph
     if graph is not None:
         check_capturable(pairs, is_first=memo.plan.own_launches is None)
     return memo.plan.check(pairs, addresses)
-
-
-def _overwriting_in_graph() -> ArgumentValueError:
-    rule = "must not overwrite variables by their averages, as every replay would do again"
-    remedy = "use Adam.capture, or leave ema_overwrite_frequency out and call overwrite_by_averages()"
-    return ArgumentValueError("a step captured in a graph", rule, "such a step", remedy)
 
 
 def _warn(without: Sequence[str]) -> None:

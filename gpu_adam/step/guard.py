@@ -120,8 +120,10 @@ class Guard:
         self._reports = device.read_back(self._memory)
         self.report: Any = np.zeros(1, kernels.GUARD)[0]
         # The count was `_count` after guarded step number `_since`; `_read` reports were read of `_enqueued` steps, of
-        # which number `_unsure` is the last one that may have been left out.
+        # which number `_unsure` is the last one that may have been left out. `_owes`: whether the last step's report is
+        # still to be enqueued, behind the launch of a graph of the user's.
         self._count = self._since = self._read = self._enqueued = self._unsure = 0
+        self._owes = False
         self.state = kernels.pointer(device.address(self._memory))
         self.scale, self.wide, self.number = kernels.pointer(0), kernels.scalar(0), kernels.scalar(1, np.float64)
         self.skips, self.found_inf = kernels.scalar(0), kernels.pointer(0)
@@ -130,6 +132,7 @@ class Guard:
         self.cohorts: Sequence[Cohort] = ()
         self._loss_scale: LossScale | None = None
         self._kept: Sequence[Array | None] = ()
+        self._numbers: Sequence[Array] = ()
 
     def address(self, field: str) -> int:
         """Where a field of kernels.GUARD lies on the device."""
@@ -176,6 +179,7 @@ class Guard:
             waits: whether to wait for all reports, after which the two numbers are one.
         """
         done, most = int(counter._storage.item()), self._most()
+        self.ask()
         number, contents = self._reports.read(waits=waits)
         if number and counter._storage.flags.writeable:  # else the next step is refused
             report, read = contents.view(kernels.GUARD)[0], self._read + number
@@ -193,6 +197,11 @@ class Guard:
         if done != most:  # somebody has set the counter
             self._count, self._since = done, self._enqueued
         return self._count if self.is_unsure else done, done
+
+    def ask(self) -> None:
+        """Enqueue the report of a step that the user has launched, if it is still owed."""
+        if self._owes:
+            make_all([*self._reports.calls(), functools.partial(setattr, self, "_owes", False)])
 
     def _most(self) -> int:
         return self._count + self._enqueued - self._since
@@ -242,21 +251,25 @@ class Guard:
         """
         if self._loss_scale is None:
             return
-        scale, good = (self.device.address(own[name]._storage) for name in (SCALE, GOOD_STEPS))
+        self._numbers = [own[name]._storage for name in (SCALE, GOOD_STEPS)]  # kept with the guard, by graphs too
+        scale, good = map(self.device.address, self._numbers)
         self.loss[0] = scale, good, self._loss_scale.growth_interval
         if self._follows:
             self.scale[0] = scale
 
-    def done_calls(self, cohorts: Sequence[Cohort], aim: Aim) -> list[Call]:
+    def done_calls(self, cohorts: Sequence[Cohort], aim: Aim, *, is_launched: bool = True) -> list[Call]:
         """The calls that count a step and enqueue its report; to be made with its launches.
 
         Args:
             cohorts: among its variables.
             aim: of the step.
+            is_launched: whether its launches are enqueued with them. If not, the user is going to launch them, and the
+                report follows when this guard is next used, on the stream that is current then.
         """
         number = self._enqueued + 1
         assign = functools.partial(functools.partial, setattr, self)
-        calls = [*self._reports.calls(), assign("_enqueued", number), assign("cohorts", cohorts)]
+        report = self._reports.calls() if is_launched else [assign("_owes", True)]
+        calls = [*report, assign("_enqueued", number), assign("cohorts", cohorts)]
         if aim.may_be_left_out:
             calls.append(assign("_unsure", number))
         return calls
@@ -353,6 +366,12 @@ class Guards:
             for guard in self._by_device.values():
                 guard.bounds(self._state.counter, waits=True)
             return sum(int(guard.report["skipped"]) for guard in self._by_device.values())
+
+    def ask(self) -> None:
+        """Enqueue the reports of steps that the user has launched, before a call that waits for all there is."""
+        with self._state.alone(is_brief=True):
+            for guard in self._by_device.values():
+                guard.ask()
 
     def telemetry(self) -> Telemetry | None:
         """The numbers of the last guarded step that the device has finished; None before there is one. Never waits."""

@@ -14,9 +14,9 @@ from gpu_adam.errors import ArgumentValueError
 from gpu_adam.hyperparameters import Clip
 from gpu_adam.kernels import UpdateRule
 from gpu_adam.state.adam_state import AdamState, Copies
-from gpu_adam.step.arguments import CAPTURED, Use, Writer, replayed
+from gpu_adam.step.arguments import CAPTURED, EAGER, Use, Writer, replayed
 from gpu_adam.step.averages import overwriting_launches
-from gpu_adam.step.candidates import ROOM, Candidates, GuardedScalars
+from gpu_adam.step.candidates import Candidates, GuardedScalars
 from gpu_adam.step.deferred import DeferredRows, DeferredTable
 from gpu_adam.step.deferred import make_ready as make_logs_ready
 from gpu_adam.step.dense import DenseLaunch, DenseTable, rows_of
@@ -50,7 +50,8 @@ class Launches:
         behind: what rows of variables have missed; the same mapping for ever.
         exchange: what other ranks do in the step, if there are some.
         guard: of a guarded step.
-        room: for how many candidates of a guarded step there is memory.
+        use: what the launches are made for.
+        origin: of launches in a graph, those that they were made from.
         copies: by which a guarded step overwrites variables where its candidates have it.
 
     Attributes:
@@ -70,7 +71,8 @@ class Launches:
         captures: bool,
         pools: Sequence[Any] = (),
         guard: Guard | None = None,
-        room: int = 1,
+        use: Use = EAGER,
+        origin: Launches | None = None,
         copies: Copies = (),
     ) -> None:
         self._updates, self._written, self._rule, self._guard = list(updates), written, rule, guard
@@ -90,7 +92,12 @@ class Launches:
         self._copies, self._overwriting = copies, overwriting_launches(copies)
         if guard is not None:
             own, others = ([each.arguments for each in every] for every in (self._updates, self._overwriting))
-            self._guarded = GuardedScalars(guard, own, others, searched=rule.searched, room=room)
+            self._guarded = GuardedScalars(
+                *(guard, own, others),
+                searched=rule.searched,
+                use=use,
+                origin=None if origin is None else origin._guarded,
+            )
             if rule.measured:
                 self._update_norms = UpdateNorms(self._updates, rule, guard.update_totals)
 
@@ -135,7 +142,7 @@ class Launches:
             else:
                 updates.append(DenseLaunch(group, DenseTable(group, rows_of(group, slots, own_places))))
         written_on = {place: Intervals(np.concatenate(parts)) for place, parts in memory.items()}
-        captures = guard is None and not deferred and any(group.device.captures for group in groups)
+        captures = not deferred and any(group.device.captures for group in groups)
         others: dict[str, Any] = {"behind": state.deferred, "exchange": state.exchange, "guard": guard}
         others["copies"] = _copies(groups, rule, state)
         return cls(updates, written_on, rule, kept, captures=captures, **others)
@@ -202,8 +209,9 @@ class Launches:
         updates = [update.for_graph(use) for update in self._updates]
         shared = self._written, self._rule, self._kept
         others: dict[str, Any] = {"behind": self._behind, "exchange": self._exchange, "guard": self._guard}
-        others["copies"] = self._copies
-        launches = Launches(updates, *shared, captures=False, pools=pools, room=ROOM, **others)
+        # A graph of the user's would overwrite variables at each launch that nobody has staged.
+        others["copies"] = () if use is CAPTURED else self._copies
+        launches = Launches(updates, *shared, captures=False, pools=pools, use=use, origin=self, **others)
         for norm, own in zip(launches._norms, self._norms, strict=True):
             norm.reserve(own.capacity)
         return launches
@@ -276,7 +284,8 @@ class Launches:
     def stage(self, scalars: LaunchScalars) -> None:
         """Let the graphs of these launches use these scalars from now on."""
         if isinstance(scalars, Candidates):
-            self.set_scalars(scalars)
+            assert self._guarded is not None
+            self._guarded.stage(scalars)
             return
         for update, own in zip(self._updates, scalars, strict=True):
             update.arguments.stage(own)

@@ -114,13 +114,18 @@ class CapturedStep(NamedTuple):
         """Decides about a guarded step."""
         return None if self.aim is None else self.aim.guard
 
-    def misfit(self, asked: NextStep) -> ArgumentValueError | None:
+    def misfit(self, rule: UpdateRule, clip: Clip, layout: object) -> ArgumentValueError | None:
         """What is wrong where the kernels of a graph are not those that are asked for.
 
         Kernels that clip by value or adjust are given neutral numbers where that is no longer asked for.
+
+        Args:
+            rule: which update the optimizer is to make.
+            clip: its bounds.
+            layout: of its state.
         """
-        own, rule, layout = self.plan.rule, asked.rule, asked.state.layout
-        if rule is own and asked.clip == self.clip and layout is self.layout:
+        own = self.plan.rule
+        if rule is own and clip == self.clip and layout is self.layout:
             return None
         covered = rule._replace(
             adjusts=rule.adjusts or own.adjusts,
@@ -129,7 +134,7 @@ class CapturedStep(NamedTuple):
             guarded=own.guarded,
         )
         changed = [name for name, one, other in zip(own._fields, own, covered, strict=True) if one != other]
-        if own.norm is not None and asked.clip != self.clip:
+        if own.norm is not None and clip != self.clip:
             changed.append("bounds")
         if self.layout is not layout:
             changed.append("variables, slots or groups")
@@ -144,7 +149,7 @@ class CapturedStep(NamedTuple):
         Raises:
             ArgumentValueError: the graph does not fit; a value breaks its rule in some dtype.
         """
-        wrong = self.misfit(asked)
+        wrong = self.misfit(asked.rule, asked.clip, asked.state.layout)
         if wrong is not None:
             raise wrong
         if self.guard is None:
@@ -152,14 +157,16 @@ class CapturedStep(NamedTuple):
         counts = self.guard.counts(asked.state.counter, ROOM)
         return self.plan.candidates(asked.now, asked.rate, asked.clip, self.divisor, counts)
 
-    def done_calls(self, state: AdamState, number: int) -> list[Call]:
+    def done_calls(self, state: AdamState, number: int, *, is_launched: bool = True) -> list[Call]:
         """The calls that end step t, to be made with the launch.
 
         Args:
             state: of the optimizer.
             number: t, if no step before it was left out.
+            is_launched: whether the launch is made with them, or is left to the user.
         """
-        report = [] if self.aim is None else self.aim.guard.done_calls(self.plan.cohorts, self.aim)
+        aim = self.aim
+        report = [] if aim is None else aim.guard.done_calls(self.plan.cohorts, aim, is_launched=is_launched)
         return [*report, *self.written_calls, *self.launches.counts, partial(state.counter._storage.fill, number)]
 
 

@@ -15,6 +15,8 @@ CASES = [
     Workload("amsgrad", many(2, 30), amsgrad=True),
     Workload("clipped", many(2, 30), clip=True),
     Workload("float64", many(2, 30), "float64"),
+    Workload("float16", many(2, 30), "float16"),
+    Workload("bfloat16", many(2, 30), "bfloat16"),
     Workload("complex64", many(2, 30), "complex64", complex_mode="real_imag"),
     Workload("sparse", many(2, 30, 3), indices=8, zipf=True),
 ]
@@ -41,6 +43,8 @@ def test_runs_or_is_not_offered(module: str, workload: Workload) -> None:
             assert candidate.name == peer.name
             ran.append(peer.name)
     assert ran or workload.name == "complex64"
+    if module == "torch" and workload.name.endswith("float16"):
+        assert {"torch fused", "torch foreach"} <= set(ran)
 
 
 def test_ours_and_torchs_agree() -> None:

@@ -15,8 +15,10 @@ from gpu_adam.devices import Device
 
 
 def torch_fused(sets: Sequence[Inputs], device: Device) -> Candidate:
-    """``torch.optim.Adam(fused=True)``."""
-    only(sets[0].workload, amsgrad=True, clip=True)
+    """``torch.optim.Adam(fused=True)``; moments of 16-bit parameters have 16 bits there."""
+    if sets[0].workload.dtype.startswith("complex"):
+        raise Unsupported
+    only(sets[0].workload, amsgrad=True, clip=True, real=False)
     return _torch("torch fused", sets, device, fused=True)
 
 
@@ -31,7 +33,7 @@ def own_in_torch(sets: Sequence[Inputs], device: Device) -> Candidate:
 
 
 def torch_foreach(sets: Sequence[Inputs], device: Device) -> Candidate:
-    """``torch.optim.Adam(foreach=True)``; it sees complex variables as pairs of real ones."""
+    """``torch.optim.Adam(foreach=True)``, which sees complex variables as pairs of real ones; moments as in fused."""
     if sets[0].workload.dtype.startswith("complex") and sets[0].workload.complex_mode != "real_imag":
         raise Unsupported
     only(sets[0].workload, amsgrad=True, clip=True, real=False)
@@ -115,10 +117,14 @@ def _torch_parameters(inputs: Inputs, device: Device) -> list[Any]:
 def _tensor(array: np.ndarray, device: Device) -> Any:
     import torch  # noqa: PLC0415
 
+    is_bfloat16 = array.dtype.name == "bfloat16"  # which torch does not take from NumPy
+    tensor = torch.from_numpy(array.view(np.int16) if is_bfloat16 else array)
     if device.name == "host":
         torch.set_num_threads(getattr(device, "threads", torch.get_num_threads()))
-        return torch.from_numpy(array.copy())
-    return torch.from_numpy(array).to(device.name)
+        tensor = tensor.clone()
+    else:
+        tensor = tensor.to(device.name)
+    return tensor.view(torch.bfloat16) if is_bfloat16 else tensor
 
 
 def _torch_clock(device: Device) -> Any:
