@@ -124,7 +124,7 @@ def documents() -> dict[Path, dict[str, str]]:
     """What stands between which marks of which document."""
     reports = results()
     return {
-        README: {"performance": performance(reports, [TIMES, TORCH_TIMES])},
+        README: {"performance": performance(reports, [TIMES])},
         PROFILING: {
             "performance": performance(reports, FIGURES),
             "goals": waiting(reports),
