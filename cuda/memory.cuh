@@ -177,8 +177,8 @@ struct Measures {
     static constexpr int LANES = MEASURES && GPU_ADAM_ONE_THREAD ? GPU_ADAM_STRIP : 1;
     double update[LANES], theta[LANES];
 
-    __device__ void add_update(const Element& e, int lane) { update[lane] += norm_term(e.moved); }
-    __device__ void add_theta(const Element& e, int lane) { theta[lane] += norm_term(e.theta); }
+    __device__ void add_update(const Element& e, int lane) { update[lane] = plus_square(update[lane], e.moved); }
+    __device__ void add_theta(const Element& e, int lane) { theta[lane] = plus_square(theta[lane], e.theta); }
 };
 
 // The sums of each thread of a block, in shared memory.

@@ -35,7 +35,7 @@ __device__ inline void add_row(long long row, int count, const Terms& terms, dou
         double* const own = lanes + begin;
         GPU_ADAM_INDEPENDENT
         for (int k = 0; k < n; ++k) {
-            own[k] = (FIRST ? 0.0 : own[k]) + strip.at(k);  // 0.0 +: a denormal term may be no zero, its sum is
+            own[k] = strip.plus(FIRST ? 0.0 : own[k], k);  // 0.0 +: a denormal term may be no zero, its sum is
         }
     }
 }
@@ -70,7 +70,7 @@ __device__ inline double ordered_sum(long long n, const Terms terms, double* lan
         long long i = group * PACK;
 #pragma unroll 4
         for (; i + PACK <= n; i += LANES) terms.add(sum, i);
-        for (int k = 0; i + k < n && k < PACK; ++k) sum[k] += terms.at(i + k);
+        for (int k = 0; i + k < n && k < PACK; ++k) sum[k] = terms.plus(sum[k], i + k);
         for (int k = 0; k < PACK; ++k) lanes[group * PACK + k] = sum[k];
     }
     __syncthreads();
@@ -87,8 +87,8 @@ struct Squares {
     const StepScalars& step;
     bool packed;
 
-    __device__ double term(Number x) const { return norm_term(bounded(value(x), step)); }
-    __device__ double at(long long i) const { return term(g[i]); }
+    __device__ double with(double sum, Number x) const { return plus_square(sum, bounded(value(x), step)); }
+    __device__ double plus(double sum, long long i) const { return with(sum, g[i]); }
     __device__ void prefetch(long long i) const { GPU_ADAM_PREFETCH(g + i); }
     __device__ auto strip(long long begin, int n, float* floats) const {
         return Squares<typename InStrip<Number>::Type>{in_strip(g + begin, n, floats), step, packed};
@@ -97,10 +97,10 @@ struct Squares {
         if (packed) {
             const auto pack = load_pack<PACK>(g + i);
 #pragma unroll
-            for (int k = 0; k < PACK; ++k) sum[k] += term(pack.x[k]);
+            for (int k = 0; k < PACK; ++k) sum[k] = with(sum[k], pack.x[k]);
         } else {
 #pragma unroll
-            for (int k = 0; k < PACK; ++k) sum[k] += term(g[i + k]);
+            for (int k = 0; k < PACK; ++k) sum[k] = with(sum[k], g[i + k]);
         }
     }
 };
@@ -128,7 +128,7 @@ __device__ inline double sum_of_squares(const Gradient* g, int n, const StepScal
 struct Partials {
     const double* sums;
 
-    __device__ double at(long long i) const { return sums[i]; }
+    __device__ double plus(double sum, long long i) const { return sum + sums[i]; }
     __device__ void prefetch(long long i) const { GPU_ADAM_PREFETCH(sums + i); }
     __device__ Partials strip(long long begin, int, float*) const { return {sums + begin}; }
     __device__ void add(double* sum, long long i) const {

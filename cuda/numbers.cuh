@@ -13,7 +13,8 @@
 //
 // Numbers of 16 bits are computed with in float, and rounded once, when they are stored.
 //
-// Rounding is IEEE nearest-even for + - * / sqrt, and no multiply-add is contracted (-fmad=false, -ffp-contract=off).
+// Rounding is IEEE nearest-even for + - * / sqrt, and no multiply-add is contracted (-fmad=false, -ffp-contract=off). One is
+// written, where it changes no bit (`plus_square`).
 // Denormal numbers are zero, sign kept, as operands and as results:
 //   float    by the processor's modes: NVRTC is given -ftz=true, the host sets FTZ (denormal results become zero) and
 //            DAZ (denormal operands are zero) around a launch;
@@ -84,11 +85,15 @@ __device__ inline Real squared(Real x) { return x * x; }
 template <typename Real>
 __device__ inline Real squared(Complex<Real> x) { return x.re * x.re + x.im * x.im; }
 
-// |x|^2 as the terms of a norm, in float64 whatever the dtype, so that float32 cannot overflow.
-__device__ inline double norm_term(float x) { return static_cast<double>(x) * static_cast<double>(x); }
-__device__ inline double norm_term(Double x) { return (x * x).x; }
+// sum + |x|^2, by which norms are added up, in float64 whatever the dtype, so that float32 cannot overflow. The square of a
+// float has at most 48 digits and is exact there: a multiply-add, which rounds once, has the bits of the two operations.
+__device__ inline double plus_square(double sum, float x) {
+    const double wide = x;
+    return __fma_rn(wide, wide, sum);
+}
+__device__ inline double plus_square(double sum, Double x) { return sum + (x * x).x; }
 template <typename Real>
-__device__ inline double norm_term(Complex<Real> x) { return norm_term(x.re) + norm_term(x.im); }
+__device__ inline double plus_square(double sum, Complex<Real> x) { return sum + plus_square(plus_square(0, x.im), x.re); }
 
 // The larger, and `a` where `b` is NaN, as Keras computes vhat. (fmax would drop a NaN in `a` as well.)
 template <typename Real>

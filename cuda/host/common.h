@@ -40,6 +40,15 @@ static inline double __longlong_as_double(long long bits) {
     return x;
 }
 
+// The kernels call it where the product is exact: without the instruction, two operations have the same bits.
+static inline double __fma_rn(double a, double b, double c) {
+#if defined(__FMA__) || defined(__aarch64__)
+    return __builtin_fma(a, b, c);
+#else
+    return a * b + c;
+#endif
+}
+
 static inline unsigned __float_as_uint(float x) {
     unsigned bits;
     memcpy(&bits, &x, sizeof bits);

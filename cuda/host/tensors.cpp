@@ -53,8 +53,8 @@ struct ExpectedTensor {
 
 constexpr Size COMPLEX = 5;  // DLPack's code
 
-// How to ask torch what DLPack leaves out. Objects of Python, which a caller keeps alive. Mirrored by
-// gpu_adam.devices.native_tensors.QUESTIONS.
+// How to ask torch what DLPack leaves out: objects of Python, which a caller keeps alive. Mirrored by `_asked` of
+// gpu_adam.devices.native_tensors.
 struct Questions {
     void* requires_grad;                              // the name of an attribute
     void *is_neg, *is_conj;                           // functions of a tensor

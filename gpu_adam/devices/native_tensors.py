@@ -24,9 +24,6 @@ TENSOR = np.dtype(
 )
 """``ExpectedTensor`` of cuda/host/tensors.cpp."""
 
-QUESTIONS = ("requires_grad", "is_neg", "is_conj", "untyped_storage", "nbytes", "storage_offset", "no")
-"""The members of ``Questions`` of cuda/host/tensors.cpp, each the address of an object."""
-
 READING = np.dtype(
     [("expected", _POINTER), ("count", _INTEGER), ("api", _POINTER), ("questions", _POINTER)]
     + [(name, _INTEGER) for name in ("device_type", "device_id")]
@@ -61,9 +58,7 @@ class NativeTensorReader:
         *,
         are_plain: bool,
     ) -> None:
-        tensor, storage = torch.Tensor, torch.UntypedStorage
-        asked = tensor.is_neg, tensor.is_conj, tensor.untyped_storage, storage.nbytes, tensor.storage_offset
-        self._kept = list(types), (sys.intern("requires_grad"), *asked, False)  # they are compared by address
+        self._types, self._asked = list(types), _asked(torch)  # kept alive, for C has their addresses
         self._sizes = np.array([size for shape in shapes for size in shape] or [0], _INTEGER)
         ndims = np.array([len(shape) for shape in shapes], _INTEGER)
         self._table = table = np.zeros(len(shapes), TENSOR)
@@ -72,7 +67,7 @@ class NativeTensorReader:
         table["elements"] = list(map(math.prod, shapes))
         table["code"] = [_CODES.get(dtype.kind, -1) for dtype in dtypes]
         table["bits"] = [8 * dtype.itemsize for dtype in dtypes]
-        self._questions = np.array(list(map(id, self._kept[1])), _POINTER)
+        self._questions = np.array(list(map(id, self._asked)), _POINTER)
         questions = self._questions.ctypes.data if are_plain else 0
         self._reading = np.zeros(1, READING)
         self._reading[0] = table.ctypes.data, len(table), _api(torch), questions, 0, 0
@@ -110,6 +105,13 @@ class NativeTensorReader:
             self._reading["device_type"] = _DEVICES.get(device.type, -1)
             self._reading["device_id"] = device.index or 0
             self._device = device
+
+
+def _asked(torch: Any) -> list[Any]:
+    """What C asks of a tensor, and an answer to compare with: ``Questions`` of cuda/host/tensors.cpp, in order."""
+    tensor, storage = torch.Tensor, torch.UntypedStorage
+    functions = tensor.is_neg, tensor.is_conj, tensor.untyped_storage, storage.nbytes, tensor.storage_offset
+    return [sys.intern("requires_grad"), *functions, False]
 
 
 def pairs_with_gradients(torch: Any, parameters: list[Any]) -> list[Any]:
