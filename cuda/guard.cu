@@ -17,6 +17,8 @@
 // Numbers of an optimizer's steps on one device. Mirrored by gpu_adam.kernels.GUARD.
 struct Guard {
     long long count;           // steps done
+    long long number;          // of the last step that began, as the host numbers them
+    long long counts;          // whether the step at work is counted: 0 for one that is repeated
     long long skipped;         // steps that changed nothing
     long long not_finite;      // elements of the last step's gradients
     double scale;              // of the last step's gradients
@@ -37,13 +39,15 @@ struct GuardPlace {
 // In memory, where each replay of a graph finds another one. Mirrored by gpu_adam.kernels.CANDIDATES.
 struct Candidates {
     long long first;   // the number of steps done for the first row
-    long long number;  // of the rows; where there is one, the host knows the number, else guard->count has it; 0 for none
+    long long rows;    // how many there are; where there is one, the host knows the number, else guard->count has it
+    long long number;  // of the step, as the host numbers them
+    long long chosen;  // the row that a launch has taken; -1 before the first one
 };
 
 // Mirrored by gpu_adam.kernels.GUARD_ROWS.
 struct GuardRows {
-    const Candidates* candidates;
-    const Candidates* frozen;     // read as long as there are no rows of candidates; else it may be null
+    Candidates* candidates;
+    Candidates* frozen;           // taken as long as there are no rows of candidates; else it may be null
     long long* row;               // that of the step at work, from which the updates read
     const GuardPlace* places;
     long long words;              // of a row
@@ -66,26 +70,31 @@ __device__ inline void put(long long* row, long long place, long long size, doub
     }
 }
 
-// The gradients are to be divided by `number` times what `scale` points to, a double where it is `wide`, else a float; by
-// `number` alone where it is null.
+// The gradients are to be divided by `given` times what `scale` points to, a double where it is `wide`, else a float; by
+// `given` alone where it is null.
 extern "C" __global__ void __launch_bounds__(256)
-guard_begin(Guard* guard, const GuardRows rows, const void* scale, const long long wide, const double number) {
-    const Candidates* const candidates = rows.candidates->number ? rows.candidates : rows.frozen;
-    const long long first = candidates->first, last = first + candidates->number - 1;
-    // A graph may be launched again before the host sends other rows: the step is then repeated.
-    const long long count = first == last || guard->count > last ? last : guard->count;
-    const long long* const candidate = reinterpret_cast<const long long*>(candidates + 1) + (count - first) * rows.words;
-    double divisor = number;
+guard_begin(Guard* guard, const GuardRows rows, const void* scale, const long long wide, const double given) {
+    Candidates* const candidates = rows.candidates->rows ? rows.candidates : rows.frozen;
+    // A graph may be launched again before the host sends other rows: the step is then repeated, and not counted again.
+    const bool is_new = candidates->chosen < 0;
+    const long long last = candidates->rows - 1, due = last == 0 ? 0 : guard->count - candidates->first;
+    const long long chosen = !is_new ? candidates->chosen : due < 0 ? 0 : due > last ? last : due;
+    const long long* const candidate = reinterpret_cast<const long long*>(candidates + 1) + chosen * rows.words;
+    double divisor = given;
     if (scale) divisor *= wide ? *static_cast<const double*>(scale) : *static_cast<const float*>(scale);
     for (long long i = threadIdx.x; i < rows.words; i += blockDim.x) rows.row[i] = candidate[i];
-    __syncthreads();
+    __syncthreads();  // all threads have read what follows changes
     for (long long i = threadIdx.x; i < rows.count; i += blockDim.x) {
         put(rows.row, rows.places[i].unscale, rows.places[i].size, 1.0 / divisor);
     }
-    if (threadIdx.x == 0) {
-        guard->count = count;
-        guard->scale = divisor;
+    if (threadIdx.x != 0) return;
+    if (is_new) {
+        candidates->chosen = chosen;
+        guard->count = candidates->first + chosen;
+        guard->number = candidates->number;
     }
+    guard->counts = is_new;
+    guard->scale = divisor;
 }
 
 // The smallest normal number and its reciprocal: within them scale and reciprocal are normal numbers.
@@ -112,7 +121,7 @@ guard_end(Guard* guard, const GuardRows rows, const long long skips, const float
     }
     __syncthreads();  // all threads have read what follows changes
     if (threadIdx.x != 0) return;
-    guard->count += !is_bad;
+    guard->count += guard->counts && !is_bad;
     guard->skipped += is_bad;
     guard->not_finite = static_cast<long long>(guard->found);
     guard->norm = sqrt(guard->square_sum);

@@ -105,7 +105,7 @@ class Adam:
             16 bits or float32. ``skip_nonfinite`` leaves a step out, t and all, whose gradients are not all finite;
             ``loss_scale``, a `LossScale`, does so too, and divides all gradients by a scale that follows: see
             `loss_scale`; ``telemetry`` has each step's numbers measured: see `read_telemetry`. The last three want a
-            step's variables on one device, and no graph. ``accumulation`` "mean" (default) or "sum" is what becomes of
+            step's variables on one device. ``accumulation`` "mean" (default) or "sum" is what becomes of
             gradients that were accumulated: see `accumulate`. ``sparse_update`` "dense" (default) moves all rows of a
             variable with a gradient of `IndexedSlices` at once; "deferred" moves the others when somebody reads or
             writes them, with the same bits (cuda/deferred.md): the variable must be a `Variable`, of this optimizer
@@ -480,14 +480,14 @@ class Adam:
                 graph.replay()
 
         The hyperparameters are those of now, schedules and callables evaluated once, as in a step of `apply_gradients`.
-        They are written to where all graphs of this optimizer read them; a graph should have one step of it. The host
-        waits for nothing. A capture counts its step, though nothing of it runs: the first `stage` after it begins with
-        that step.
+        They are written to where all graphs of this optimizer read them; a graph should have one step of it. A graph
+        that is launched again repeats its step, which is counted once. The host waits for nothing, but where 64 steps
+        or more may have been left out of which it has not heard. A capture counts its step, though nothing of it runs:
+        the first `stage` after it begins with that step, if no other step came in between.
 
         Of steps that the device may leave out (``skip_nonfinite``, ``loss_scale``) `stage` sends the scalars of each
-        that may be the next one. How a launch went is asked for by the next call of this optimizer, on the stream that
-        is current then: this method again, a step, `iterations`, `read_telemetry`. Such a step is captured when it is
-        known how many are done: read `iterations` before, which waits.
+        that may be the next one. They count from `stage` on, until a later step shows that nobody has launched them.
+        Such a step is captured when it is known how many are done: read `iterations` before, which waits.
 
         Returns:
             The steps done, the one included that the launch does; None where the host does not know, as by
@@ -496,8 +496,8 @@ class Adam:
         Raises:
             ArgumentTypeError, ArgumentValueError: no step has been captured; as `apply_gradients` for hyperparameters;
                 as `capture`'s replay where a graph does not fit the optimizer any more; a step that
-                `ema_overwrite_frequency` lets overwrite variables; a call inside of a capture. Nothing has changed
-                then.
+                `ema_overwrite_frequency` lets overwrite variables; graphs of several devices that decide about their
+                steps; a call inside of a capture. Nothing has changed then.
             ConcurrentStepError: another call of this optimizer is at work.
         """
         refuse_in_loss("stage")
@@ -683,6 +683,7 @@ class Adam:
             self._controller.guards.settle_inside()
             counter = change.ensure_counter()
             make_all([functools.partial(counter.value.fill, count), *change.commit])
+            self._controller.staged.forget()
 
     def _count_in(self, counter: Variable) -> None:
         """Count in the user's variable; only before the counter exists."""

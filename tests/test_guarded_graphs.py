@@ -1,6 +1,8 @@
 """Captured functions whose steps the device decides about: replays have the bits of calls, and wait for nothing."""
 
+import contextlib
 import gc
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -13,7 +15,7 @@ import gpu_adam
 from gpu_adam import LossScale, Variable
 from gpu_adam.devices import Device
 from gpu_adam.errors import ArgumentValueError
-from gpu_adam.step import candidates, replays
+from gpu_adam.step import candidates, replays, staging
 from gpu_adam.step.candidates import ROOM
 
 SCALE = LossScale(2.0**10, growth_interval=20)
@@ -262,16 +264,42 @@ def test_a_graph_keeps_what_decides(gpu: Device) -> None:
 
 # Graphs that the user captured by other means, and stages before each launch.
 
-STAGED = [case for case in CASES if "overwrite" not in case]
+STAGED = {name: case for name, case in CASES.items() if "overwrite" not in name}
+STAGED["skipping, averages that would overwrite later, dtypes"] = {
+    "config": {"skip_nonfinite": True, "use_ema": True, "ema_overwrite_frequency": 1000, "learning_rate": "schedule"},
+    "dtypes": ("float32", "float64"),
+}
+
+
+@contextlib.contextmanager
+def staged(gpu: Device, config: dict[str, Any], graphs: list[Any]) -> Iterator[tuple[Case, Case]]:
+    """A case with a captured step, which it has counted as step 2, and one that makes the same steps on the host.
+
+    The device does nothing until somebody waits for it.
+    """
+    own, eager = Case(gpu, config=config), Case(HOST, config=config)
+    with context_of(gpu):
+        for each in (own, eager):
+            each.given()
+        assert own.optimizer.iterations == 1  # which waits
+        with captured(gpu, graphs):
+            own.given()
+        yield own, eager
+
+
+def assert_same(own: Case, eager: Case) -> None:
+    """The same count and bits."""
+    assert own.optimizer.iterations == eager.optimizer.iterations
+    assert_same_state(state(own.optimizer, own.work), state(eager.optimizer, eager.work))
 
 
 @pytest.mark.parametrize("case", STAGED)
 @pytest.mark.parametrize("seed", [1, 2])
 def test_staged_launches_have_the_bits_of_calls(gpu: Device, case: str, seed: int) -> None:
     """Of 100 steps, two of them left out, some of them eager ones in between; counts, scale and telemetry too."""
-    eager, graphs = Case(HOST, **CASES[case]), list[Any]()
+    eager, graphs = Case(HOST, **STAGED[case]), list[Any]()
     with context_of(gpu, seed):
-        own = Case(gpu, **CASES[case])
+        own = Case(gpu, **STAGED[case])
         for each in (own, eager):
             each.given()
         assert own.optimizer.iterations == 1  # which waits
@@ -324,45 +352,280 @@ def test_a_guarded_graph_is_frozen_until_something_is_staged(gpu: Device, emulat
         assert_same_state(state(own.optimizer, own.work), state(eager.optimizer, eager.work))
 
 
-def test_a_graph_that_is_launched_again_repeats_what_was_staged(gpu: Device) -> None:
-    """Also where the device has done more steps than the host sent candidates for."""
-    eager, graphs = Case(HOST, config={"skip_nonfinite": True}), list[Any]()
-    with context_of(gpu):  # the device does nothing until it is waited for: the host knows nothing of the steps
-        own = Case(gpu, config={"skip_nonfinite": True})
-        for each in (own, eager):
-            each.given()
-        assert own.optimizer.iterations == 1
-        with captured(gpu, graphs):
-            own.given()
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_graph_that_is_launched_again_repeats_what_was_staged(gpu: Device, waits: bool) -> None:
+    """It is counted once, whether or not the host knows which step it is: one before was left out."""
+    graphs = list[Any]()
+    with staged(gpu, {"skip_nonfinite": True, "learning_rate": "schedule"}, graphs) as (own, eager):
         for number, launches in enumerate((1, 3, 1, 2)):
             for each in (own, eager):
-                each.work.next_batch(number)
+                each.work.next_batch(number, is_bad=number == 0)
+            if waits and number > 0:
+                assert own.optimizer.iterations == eager.optimizer.iterations
             own.optimizer.stage()
+            before = int(eager.optimizer.iterations)
             for _ in range(launches):
                 graphs[0].launch()
-                eager.optimizer.iterations = 1 + number
+                eager.optimizer.iterations = before
                 eager.given()
-            gpu.synchronize()
-        assert_same_state(state(own.optimizer, own.work), state(eager.optimizer, eager.work))
+        assert own.optimizer.skipped_steps == 1
+        assert_same(own, eager)
 
 
-@pytest.mark.parametrize("config", [{"skip_nonfinite": True}, {"telemetry": True}])
-def test_a_staged_step_that_is_not_launched(gpu: Device, config: dict[str, Any]) -> None:
-    """The device has left it out, where it may leave steps out; else it counts, as without a guard."""
+@pytest.mark.parametrize("is_staged", [False, True])
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_launch_that_nobody_staged_moves_no_count(gpu: Device, is_staged: bool, waits: bool) -> None:
+    """Between steps of which the host knows nothing, or not all: it repeats what the graph did last, or its capture."""
+    graphs, repeated = list[Any](), 1
+    with staged(gpu, {"skip_nonfinite": True, "learning_rate": "schedule"}, graphs) as (own, eager):
+        eager.optimizer.iterations = 2
+        for _ in range(2):
+            for each in (own, eager):
+                each.given()
+        if is_staged:
+            repeated = int(eager.optimizer.iterations)
+            own.optimizer.stage()
+            graphs[0].launch()
+            eager.given()
+        for _ in range(3):
+            for each in (own, eager):
+                each.given()
+        if waits:
+            assert own.optimizer.iterations == eager.optimizer.iterations
+        for _ in range(2):
+            before = int(eager.optimizer.iterations)
+            graphs[0].launch()
+            eager.optimizer.iterations = repeated
+            eager.given()
+            eager.optimizer.iterations = before
+            for each in (own, eager):
+                each.given()
+        assert_same(own, eager)
+
+
+@pytest.mark.parametrize("looks", [False, True])
+@pytest.mark.parametrize("config", [{"skip_nonfinite": True, "telemetry": True}, {"telemetry": True}])
+def test_a_staged_step_that_is_not_launched(gpu: Device, config: dict[str, Any], looks: bool) -> None:
+    """It counts until a later step shows that it was not done, where steps may be left out; else it counts for good."""
     graphs, may_be_left_out = list[Any](), "skip_nonfinite" in config
-    with context_of(gpu):
-        case = Case(gpu, config=config)
-        case.given()
-        assert case.optimizer.iterations == 1
-        with captured(gpu, graphs):
-            case.given()
-        assert case.optimizer.stage() == (None if may_be_left_out else 2)
-        assert case.optimizer.stage() == (None if may_be_left_out else 3)
+    with staged(gpu, config, graphs) as (case, _):
+        for number in (2, 3):
+            assert case.optimizer.stage() == (None if may_be_left_out else number)
+            if looks:
+                case.optimizer.synchronize()
+                case.optimizer.read_telemetry()
+                assert case.optimizer.iterations == number
         graphs[0].launch()
         assert case.optimizer.iterations == (2 if may_be_left_out else 3)
         case.given()
         assert case.optimizer.iterations == (3 if may_be_left_out else 4)
         assert case.optimizer.skipped_steps == 0
+
+
+LOOKS: dict[str, Callable[[gpu_adam.Adam], object]] = {
+    "read_telemetry": lambda optimizer: optimizer.read_telemetry(),
+    "synchronize": lambda optimizer: optimizer.synchronize(),
+    "iterations": lambda optimizer: optimizer.iterations,
+    "skipped_steps": lambda optimizer: optimizer.skipped_steps,
+}
+
+
+@pytest.mark.parametrize("look", LOOKS)
+@pytest.mark.parametrize("skips", [False, True])
+def test_a_look_between_staging_and_launch_loses_nothing(gpu: Device, look: str, skips: bool) -> None:
+    """Though what the device reports then is too early."""
+    config, graphs = {"skip_nonfinite": skips, "telemetry": True, "learning_rate": "schedule"}, list[Any]()
+    with staged(gpu, config, graphs) as (own, eager):
+        for number in range(5):
+            for each in (own, eager):
+                each.work.next_batch(number, is_bad=skips and number == 2)
+            own.optimizer.stage()
+            LOOKS[look](own.optimizer)
+            graphs[0].launch()
+            eager.given()
+            if number % 2:
+                gpu.synchronize()
+        assert_same(own, eager)
+
+
+@pytest.mark.parametrize("look", LOOKS)
+@pytest.mark.parametrize("skips", [False, True])
+def test_a_look_in_a_capture_does_no_harm(gpu: Device, look: str, skips: bool) -> None:
+    """It is refused where it would have to wait, and puts nothing into the graph."""
+    graphs = list[Any]()
+    with staged(gpu, {"skip_nonfinite": skips, "telemetry": True}, graphs) as (own, eager):
+        own.optimizer.stage()
+        graphs[0].launch()
+        eager.given()
+        waits = look == "skipped_steps" or (look == "iterations" and skips)
+        expected = pytest.raises(ArgumentValueError, match=f"{look} must not be called while a graph is captured")
+        if look != "synchronize":  # which CUDA itself refuses
+            with captured(gpu, graphs, mode=2), expected if waits else contextlib.nullcontext():
+                LOOKS[look](own.optimizer)
+        for each in (own, eager):
+            each.given()
+        assert_same(own, eager)
+        assert own.optimizer.skipped_steps == 0
+
+
+@pytest.mark.parametrize("look", LOOKS)
+def test_a_look_from_another_stream_puts_nothing_into_a_capture(gpu: Device, emulation: Any, look: str) -> None:
+    """Not on the stream on which steps are staged, while that is captured for something else."""
+    graphs = list[Any]()
+    with staged(gpu, {"skip_nonfinite": True, "telemetry": True}, graphs) as (own, eager):
+        own.optimizer.stage()
+        graphs[0].launch()
+        eager.given()
+        emulation.reset()
+        with captured(gpu, graphs, mode=2):
+            own.work.batch[0] *= 1
+            with gpu.xp.cuda.Stream(non_blocking=True):
+                LOOKS[look](own.optimizer)
+        assert not [node for node in emulation.counters.graph_nodes[0] if "memcpy" in node]
+        for each in (own, eager):
+            each.given()
+        assert_same(own, eager)
+
+
+def test_a_report_that_comes_while_a_step_is_staged(gpu: Device) -> None:
+    """Of a step that was left out: the count is that of before or that of after, and the same for all graphs."""
+    graphs = list[Any]()
+
+    class Waiting(gpu_adam.LearningRateSchedule):
+        def __call__(self, step: Any) -> float:
+            gpu.synchronize()
+            return 0.1 / (1 + int(step))
+
+        def get_config(self) -> dict[str, Any]:
+            return {}
+
+    with staged(gpu, {"skip_nonfinite": True}, graphs) as (own, eager):
+        for number in range(4):
+            for each in (own, eager):
+                each.work.next_batch(number, is_bad=number == 1)
+                each.optimizer.learning_rate = Waiting() if number > 1 else 0.1
+            own.optimizer.stage()
+            graphs[0].launch()
+            eager.given()
+        assert_same(own, eager)
+
+
+def test_a_step_between_capture_and_staging(gpu: Device) -> None:
+    """Nothing goes back to the captured step, also where the one in between is left out and the counts are equal."""
+    for waits in (False, True):
+        graphs = list[Any]()
+        with staged(gpu, {"skip_nonfinite": True}, graphs) as (own, eager):
+            eager.optimizer.iterations = 2
+            for number in range(2):
+                for each in (own, eager):
+                    each.work.next_batch(number, is_bad=number == 0)
+                if number == 0:
+                    own.given()
+                    if waits:
+                        assert own.optimizer.iterations == 2
+                else:
+                    own.optimizer.stage()
+                    graphs[0].launch()
+                eager.given()
+            assert own.optimizer.iterations == 3
+            assert_same(own, eager)
+
+
+def test_a_count_that_is_set_between_capture_and_staging(gpu: Device) -> None:
+    """Also to what it is."""
+    graphs = list[Any]()
+    with staged(gpu, {"telemetry": True}, graphs) as (own, _):
+        own.optimizer.iterations = 2
+        assert own.optimizer.stage() == 3
+
+
+def test_two_graphs_of_guarded_steps_by_turns(gpu: Device) -> None:
+    """Of all variables, and of some: each launch takes what was staged last."""
+    eager, graphs = Case(HOST, config={"skip_nonfinite": True, "learning_rate": "schedule"}), list[Any]()
+    with context_of(gpu):
+        own = Case(gpu, config={"skip_nonfinite": True, "learning_rate": "schedule"})
+
+        def some(case: Case) -> None:
+            case.optimizer.apply_gradients(list(zip(case.work.batch, case.work.variables, strict=True))[:2])
+
+        for each in (own, eager):
+            some(each)
+            each.given()
+        assert own.optimizer.iterations == 2
+        with captured(gpu, graphs):
+            own.given()
+        with captured(gpu, graphs):
+            some(own)
+        for number in range(9):
+            for each in (own, eager):
+                each.work.next_batch(number, is_bad=number in (2, 5))
+            own.optimizer.stage()
+            graphs[number % 2].launch()
+            if number % 2:
+                some(eager)
+            else:
+                eager.given()
+        assert_same(own, eager)
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_guarded_graph_beside_a_plain_one(gpu: Device, waits: bool) -> None:
+    """Whichever is launched, the step counts."""
+    eager, graphs = Case(HOST, config={"learning_rate": "schedule"}), list[Any]()
+    with context_of(gpu):
+        own, scale = Case(gpu, config={"learning_rate": "schedule"}), gpu.array(np.float32(2))
+        own.given(grad_scale=scale)
+        own.given()
+        eager.given(grad_scale=2.0)
+        eager.given()
+        with captured(gpu, graphs):
+            own.given(grad_scale=scale)
+        with captured(gpu, graphs):
+            own.given()
+        for number in range(6):
+            for each in (own, eager):
+                each.work.next_batch(number)
+            assert own.optimizer.stage() == number + 3
+            graphs[number % 3 > 0].launch()
+            eager.given(grad_scale=None if number % 3 > 0 else 2.0)
+            if waits:
+                gpu.synchronize()
+        assert_same(own, eager)
+
+
+@pytest.mark.parametrize(("room", "waits"), [(8, True), (ROOM, False)])
+def test_staging_waits_where_its_room_ends(
+    gpu: Device, emulation: Any, monkeypatch: pytest.MonkeyPatch, room: int, waits: bool
+) -> None:
+    for module in (replays, candidates, staging):
+        monkeypatch.setattr(module, "ROOM", room)
+    graphs = list[Any]()
+    with staged(gpu, {"loss_scale": SCALE, "learning_rate": "schedule"}, graphs) as (own, eager):
+        gpu.synchronize()
+        emulation.reset()
+        for number in range(60):
+            for each in (own, eager):
+                each.work.next_batch(number, is_bad=number % 10 == 5)
+            assert own.optimizer.stage() is None
+            graphs[0].launch()
+            eager.given()
+        assert bool(emulation.counters.syncs) == waits
+        assert_same(own, eager)
+
+
+def test_a_callable_may_synchronize(device: Device) -> None:
+    """It is a part of a call of the optimizer that is at work."""
+    optimizer = gpu_adam.Adam(skip_nonfinite=True)
+
+    def rate() -> float:
+        optimizer.synchronize()
+        return 0.1
+
+    optimizer.learning_rate = rate
+    variable = Variable(np.ones(3, np.float32), device=device)
+    for _ in range(2):
+        optimizer.apply_gradients([(device.array(np.ones(3, np.float32)), variable)])
+    assert optimizer.iterations == 2
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])

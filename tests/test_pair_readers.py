@@ -1,5 +1,6 @@
 """How a step's pairs are recognised: what the readers in C, in Python and of torch's tensors say of each gradient."""
 
+import gc
 import importlib
 from collections.abc import Callable
 from typing import Any
@@ -399,6 +400,37 @@ def test_what_a_parameter_raises_comes_through(torch: Any) -> None:
 
     with pytest.raises(LookupError, match="no gradient here"):
         native_tensors.pairs_with_gradients(torch, [torch.nn.Parameter(torch.ones(2)), Broken(torch.ones(2))])
+
+
+def test_a_parameter_may_go_while_it_is_asked(torch: Any) -> None:
+    """By a property of its class, which empties the list."""
+
+    class Fleeting(torch.nn.Parameter):  # type: ignore[misc]
+        @property
+        def grad(self) -> Any:
+            params.clear()
+            gc.collect()
+            return torch.ones(2)
+
+    params = [Fleeting(torch.ones(2)) for _ in range(20)]
+    ((gradient, parameter),) = native_tensors.pairs_with_gradients(torch, params)
+    assert gradient.tolist() == [1, 1]
+    assert type(parameter) is Fleeting
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, LookupError])
+def test_what_a_mode_raises_comes_through(torch: Any, error: type[BaseException]) -> None:
+    """It is not taken for a tensor without an answer."""
+
+    class Mode(torch.overrides.TorchFunctionMode):  # type: ignore[misc]
+        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            raise error("here")
+
+    reader, addresses = torch_reader(torch, [(3,)] * 2, "float32"), np.zeros(2, np.uint64)
+    pairs = [(torch.ones(3), None)] * 2
+    with Mode(), pytest.raises(error, match="here"):
+        reader.read(pairs, addresses)
+    assert reader.read(pairs, np.zeros(2, np.uint64))
 
 
 def test_what_is_no_tensor_is_read_with_care(torch: Any) -> None:

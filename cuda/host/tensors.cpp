@@ -17,9 +17,13 @@ void* PyTuple_Pack(Size size, ...);
 void* PyObject_GetAttr(void* object, void* name);
 void* PyObject_CallFunctionObjArgs(void* function, ...);  // arguments up to a null pointer
 Size PyLong_AsSsize_t(void* number);
+void Py_IncRef(void* object);
 void Py_DecRef(void* object);
 int PyDict_Next(void* dict, Size* position, void** key, void** value);  // 0 at the end, and for what is no dict
+void* PyErr_Occurred();
+int PyErr_ExceptionMatches(void* type);  // of the exception that is set
 void PyErr_Clear();
+extern void* PyExc_RuntimeError;
 
 struct Object {  // PyObject of an interpreter with a global lock
     Size references;
@@ -89,7 +93,7 @@ static Size number_of(void* answer) {
 }
 
 // Whether a tensor requires no gradient, and its memory holds all elements as they are: none still to be negated or
-// conjugated, none behind the end of a storage that was resized. Where torch has no answer a Python exception is left.
+// conjugated, none behind the end of a storage that was resized. Python may run: a Python exception may be left.
 static bool is_plain(void* tensor, const ExpectedTensor& e, const Questions& q) {
     if (!is_given(PyObject_GetAttr(tensor, q.requires_grad), q.no) || !is_given(ask(q.is_neg, tensor), q.no)) return false;
     if (e.code == COMPLEX && !is_given(ask(q.is_conj, tensor), q.no)) return false;
@@ -148,15 +152,12 @@ static Address address_of(void* object, const ExpectedTensor& e, const Reading& 
     }
     const Address address = e.elements ? reinterpret_cast<Address>(t.data) + t.byte_offset : 1;
     if (e.elements && (!t.data || !is_contiguous(t) || address % (e.bits / 8) != 0)) return 0;
-    if (r.questions && !is_plain(object, e, *r.questions)) {
-        PyErr_Clear();
-        return 0;
-    }
-    return address;
+    return r.questions == nullptr || is_plain(object, e, *r.questions) ? address : 0;
 }
 
 // Write the addresses of the gradients in a list of pairs, as many as are expected, to where there is none yet. Returns
-// how many of the tensors that are expected have none then.
+// how many of the tensors that are expected have none then; -1 with a Python exception, unless that is torch's own for a
+// tensor of which it cannot tell.
 Size read_gradients(void* pairs, const Reading* reading, Address* addresses) {
     Size missing = 0;
     for (Size i = 0; i < reading->count; ++i) {
@@ -165,6 +166,9 @@ Size read_gradients(void* pairs, const Reading* reading, Address* addresses) {
         if (addresses[i] || !expected.type) continue;
         addresses[i] = address_of(object_at(pairs, i, true), expected, *reading);
         missing += addresses[i] == 0;
+        if (PyErr_Occurred() == nullptr) continue;
+        if (!PyErr_ExceptionMatches(PyExc_RuntimeError)) return -1;
+        PyErr_Clear();
     }
     return missing;
 }
@@ -184,10 +188,12 @@ void* pairs(void* parameters, void* grad, void* none) {
     for (Size i = 0; found && i < PyList_Size(parameters); ++i) {
         fetch_ahead(parameters, i, PyList_Size(parameters), nullptr, false);
         void* const parameter = PyList_GetItem(parameters, i);
+        Py_IncRef(parameter);  // a class of the user's may run Python
         void* const gradient = PyObject_GetAttr(parameter, grad);
         void* const pair = gradient && gradient != none ? PyTuple_Pack(2, gradient, parameter) : nullptr;
         const bool has_failed = gradient != none && (pair == nullptr || PyList_Append(found, pair) != 0);
         if (pair) Py_DecRef(pair);
+        Py_DecRef(parameter);
         if (gradient) Py_DecRef(gradient);
         if (has_failed) {
             Py_DecRef(found);

@@ -254,6 +254,10 @@ class Device(ABC):
         """Leave the processors to other processes between launches, from now on, in the whole of this process."""
 
     @abstractmethod
+    def resumed(self) -> Callable[[], AbstractContextManager[Any]]:
+        """A function that gives a context in which what is now the current stream of this device is it again."""
+
+    @abstractmethod
     def is_capturing(self) -> bool:
         """Whether what is enqueued now becomes part of a graph, to run at every replay."""
 

@@ -229,6 +229,16 @@ class CudaDevice(Device):
         with self.activate():
             return bool(cupy.cuda.get_current_stream().is_capturing())
 
+    def resumed(self) -> Callable[[], AbstractContextManager[Any]]:
+        """A function that gives a context in which what is now the current stream of this device is it again."""
+        with self.activate():
+            return functools.partial(self._on, cupy.cuda.get_current_stream())
+
+    @contextmanager
+    def _on(self, stream: Any) -> Iterator[None]:
+        with self.activate(), stream:
+            yield
+
     def capture(self) -> Capture:
         """A new capture, on a stream of its own."""
         return _CudaCapture(self)

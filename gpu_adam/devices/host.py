@@ -8,7 +8,7 @@ import itertools
 import operator
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -185,6 +185,10 @@ class HostDevice(Device):
     def is_capturing(self) -> bool:
         """Never."""
         return False
+
+    def resumed(self) -> Callable[[], AbstractContextManager[Any]]:
+        """Nothing: there are no streams."""
+        return nullcontext
 
     def capture(self) -> None:
         """None: the host runs at once what it is asked for."""

@@ -85,6 +85,9 @@ class NativeTensorReader:
 
         Returns:
             Whether none is missing of a tensor that is expected.
+
+        Raises:
+            What Python code raises that torch calls, such as a TorchFunctionMode's.
         """
         self._look_on(device)
         return not self._read(pairs, self._arguments, addresses.ctypes.data)
@@ -117,7 +120,8 @@ def _asked(torch: Any) -> list[Any]:
 def pairs_with_gradients(torch: Any, parameters: list[Any]) -> list[Any]:
     """(gradient, parameter) for each of torch's parameters that has a gradient, in order."""
     if is_available(torch):
-        return list(_library().pairs(parameters, "grad", None))
+        found: list[Any] = _library().pairs(parameters, "grad", None)
+        return found
     return [(gradient, each) for each in parameters if (gradient := each.grad) is not None]
 
 

@@ -142,6 +142,10 @@ class RecordingDevice(Device):
         """As the device."""
         self._device.share_processors()
 
+    def resumed(self) -> Callable[[], AbstractContextManager[Any]]:
+        """As the device."""
+        return self._device.resumed()
+
     def is_capturing(self) -> bool:
         """As the device."""
         return self._device.is_capturing()

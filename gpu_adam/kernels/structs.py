@@ -83,7 +83,7 @@ NO_INDEX_ERRORS = np.array((0, np.iinfo(np.uint64).max, 0, 0), INDEX_ERRORS)
 
 GUARD = np.dtype(
     [
-        *((name, _INTEGER) for name in ("count", "skipped", "not_finite")),
+        *((name, _INTEGER) for name in ("count", "number", "counts", "skipped", "not_finite")),
         *((name, np.float64) for name in ("scale", "norm")),
         ("found", np.uint64),
         *((name, np.float64) for name in ("square_sum", "update_squares", "theta_squares")),
@@ -98,7 +98,7 @@ NORM = np.dtype([("factors", _POINTER), ("written", _POINTER), ("stride", _INTEG
 MEASURED_SUMS = np.dtype([("update", _POINTER), ("theta", _POINTER)], align=True)
 """``MeasuredSums`` of memory.cuh."""
 
-CANDIDATES = np.dtype([(name, _INTEGER) for name in ("first", "number")], align=True)
+CANDIDATES = np.dtype([(name, _INTEGER) for name in ("first", "rows", "number", "chosen")], align=True)
 """``Candidates`` of guard.cu."""
 
 GUARD_ROWS = np.dtype(

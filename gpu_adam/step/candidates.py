@@ -15,7 +15,7 @@ from gpu_adam.step.norms import NormPass
 from gpu_adam.uninterrupted import Call
 
 ROOM = 64
-"""How many candidates a graph has memory for; where more are possible, a replay waits for the device."""
+"""How many candidates a graph has memory for; where more are possible, a replay or `stage` waits for the device."""
 
 
 class Candidates(NamedTuple):
@@ -57,15 +57,11 @@ class GuardedScalars:
         self._guard, device, self._updates = guard, guard.device, len(updates)
         self._use = use if device.captures else EAGER
         launches = [*updates, *overwriting]
-        parts = np.dtype(
-            [(str(n), (each.scalars_dtype, (each.settings,))) for n, each in enumerate(launches)], align=True
-        )
-        fields = parts.fields
+        # Launches in a graph read the rows that are staged for the others, of which they may have but the first ones.
+        self._dtype: np.dtype = _row_of(launches) if origin is None else origin._dtype
+        fields, words = self._dtype.fields, self._dtype.itemsize // 8
         assert fields is not None
-        offsets = [fields[name][1] for name in fields]
-        words = -(-parts.itemsize // 8)
-        formats = [fields[name][0] for name in fields]
-        self._dtype = np.dtype({"names": list(fields), "formats": formats, "offsets": offsets, "itemsize": 8 * words})
+        offsets = [fields[str(number)][1] for number in range(len(launches))]
         self._row = device.empty(words, np.dtype(np.int64))
         row = device.address(self._row)
         for update, offset in zip(launches, offsets, strict=True):
@@ -75,7 +71,7 @@ class GuardedScalars:
         if origin is None:
             places = [_places(update, offset) for update, offset in zip(launches, offsets, strict=True)]
             self._places = device.array(np.concatenate(places).view(np.uint8))
-        else:  # which has at least the same ones; written anew they would be a part of the graph
+        else:  # written anew they would be a part of the graph
             self._places = origin._places
         self._rows = kernels.struct(kernels.GUARD_ROWS, 0, 0, row, device.address(self._places), words, count)
         self._live: StagedArray | None = None
@@ -109,12 +105,11 @@ class GuardedScalars:
 
     def write(self, candidates: Candidates) -> None:
         """Let the next step's scalars be chosen among these; in a graph of the user's as long as none are staged."""
-        number = len(candidates.rows)
-        if self._use is CAPTURED:
-            self._use.write_scalars(self._table, self._bytes_of(candidates, 1))
+        if self._use is CAPTURED:  # the one row is chosen already: a launch counts nothing
+            self._use.write_scalars(self._table, self._bytes_of(candidates, 1, chosen=0))
             return
-        if number > self._room:
-            self._have_room_for(2 * number)
+        if len(candidates.rows) > self._room:
+            self._have_room_for(2 * len(candidates.rows))
         self._table.write(self._bytes_of(candidates, self._room))
 
     def stage(self, candidates: Candidates) -> None:
@@ -124,11 +119,11 @@ class GuardedScalars:
         else:
             self._live.write(self._bytes_of(candidates, ROOM))
 
-    def _bytes_of(self, candidates: Candidates, room: int) -> np.ndarray:
+    def _bytes_of(self, candidates: Candidates, room: int, chosen: int = -1) -> np.ndarray:
         """What a table with room for so many rows is to hold."""
         number, begin = len(candidates.rows), kernels.CANDIDATES.itemsize
         values = np.zeros(self._nbytes(room), np.uint8)
-        values[:begin].view(np.int64)[:] = candidates.first, number
+        values[:begin].view(np.int64)[:] = candidates.first, number, self._guard.made + 1, chosen
         rows, names = values[begin:].view(self._dtype), self._dtype.names or ()
         for update, name in enumerate(names[: self._updates]):
             rows[name][:number] = [scalars[update] for scalars in candidates.rows]
@@ -147,6 +142,16 @@ class GuardedScalars:
             for norm in norms:
                 calls += norm.total(self._guard.address("square_sum"))
         return [*calls, self._end.call(1)]
+
+
+def _row_of(launches: Sequence[UpdateArguments]) -> np.dtype:
+    """A row of scalars: a field for each launch, with StepScalars for each of its settings; whole words."""
+    parts = np.dtype([(str(n), (each.scalars_dtype, (each.settings,))) for n, each in enumerate(launches)], align=True)
+    fields = parts.fields
+    assert fields is not None
+    formats, offsets = [fields[name][0] for name in fields], [fields[name][1] for name in fields]
+    itemsize = 8 * -(-parts.itemsize // 8)
+    return np.dtype({"names": list(fields), "formats": formats, "offsets": offsets, "itemsize": itemsize})
 
 
 def _places(update: UpdateArguments, offset: int) -> np.ndarray:

@@ -60,6 +60,12 @@ def check_capturable(pairs: Sequence[Any], *, is_first: bool) -> None:
                 )
 
 
+def refused_in_capture(what: str) -> ArgumentValueError:
+    """What is wrong with a call while work on a device is captured."""
+    rule = "must not be called while a graph is captured"
+    return ArgumentValueError(what, rule, "a call inside of a capture", "end the capture first")
+
+
 class Graphs:
     """The captured graphs of an optimizer, whose memory lives at least as long as the optimizer."""
 

@@ -62,6 +62,7 @@ class Controller:
 
     Attributes:
         guards: what is known of its guarded steps.
+        staged: its steps in graphs of the user's.
     """
 
     def __init__(
@@ -73,7 +74,7 @@ class Controller:
         self._state, self._flavour, self._configuration = state, flavour, configuration
         self._graphs = Graphs()
         self._memos = Memos(state)
-        self._staged = StagedSteps(state)
+        self.staged = StagedSteps(state)
         self.guards = Guards(state)
 
     @stage("step")
@@ -145,11 +146,9 @@ class Controller:
                     )
                 if graph is None:
                     launches.release()
+                    self.staged.forget()
                 else:
-                    graph.kept.append(aim)
-                    assert plan.own_launches is not None
-                    fixed = memo.written_calls, clip, incoming.divisor, state.layout, aim
-                    self._staged.note(CapturedStep(plan, plan.own_launches, *fixed), done)
+                    self._note_captured(memo, clip, incoming, done, aim)
                 plan.constrain()
             if memo is not recalled:
                 self._memos.remember(memo, request)
@@ -213,6 +212,8 @@ class Controller:
             now.iterations = done
             return done, plan.scalars(now, clip, incoming.divisor), None
         aim = guard.aim(incoming, self._flavour)
+        if graph is not None:
+            graph.kept.append(aim)
         # In a capture nobody may ask what has come from the device, and nothing is missing either.
         counts = guard.counts(self._state.counter) if graph is None else range(done, done + 1)
         return counts[-1], plan.candidates(now, rate, clip, aim.number, counts), aim
@@ -231,6 +232,12 @@ class Controller:
             self._ensure_own(change, variables[0].device if variables else get_device())
         return self._state.own[SCALE]
 
+    def _note_captured(self, memo: Memo, clip: Clip, incoming: Incoming, done: int, aim: Aim | None) -> None:
+        plan = memo.plan
+        assert plan.own_launches is not None
+        fixed = memo.written_calls, clip, incoming.divisor, self._state.layout, aim
+        self.staged.note(CapturedStep(plan, plan.own_launches, *fixed), done)
+
     def stage(self) -> int | None:
         """Write the scalars of the next step to where the user's graphs read them, and count it.
 
@@ -239,7 +246,7 @@ class Controller:
         """
         self._state.raise_error_of_save()
         with self._state.alone():
-            return self._staged.stage(self.stepper())
+            return self.staged.stage(self.stepper())
 
     def stepper(self) -> Stepper:
         """The optimizer, for what is captured of it."""
@@ -248,7 +255,7 @@ class Controller:
             raise ArgumentValueError("the captured function", rule, f"one of {self._state.name!r}", remedy)
         configuration = self._configuration()
         assert configuration is not None, "the optimizer is at work"
-        return Stepper(self._state, self._flavour, configuration, self.guards)
+        return Stepper(self._state, self._flavour, configuration, self.guards, self.staged)
 
     def _record(
         self, recording: Recording, found: Found, hyper: dict[str, Any], clip: Clip, incoming: Incoming

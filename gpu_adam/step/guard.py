@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,11 +20,12 @@ import numpy as np
 from gpu_adam import kernels
 from gpu_adam.conversion import place_of
 from gpu_adam.devices import Array, Device
-from gpu_adam.errors import ArgumentTypeError, ArgumentValueError
+from gpu_adam.errors import ArgumentTypeError, ArgumentValueError, ConcurrentStepError
 from gpu_adam.hyperparameters import Cohort, Flavour, counting
 from gpu_adam.loss_scale import LossScale
 from gpu_adam.rules import Rule, real_number
 from gpu_adam.state.adam_state import GOOD_STEPS, SCALE, AdamState
+from gpu_adam.step.capture import refused_in_capture
 from gpu_adam.step.gradients import Incoming, on_device
 from gpu_adam.uninterrupted import Call, make_all
 from gpu_adam.variables import Variable
@@ -94,6 +95,21 @@ class Telemetry(NamedTuple):
     param_norm: float
 
 
+class Owed(NamedTuple):
+    """What is still to be reported of steps that the user launches.
+
+    Attributes:
+        is_due: whether no report was enqueued since the last one was staged.
+        resumed: gives the context of the stream where that was; None where nothing is owed.
+    """
+
+    is_due: bool
+    resumed: Callable[[], AbstractContextManager[Any]] | None
+
+
+_NOTHING_OWED = Owed(False, None)
+
+
 class Guard:
     """What a device knows of an optimizer's steps, and what the host has learned of it.
 
@@ -119,11 +135,10 @@ class Guard:
         self._memory = device.array(initial.view(np.uint8))
         self._reports = device.read_back(self._memory)
         self.report: Any = np.zeros(1, kernels.GUARD)[0]
-        # The count was `_count` after guarded step number `_since`; `_read` reports were read of `_enqueued` steps, of
-        # which number `_unsure` is the last one that may have been left out. `_owes`: whether the last step's report is
-        # still to be enqueued, behind the launch of a graph of the user's.
-        self._count = self._since = self._read = self._enqueued = self._unsure = 0
-        self._owes = False
+        # After guarded step number `_since` the count was `_count`. There are `_enqueued` such steps so far, of which
+        # `_unsure` is the last one that may be left out.
+        self._count = self._since = self._enqueued = self._unsure = 0
+        self._owed = _NOTHING_OWED
         self.state = kernels.pointer(device.address(self._memory))
         self.scale, self.wide, self.number = kernels.pointer(0), kernels.scalar(0), kernels.scalar(1, np.float64)
         self.skips, self.found_inf = kernels.scalar(0), kernels.pointer(0)
@@ -153,10 +168,10 @@ class Guard:
 
     @property
     def telemetry(self) -> Telemetry | None:
-        """The last report's numbers; None before the first one."""
-        if not self._read:
-            return None
+        """The last report's numbers; None before the first step."""
         report = self.report
+        if not report["number"]:
+            return None
         step, skipped, nonfinite = (int(report[name]) for name in ("count", "skipped", "not_finite"))
         update, theta = (math.sqrt(report[name]) for name in ("update_squares", "theta_squares"))
         return Telemetry(step, float(report["norm"]), nonfinite, skipped, float(report["scale"]), update, theta)
@@ -168,40 +183,61 @@ class Guard:
 
     @property
     def made(self) -> int:
-        """How many steps were enqueued."""
+        """How many steps were enqueued, or staged for graphs of the user's."""
         return self._enqueued
 
     def bounds(self, counter: Variable, *, waits: bool = False) -> tuple[int, int]:
         """How many steps are done, at least and at most, by the reports that have come; the counter then says the most.
 
+        A report has the number of the last step that has begun. What was staged before that step, and not launched, has
+        not been done; what was staged since still may be.
+
         Args:
             counter: of the optimizer.
-            waits: whether to wait for all reports, after which the two numbers are one.
+            waits: whether to wait for all reports. The two numbers are one then, unless something is staged that the
+                user has not launched.
         """
         done, most = int(counter._storage.item()), self._most()
-        self.ask()
-        number, contents = self._reports.read(waits=waits)
-        if number and counter._storage.flags.writeable:  # else the next step is refused
-            report, read = contents.view(kernels.GUARD)[0], self._read + number
-            assign = functools.partial(functools.partial, setattr, self)
-            changes = [assign("_read", read), assign("report", report)]
-            if read > self._since and done == most:
+        self.ask(again=waits)
+        made, contents = self._reports.read(waits=waits)
+        if made and counter._storage.flags.writeable:  # else the next step is refused
+            report = contents.view(kernels.GUARD)[0]
+            assign, number = functools.partial(functools.partial, setattr, self), int(report["number"])
+            changes = [assign("report", report)]
+            if number > self._since and done == most:
                 count = int(report["count"])
-                done = count + self._enqueued - read
+                done = count + self._enqueued - number
                 fill = functools.partial(counter._storage.fill, done)
-                changes += [assign("_count", count), assign("_since", read), fill]
+                changes += [assign("_count", count), assign("_since", number), fill]
                 if done != most:
                     changes += counting(self.cohorts, done - most)
-            make_all([*self._reports.forget(number), *changes])
+            if number == self._enqueued:
+                changes.append(assign("_owed", _NOTHING_OWED))
+            make_all([*self._reports.forget(made), *changes])
             most = self._most()
         if done != most:  # somebody has set the counter
             self._count, self._since = done, self._enqueued
         return self._count if self.is_unsure else done, done
 
-    def ask(self) -> None:
-        """Enqueue the report of a step that the user has launched, if it is still owed."""
-        if self._owes:
-            make_all([*self._reports.calls(), functools.partial(setattr, self, "_owes", False)])
+    def ask(self, *, again: bool) -> None:
+        """Enqueue a report of what the user may have launched since it was staged, on the stream where it was staged.
+
+        Args:
+            again: whether also where one was asked for before, which may have been too early.
+        """
+        is_due, resumed = self._owed
+        if not is_due and not (again and resumed is not None):
+            return
+        assert resumed is not None
+        with resumed():
+            if not self.device.is_capturing():
+                changes = functools.partial(setattr, self, "_owed", Owed(False, resumed))
+                make_all([*self._reports.calls(), changes])
+
+    def refuse_capture(self, what: str) -> None:
+        """Raise ArgumentValueError where one would wait for the device in a capture."""
+        if self.device.is_capturing():
+            raise refused_in_capture(what)
 
     def _most(self) -> int:
         return self._count + self._enqueued - self._since
@@ -263,12 +299,12 @@ class Guard:
         Args:
             cohorts: among its variables.
             aim: of the step.
-            is_launched: whether its launches are enqueued with them. If not, the user is going to launch them, and the
-                report follows when this guard is next used, on the stream that is current then.
+            is_launched: whether its launches are enqueued with them. If not, the user is going to launch them on the
+                current stream, and the report is asked for when this guard is next used.
         """
         number = self._enqueued + 1
         assign = functools.partial(functools.partial, setattr, self)
-        report = self._reports.calls() if is_launched else [assign("_owes", True)]
+        report = self._reports.calls() if is_launched else [assign("_owed", Owed(True, self.device.resumed()))]
         calls = [*report, assign("_enqueued", number), assign("cohorts", cohorts)]
         if aim.may_be_left_out:
             calls.append(assign("_unsure", number))
@@ -358,25 +394,31 @@ class Guards:
     def settle_inside(self) -> None:
         """The same for a call of the optimizer that is at work."""
         if self.last is not None and self.last.is_unsure:
+            self.last.refuse_capture("iterations")
             self.last.bounds(self._state.counter, waits=True)
 
     def skipped(self) -> int:
         """How many steps were left out. Waits for the device."""
         with self._state.alone():
             for guard in self._by_device.values():
+                guard.refuse_capture("skipped_steps")
                 guard.bounds(self._state.counter, waits=True)
             return sum(int(guard.report["skipped"]) for guard in self._by_device.values())
 
     def ask(self) -> None:
-        """Enqueue the reports of steps that the user has launched, before a call that waits for all there is."""
-        with self._state.alone(is_brief=True):
+        """Enqueue the reports of what the user has launched, for a call that is about to wait for the device.
+
+        Nothing happens while another call of the optimizer is at work.
+        """
+        with suppress(ConcurrentStepError), self._state.alone(is_brief=True):
             for guard in self._by_device.values():
-                guard.ask()
+                guard.ask(again=True)
 
     def telemetry(self) -> Telemetry | None:
         """The numbers of the last guarded step that the device has finished; None before there is one. Never waits."""
         with self._state.alone(is_brief=True):
             if self.last is None:
                 return None
-            self.last.bounds(self._state.counter)
+            if not self.last.device.is_capturing():  # where nobody may ask what has come
+                self.last.bounds(self._state.counter)
             return self.last.telemetry

@@ -27,6 +27,7 @@ from gpu_adam.state.counter import check_countable
 from gpu_adam.state.transaction import Transaction
 from gpu_adam.step.arguments import Writer
 from gpu_adam.step.candidates import ROOM
+from gpu_adam.step.capture import refused_in_capture
 from gpu_adam.step.guard import GUARDING, Aim, Guard, Guards
 from gpu_adam.step.launches import Launches, LaunchScalars, make_ready
 from gpu_adam.step.plan import Plan
@@ -38,6 +39,13 @@ Configuration = tuple[UpdateRule, dict[str, Any], Clip]
 """Which update an optimizer's present configuration asks for, its stored hyperparameters, its clipping."""
 
 
+class Promises(Protocol):
+    """Steps that captures of the user's have counted, and nobody has done."""
+
+    def forget(self) -> None:
+        """Take it that they are done: another step is, behind them."""
+
+
 class Stepper(NamedTuple):
     """An optimizer as its captured steps see it, and keep it alive.
 
@@ -46,12 +54,14 @@ class Stepper(NamedTuple):
         flavour: what they do besides plain Adam.
         configuration: gives the present one.
         guards: what is known of its guarded steps.
+        staged: its steps in graphs of the user's.
     """
 
     state: AdamState
     flavour: Flavour
     configuration: Callable[[], Configuration]
     guards: Guards
+    staged: Promises
 
     def next_step(self) -> NextStep:
         """What the optimizer is to do next, its hyperparameters each evaluated once.
@@ -143,8 +153,12 @@ class CapturedStep(NamedTuple):
         rule_of_replays = "must be replayed with the variables and the kind of update that it was captured with"
         return ArgumentValueError("a captured step", rule_of_replays, f"other {', '.join(changed)}", "capture it again")
 
-    def scalars(self, asked: NextStep) -> LaunchScalars:
+    def scalars(self, asked: NextStep, counts: range | None = None) -> LaunchScalars:
         """The scalars of the next step, ready to be staged: of one that has been counted, unless it is a guarded one.
+
+        Args:
+            asked: the step.
+            counts: of a guarded one, the numbers of steps that may be done before it; those of now by default.
 
         Raises:
             ArgumentValueError: the graph does not fit; a value breaks its rule in some dtype.
@@ -154,7 +168,7 @@ class CapturedStep(NamedTuple):
             raise wrong
         if self.guard is None:
             return self.plan.scalars(asked.now, asked.clip, self.divisor)
-        counts = self.guard.counts(asked.state.counter, ROOM)
+        counts = counts or self.guard.counts(asked.state.counter, ROOM)
         return self.plan.candidates(asked.now, asked.rate, asked.clip, self.divisor, counts)
 
     def done_calls(self, state: AdamState, number: int, *, is_launched: bool = True) -> list[Call]:
@@ -379,6 +393,8 @@ class CapturedFunction:
                         ending += stepper.state.overwriting_calls(step.plan.variables)
                         overwriting.append(step)
                 make_all([self._capture.launch_call(), *ending, counting.done])
+            for stepper, _ in self._steps:
+                stepper.staged.forget()
             for step in overwriting:
                 step.plan.constrain()
             return None if self._stepper.guards.is_unsure else self._stepper.state.steps_done
@@ -457,8 +473,7 @@ def captured(function: Any, stepper: Stepper) -> Replayable:
 def refuse_in_capture(device: Device, method: str) -> None:
     """Raise ArgumentValueError for a call while work on a device is captured."""
     if current_recording.get() is not None or device.is_capturing():
-        rule = "must not be called while a graph is captured"
-        raise ArgumentValueError(method, rule, "a call inside of a capture", "end the capture first")
+        raise refused_in_capture(method)
 
 
 def _without_step(state: AdamState) -> ArgumentValueError:

@@ -36,6 +36,10 @@ class StagedSteps:
         follows = self._promised is not None and self._promised[1] == done
         self._promised = (self._promised[0] if follows and self._promised else done, done + 1)
 
+    def forget(self) -> None:
+        """Take it that the steps that captures have counted are done: another step is, behind them."""
+        self._promised = None
+
     def stage(self, stepper: Stepper) -> int | None:
         """Write the scalars of the next step to where the graphs read them, and count it.
 
@@ -59,19 +63,19 @@ class StagedSteps:
             guards.begin(guard, [] if guarded is None else guarded.plan.cohorts)
             with guards.evaluating():
                 asked = stepper.next_step()
+            counts = range(state.steps_done, state.steps_done + 1)
             if guard is None:
                 asked.be_counted()
-                numbers = [state.steps_done]
             else:
-                numbers = [count + 1 for count in guard.counts(state.counter, ROOM)]
-            scalars = [step.scalars(asked) for step in fitting]
-            if any(map(stepper.flavour.overwrites_at, numbers)):
+                counts = guard.counts(state.counter, ROOM)
+            scalars = [step.scalars(asked, counts) for step in fitting]
+            if any(stepper.flavour.overwrites_at(count + 1) for count in counts):
                 raise overwriting_in_graph()
             for step, own in zip(fitting, scalars, strict=True):
                 step.launches.stage(own)
-            ending = [call for step in fitting for call in step.written_calls]
+            ending = [call for step in fitting if step is not guarded for call in step.written_calls]
             if guarded is not None:
-                ending += guarded.done_calls(state, numbers[-1], is_launched=False)
+                ending += guarded.done_calls(state, counts[-1] + 1, is_launched=False)
             make_all([*ending, counting.done])
         self._promised = None
         return None if guards.is_unsure else state.steps_done
