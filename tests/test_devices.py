@@ -149,11 +149,13 @@ def test_variables_of_several_devices_in_one_step(device: Device) -> None:
 def test_graphs_of_several_devices_that_decide_are_not_staged_together(gpu: Device) -> None:
     """Each device has a count of its own; one of an optimizer's is staged."""
     other, optimizer, graphs = neighbour(gpu), gpu_adam.Adam(0.1, skip_nonfinite=True), list[Any]()
+    kept = list[Any]()
     if other is gpu:
         pytest.skip("needs a real GPU, or an emulated one, and another beside it")
 
     def capture_on(place: Device) -> int:
         variable, gradient = Variable(np.ones(3), device=place), place.array(np.ones(3))
+        kept.append(gradient)  # a graph reads it again
         with place.activate(), gpu.xp.cuda.Stream(non_blocking=True):
             place.synchronize()
             optimizer.apply_gradients([(gradient, variable)])
