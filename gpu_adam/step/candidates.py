@@ -9,7 +9,7 @@ import numpy as np
 
 from gpu_adam import kernels
 from gpu_adam.devices.base import StagedArray
-from gpu_adam.step.arguments import CAPTURED, EAGER, UpdateArguments, Use
+from gpu_adam.step.arguments import CAPTURED, EAGER, UpdateArguments, Use, Writer
 from gpu_adam.step.guard import Guard
 from gpu_adam.step.norms import NormPass
 from gpu_adam.uninterrupted import Call
@@ -74,18 +74,17 @@ class GuardedScalars:
         else:  # written anew they would be a part of the graph
             self._places = origin._places
         self._rows = kernels.struct(kernels.GUARD_ROWS, 0, 0, row, device.address(self._places), words, count)
-        self._live: StagedArray | None = None
+        self._live: _Table | None = None
         if self._use is CAPTURED:
             assert origin is not None
             assert origin._live is not None
-            self._table = self._table_for(1)
-            self._rows["candidates"], self._rows["frozen"] = origin._live.address, self._table.address
-            self._live = origin._live
+            self._live, self._table = origin._live, self._table_for(1)
+            self._rows["candidates"], self._rows["frozen"] = self._live.array.address, self._table.array.address
         else:
             self._have_room_for(ROOM if self._use.staged else 1)
         if self._use is EAGER and device.captures:
             self._live = self._table_for(ROOM)
-            self._live.write(np.zeros(self._nbytes(ROOM), np.uint8))
+            self._live.clear()
         self._begin = device.prepare(
             kernels.guard("guard_begin"), [guard.state, self._rows, guard.scale, guard.wide, guard.number]
         )
@@ -93,43 +92,28 @@ class GuardedScalars:
             kernels.guard("guard_end"), [guard.state, self._rows, guard.skips, guard.found_inf, guard.loss]
         )
 
-    def _nbytes(self, rows: int) -> int:
-        return int(kernels.CANDIDATES.itemsize + rows * self._dtype.itemsize)
-
-    def _table_for(self, rows: int) -> StagedArray:
-        return self._guard.device.staged(self._nbytes(rows), np.dtype(np.uint8))
+    def _table_for(self, rows: int) -> _Table:
+        return _Table(self._guard, self._dtype, self._updates, rows)
 
     def _have_room_for(self, rows: int) -> None:
-        self._room, self._table = rows, self._table_for(rows)
-        self._rows["candidates"] = self._table.address
+        self._table = self._table_for(rows)
+        self._rows["candidates"] = self._table.array.address
 
     def write(self, candidates: Candidates) -> None:
         """Let the next step's scalars be chosen among these; in a graph of the user's as long as none are staged."""
-        if self._use is CAPTURED:  # the one row is chosen already: a launch counts nothing
-            self._use.write_scalars(self._table, self._bytes_of(candidates, 1, chosen=0))
+        if self._use is CAPTURED:
+            self._table.write(candidates, self._use.write_scalars, chosen=0)  # a launch counts nothing
             return
-        if len(candidates.rows) > self._room:
+        if len(candidates.rows) > self._table.room:
             self._have_room_for(2 * len(candidates.rows))
-        self._table.write(self._bytes_of(candidates, self._room))
+        self._table.write(candidates)
 
     def stage(self, candidates: Candidates) -> None:
         """Let the graphs of these launches choose among these from now on."""
         if self._live is None:
             self.write(candidates)
         else:
-            self._live.write(self._bytes_of(candidates, ROOM))
-
-    def _bytes_of(self, candidates: Candidates, room: int, chosen: int = -1) -> np.ndarray:
-        """What a table with room for so many rows is to hold."""
-        number, begin = len(candidates.rows), kernels.CANDIDATES.itemsize
-        values = np.zeros(self._nbytes(room), np.uint8)
-        values[:begin].view(np.int64)[:] = candidates.first, number, self._guard.made + 1, chosen
-        rows, names = values[begin:].view(self._dtype), self._dtype.names or ()
-        for update, name in enumerate(names[: self._updates]):
-            rows[name][:number] = [scalars[update] for scalars in candidates.rows]
-        for name in names[self._updates :]:  # all other scalars are zeros: theta = g
-            rows[name]["apply"][:number, 0] = candidates.overwrites
-        return values
+            self._live.write(candidates)
 
     def begin(self) -> list[Call]:
         """The calls that enqueue the choice of a step's scalars."""
@@ -142,6 +126,48 @@ class GuardedScalars:
             for norm in norms:
                 calls += norm.total(self._guard.address("square_sum"))
         return [*calls, self._end.call(1)]
+
+
+class _Table:
+    """Candidates in device memory, and what the kernels know of them.
+
+    Args:
+        guard: whose steps these are.
+        row: dtype of a row, of `_row_of`.
+        updates: how many of its fields, the first ones, are of updates. Of the others only `apply` is not 0.
+        room: for how many rows.
+
+    Attributes:
+        room: as above.
+        array: in device memory.
+    """
+
+    def __init__(self, guard: Guard, row: np.dtype, updates: int, room: int) -> None:
+        self._guard, self._updates, self.room, begin = guard, updates, room, kernels.CANDIDATES.itemsize
+        self._values = np.zeros(begin + room * row.itemsize, np.uint8)
+        self._head, self._rows = self._values[:begin].view(np.int64), self._values[begin:].view(row)
+        self.array: StagedArray = guard.device.staged(self._values.size, self._values.dtype)
+
+    def clear(self) -> None:
+        """Have no rows."""
+        self._head[:] = 0
+        self.array.write(self._values)
+
+    def write(self, candidates: Candidates, write: Writer = EAGER.write_scalars, chosen: int = -1) -> None:
+        """Hold these candidates of the next step.
+
+        Args:
+            candidates: as many as there is room for, at most.
+            write: how they come to the device.
+            chosen: the row that is chosen already, -1 for none.
+        """
+        number, names = len(candidates.rows), self._rows.dtype.names or ()
+        self._head[:] = candidates.first, number, self._guard.made + 1, chosen
+        for update, name in enumerate(names[: self._updates]):
+            self._rows[name][:number] = [scalars[update] for scalars in candidates.rows]
+        for name in names[self._updates :]:  # all other scalars are zeros: theta = g
+            self._rows[name]["apply"][:number, 0] = candidates.overwrites
+        write(self.array, self._values)
 
 
 def _row_of(launches: Sequence[UpdateArguments]) -> np.dtype:
