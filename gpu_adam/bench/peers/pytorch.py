@@ -16,9 +16,7 @@ from gpu_adam.devices import Device
 
 def torch_fused(sets: Sequence[Inputs], device: Device) -> Candidate:
     """``torch.optim.Adam(fused=True)``; moments of 16-bit parameters have 16 bits there."""
-    if sets[0].workload.dtype.startswith("complex"):
-        raise Unsupported
-    only(sets[0].workload, amsgrad=True, clip=True, real=False)
+    only(sets[0].workload, amsgrad=True, clip=True, halves=True)
     return _torch("torch fused", sets, device, fused=True)
 
 
@@ -117,14 +115,12 @@ def _torch_parameters(inputs: Inputs, device: Device) -> list[Any]:
 def _tensor(array: np.ndarray, device: Device) -> Any:
     import torch  # noqa: PLC0415
 
-    is_bfloat16 = array.dtype.name == "bfloat16"  # which torch does not take from NumPy
-    tensor = torch.from_numpy(array.view(np.int16) if is_bfloat16 else array)
+    from gpu_adam.autodiff.torch import tensor  # noqa: PLC0415
+
     if device.name == "host":
         torch.set_num_threads(getattr(device, "threads", torch.get_num_threads()))
-        tensor = tensor.clone()
-    else:
-        tensor = tensor.to(device.name)
-    return tensor.view(torch.bfloat16) if is_bfloat16 else tensor
+        return tensor(array).clone()
+    return tensor(array).to(device.name)
 
 
 def _torch_clock(device: Device) -> Any:
