@@ -129,7 +129,7 @@ def are_same(torch: Any, one: Sequence[Any], other: Sequence[Any]) -> bool:
     """Whether two sequences hold the same objects, in order."""
     if isinstance(one, list) and isinstance(other, list) and is_available(torch):
         return bool(_library().are_same(one, other))
-    return len(one) == len(other) and all(map(operator.is_, one, other))
+    return _are_same(one, other)
 
 
 class Contents:
@@ -142,16 +142,27 @@ class Contents:
 
     def __init__(self, dicts: Mapping[Any, Any], *, at_once: bool) -> None:
         # Kept alive, so that no other object comes to have the address of one.
-        self._dicts = [each for each in dicts.values() if isinstance(each, dict)]
-        self._objects = [value for each in self._dicts for value in each.values()]
+        self._dicts = _dicts_in(dicts)
+        self._objects = _values(self._dicts)
         self._addresses = np.array(list(map(id, self._objects)), np.uint64) if at_once else None
 
     def are_in(self, dicts: Mapping[Any, Any]) -> bool:
         """Whether the same objects are in these dicts, in the same order, and no others."""
         if self._addresses is not None:
             return bool(_library().hold(dicts, self._dicts, int(self._addresses.ctypes.data), len(self._addresses)))
-        found = [value for each in dicts.values() if isinstance(each, dict) for value in each.values()]
-        return len(found) == len(self._objects) and all(map(operator.is_, found, self._objects))
+        return _are_same(_values(_dicts_in(dicts)), self._objects)
+
+
+def _dicts_in(dicts: Mapping[Any, Any]) -> list[dict[Any, Any]]:
+    return [each for each in dicts.values() if isinstance(each, dict)]
+
+
+def _values(dicts: list[dict[Any, Any]]) -> list[Any]:
+    return [value for each in dicts for value in each.values()]
+
+
+def _are_same(one: Sequence[Any], other: Sequence[Any]) -> bool:
+    return len(one) == len(other) and all(map(operator.is_, one, other))
 
 
 @functools.cache
