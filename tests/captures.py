@@ -146,6 +146,12 @@ class Case:
             pairs.append((IndexedSlices(self.work.values, self.work.rows), self.work.table))
         return self.optimizer.apply_gradients(pairs, **options)
 
+    def stage_and_launch(self, graph: Any) -> int | None:
+        """One step by a graph that was captured by other means than `Adam.capture`."""
+        done = self.optimizer.stage()
+        graph.launch()
+        return done
+
 
 @contextlib.contextmanager
 def captured(device: Device, graphs: list[Any], mode: int = 0) -> Iterator[None]:

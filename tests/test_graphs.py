@@ -312,11 +312,7 @@ def test_staged_launches_have_the_bits_of_calls(gpu: Device, case: str, seed: in
             for each in (own, eager):
                 each.work.next_batch(number)
                 change(each.optimizer, number)
-            if number % 25 == 3:
-                done = own.given()
-            else:
-                done = own.optimizer.stage()
-                graphs[0].launch()
+            done = own.given() if number % 25 == 3 else own.stage_and_launch(graphs[0])
             assert done == eager.given()
         assert_same_state(state(own.optimizer, own.work), state(eager.optimizer, eager.work))
 
@@ -369,8 +365,7 @@ def test_a_graph_is_frozen_until_something_is_staged(gpu: Device, emulation: Any
         # Staged: the second capture has counted step 4, which nobody has begun with yet.
         eager.optimizer.iterations = 3
         for turn in (1, 0, 0):
-            assert own.optimizer.stage() == eager.given()
-            graphs[turn].launch()
+            assert own.stage_and_launch(graphs[turn]) == eager.given()
         assert_same_state(state(own.optimizer, own.work), state(eager.optimizer, eager.work))
 
 
@@ -444,8 +439,7 @@ def test_both_kinds_of_graphs_of_one_optimizer(gpu: Device) -> None:
             for each in (case, eager):
                 each.work.next_batch(number)
             if number % 3 == 0:
-                case.optimizer.stage()
-                graphs[0].launch()
+                case.stage_and_launch(graphs[0])
                 eager.given()
             else:
                 assert graph.replay() == eager.step()

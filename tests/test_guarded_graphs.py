@@ -310,11 +310,7 @@ def test_staged_launches_have_the_bits_of_calls(gpu: Device, case: str, seed: in
             for each in (own, eager):
                 each.work.next_batch(number, is_bad=skips and number in BAD)
                 change(each.optimizer, number)
-            if number % 25 == 3:
-                done = own.given()
-            else:
-                done = own.optimizer.stage()
-                graphs[0].launch()
+            done = own.given() if number % 25 == 3 else own.stage_and_launch(graphs[0])
             assert done == eager.given()
             if own.optimizer.flavour.telemetry and number % 20 in (0, 17):
                 own.optimizer.synchronize()
@@ -384,8 +380,7 @@ def test_a_launch_that_nobody_staged_moves_no_count(gpu: Device, is_staged: bool
                 each.given()
         if is_staged:
             repeated = int(eager.optimizer.iterations)
-            own.optimizer.stage()
-            graphs[0].launch()
+            own.stage_and_launch(graphs[0])
             eager.given()
         for _ in range(3):
             for each in (own, eager):
@@ -454,8 +449,7 @@ def test_a_look_in_a_capture_does_no_harm(gpu: Device, look: str, skips: bool) -
     """It is refused where it would have to wait, and puts nothing into the graph."""
     graphs = list[Any]()
     with staged(gpu, {"skip_nonfinite": skips, "telemetry": True}, graphs) as (own, eager):
-        own.optimizer.stage()
-        graphs[0].launch()
+        own.stage_and_launch(graphs[0])
         eager.given()
         waits = look == "skipped_steps" or (look == "iterations" and skips)
         expected = pytest.raises(ArgumentValueError, match=f"{look} must not be called while a graph is captured")
@@ -473,8 +467,7 @@ def test_a_look_from_another_stream_puts_nothing_into_a_capture(gpu: Device, emu
     """Not on the stream on which steps are staged, while that is captured for something else."""
     graphs = list[Any]()
     with staged(gpu, {"skip_nonfinite": True, "telemetry": True}, graphs) as (own, eager):
-        own.optimizer.stage()
-        graphs[0].launch()
+        own.stage_and_launch(graphs[0])
         eager.given()
         emulation.reset()
         with captured(gpu, graphs, mode=2):
@@ -504,8 +497,7 @@ def test_a_report_that_comes_while_a_step_is_staged(gpu: Device) -> None:
             for each in (own, eager):
                 each.work.next_batch(number, is_bad=number == 1)
                 each.optimizer.learning_rate = Waiting() if number > 1 else 0.1
-            own.optimizer.stage()
-            graphs[0].launch()
+            own.stage_and_launch(graphs[0])
             eager.given()
         assert_same(own, eager)
 
@@ -524,8 +516,7 @@ def test_a_step_between_capture_and_staging(gpu: Device) -> None:
                     if waits:
                         assert own.optimizer.iterations == 2
                 else:
-                    own.optimizer.stage()
-                    graphs[0].launch()
+                    own.stage_and_launch(graphs[0])
                 eager.given()
             assert own.optimizer.iterations == 3
             assert_same(own, eager)
@@ -559,8 +550,7 @@ def test_two_graphs_of_guarded_steps_by_turns(gpu: Device) -> None:
         for number in range(9):
             for each in (own, eager):
                 each.work.next_batch(number, is_bad=number in (2, 5))
-            own.optimizer.stage()
-            graphs[number % 2].launch()
+            own.stage_and_launch(graphs[number % 2])
             if number % 2:
                 some(eager)
             else:
@@ -585,8 +575,7 @@ def test_a_guarded_graph_beside_a_plain_one(gpu: Device, waits: bool) -> None:
         for number in range(6):
             for each in (own, eager):
                 each.work.next_batch(number)
-            assert own.optimizer.stage() == number + 3
-            graphs[number % 3 > 0].launch()
+            assert own.stage_and_launch(graphs[number % 3 > 0]) == number + 3
             eager.given(grad_scale=None if number % 3 > 0 else 2.0)
             if waits:
                 gpu.synchronize()
@@ -606,8 +595,7 @@ def test_staging_waits_where_its_room_ends(
         for number in range(60):
             for each in (own, eager):
                 each.work.next_batch(number, is_bad=number % 10 == 5)
-            assert own.optimizer.stage() is None
-            graphs[0].launch()
+            assert own.stage_and_launch(graphs[0]) is None
             eager.given()
         assert bool(emulation.counters.syncs) == waits
         assert_same(own, eager)
@@ -643,8 +631,7 @@ def test_a_scale_on_the_device_in_a_graph_of_the_users(gpu: Device, dtype: str) 
             for each, scale in zip((own, eager), scales, strict=True):
                 each.work.next_batch(number)
                 scale[...] = number % 5 + 1
-            assert own.optimizer.stage() == number + 2
-            graphs[0].launch()
+            assert own.stage_and_launch(graphs[0]) == number + 2
             eager.given(grad_scale=scales[1])
         assert_same_state(state(own.optimizer, own.work), state(eager.optimizer, eager.work))
 
@@ -705,8 +692,7 @@ def test_staging_that_fails_forgets_no_report(gpu: Device) -> None:
                     with pytest.raises(KeyError):
                         case.optimizer.stage()
                 case.optimizer.beta_1 = 0.9
-            case.optimizer.stage()
-            graphs[0].launch()
+            case.stage_and_launch(graphs[0])
             eager.given()
         assert case.optimizer.iterations == eager.optimizer.iterations == 4
         assert_same_state(state(case.optimizer, case.work), state(eager.optimizer, eager.work))
@@ -724,8 +710,7 @@ def test_a_capture_that_knows_no_count_is_refused(gpu: Device) -> None:
         assert case.optimizer.iterations == 1
         with captured(gpu, graphs):
             case.given()
-        case.optimizer.stage()
-        graphs[1].launch()
+        case.stage_and_launch(graphs[1])
         assert case.optimizer.iterations == 2
 
 
@@ -739,8 +724,7 @@ def test_a_guarded_step_with_overwriting_averages_is_not_staged(gpu: Device) -> 
         assert case.optimizer.iterations == 1
         with captured(gpu, graphs):
             case.given()
-        assert case.optimizer.stage() is None
-        graphs[0].launch()
+        assert case.stage_and_launch(graphs[0]) is None
         for _ in range(2):
             with pytest.raises(ArgumentValueError, match="must not overwrite variables by their averages"):
                 case.optimizer.stage()
